@@ -1,0 +1,41 @@
+# make demo   complete PROMPT with three servers on this machine:  PROMPT="A list is" make demo
+# make test   lint and run all tests
+# make lint   ruff and mypy only
+# make venv   create .venv with everything the other targets need
+#
+# Needs Python 3.11 or newer; name another one with  make PYTHON=python3.12 ...
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint venv clean
+
+demo: $(READY)
+	$(BIN)/python -m planetserve.demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: $(READY)
+
+# Redone when a requirement changes; the package itself is installed in place, from src.
+# --no-compile: compiling every file of every package ahead of use takes minutes.
+$(READY): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev,nsga2]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

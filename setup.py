@@ -1,0 +1,66 @@
+"""Package metadata. Tool settings are in pyproject.toml, tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+INIT = (ROOT / "src" / "planetserve" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
+if VERSION is None:
+    raise SystemExit("src/planetserve/__init__.py does not define __version__")
+
+setup(
+    name="planetserve",
+    version=VERSION.group(1),
+    description="Run one large language model on many machines, as if it were local",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"planetserve": ["py.typed", "demo_model/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.5,<6",
+        "hivemind>=1.1.12,<2",
+        "accelerate>=1.1",
+        "cryptography>=42",
+        "huggingface_hub>=1.0",
+        "jinja2>=3.1",
+        "numpy>=1.26",
+        "pydantic>=2.7,<3",
+        "PyYAML>=6.0",
+        "rich>=13.7",
+        "safetensors>=0.4.3",
+    ],
+    extras_require={
+        "nsga2": ["pymoo>=0.6.1"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "psutil>=5.9",
+            "pytest>=8.2",
+            "pytest-asyncio>=1.0",
+            "pytest-timeout>=2.3",
+            "ruff>=0.11",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["planetserve = planetserve.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+    ],
+)

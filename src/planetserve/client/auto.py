@@ -1,0 +1,154 @@
+"""`from_pretrained` for distributed models: the checkpoint's own class, its layers in the swarm.
+
+Loads the embedding, the final norm and the head; everything between runs on servers found through
+`initial_peers`. Keyword arguments are either Hugging Face's (`torch_dtype`, `revision`, `token`,
+`cache_dir`) or fields of `ClientConfig`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from planetserve.client.chain_manager import ModelFacts
+from planetserve.client.generation import DistributedMixin
+from planetserve.client.remote_blocks import RemoteBlocks
+from planetserve.client.runtime import ClientRuntime
+from planetserve.config import ClientConfig, from_mapping
+from planetserve.errors import ConfigError
+from planetserve.model.checkpoint import Checkpoint, parse_dtype
+from planetserve.model.client_half import load_client_half
+
+_IGNORED = ("low_cpu_mem_usage",)
+"""Arguments that people pass out of habit and that could not change anything here."""
+
+
+class AutoDistributedModelForCausalLM:
+    """Loads causal language models whose decoder layers are served by a swarm."""
+
+    def __init__(self) -> None:
+        raise ConfigError(
+            f"use {type(self).__name__}.from_pretrained(MODEL, initial_peers=[...])"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        config: ClientConfig | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Load the client's half of `model` and join the swarm.
+
+        Args:
+            model: hub id, local folder, or "demo".
+            config: all client options at once, instead of `options`.
+            torch_dtype: dtype of the local half and of the activations; "auto" (the default) is
+                the checkpoint's own. `dtype` is the same.
+            revision: branch, tag or commit on the hub.
+            token: access token for the hub.
+            cache_dir: where downloads are kept.
+            **options: fields of `ClientConfig`, above all `initial_peers`.
+
+        Returns:
+            A model of the checkpoint's own Hugging Face class, with `chain`, `inference_session`
+            and `close` besides. Use it in a `with` block or call `close()`.
+
+        Raises:
+            ConfigError: an unknown option, model or dtype.
+            ModelMismatchError: the swarm serves another revision of this model.
+            PeerUnreachable: no initial peer answers.
+        """
+        for name in _IGNORED:
+            options.pop(name, None)
+        if "use_auth_token" in options:
+            token = options.pop("use_auth_token") or token
+        client_config = _client_config(config, options)
+        checkpoint = Checkpoint.open(model, revision=revision, token=token, cache_dir=cache_dir)
+        wanted = torch_dtype if torch_dtype is not None else dtype
+        chosen = parse_dtype(_dtype_text(wanted), checkpoint, torch.device("cpu"))
+        return _load(checkpoint, chosen, client_config)
+
+
+class AutoDistributedConfig:
+    """Loads a model's configuration, as Hugging Face's `AutoConfig` does."""
+
+    @classmethod
+    def from_pretrained(cls, model: str, **options: Any) -> Any:
+        """The Hugging Face configuration of `model` (hub id, local folder, or "demo").
+
+        Raises:
+            ModelError: no such model.
+        """
+        known = {name: options.pop(name, None) for name in ("revision", "token", "cache_dir")}
+        if options:
+            raise ConfigError(f"unknown option {sorted(options)[0]!r} for a model configuration")
+        found: AutoConfig = Checkpoint.open(model, **known).config
+        return found
+
+
+def _client_config(config: ClientConfig | None, options: dict[str, Any]) -> ClientConfig:
+    if config is not None:
+        if options:
+            raise ConfigError(f"give either config= or options such as {sorted(options)[0]!r}")
+        return config
+    made = from_mapping(ClientConfig, options)
+    if not made.initial_peers:
+        raise ConfigError(
+            "no initial_peers given; pass the addresses that a server or run_dht printed, "
+            "initial_peers=['/ip4/.../tcp/.../p2p/...']"
+        )
+    return made
+
+
+def _dtype_text(wanted: torch.dtype | str | None) -> str:
+    if wanted is None:
+        return "auto"
+    return str(wanted).removeprefix("torch.")
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype, config: ClientConfig) -> Any:
+    facts = ModelFacts(
+        name=checkpoint.name,
+        prefix=checkpoint.model_prefix,
+        fingerprint=checkpoint.fingerprint,
+        num_blocks=checkpoint.num_blocks,
+        hidden_size=checkpoint.hidden_size,
+        dtype=dtype,
+    )
+    runtime = ClientRuntime(config, facts)
+    try:
+        blocks = RemoteBlocks(lambda tokens: runtime.new_session(lease_tokens=tokens))
+        model = load_client_half(
+            checkpoint, dtype, torch.device("cpu"), remote=blocks, on_call=blocks.on_call
+        )
+        _attach(model, blocks, runtime)
+    except BaseException:
+        runtime.close()
+        raise
+    return model
+
+
+def _attach(
+    model: PreTrainedModel, blocks: RemoteBlocks, runtime: ClientRuntime
+) -> None:
+    """Give the loaded half its distributed methods."""
+    base = type(model)
+    model.__class__ = type(f"Distributed{base.__name__}", (DistributedMixin, base), {})
+    model.runtime = runtime  # type: ignore[assignment]
+
+    def note_logits(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        blocks.on_logits(kwargs.get("logits_to_keep", 0))
+
+    model.register_forward_pre_hook(note_logits, with_kwargs=True)
+    # A model that is forgotten must not leave its thread and libp2p daemon behind.
+    weakref.finalize(model, runtime.close)

@@ -1,0 +1,372 @@
+"""Which servers exist, which of them to use, and which to leave alone for a while.
+
+Owns the client's swarm node, its directory view, measured round-trip times and bans; turns them
+into a `SwarmSnapshot`, asks the chain optimizer for a chain, and opens it. Runs on the portal's
+loop. Every wait is bounded: missing blocks are waited for `wait_for_blocks_timeout` seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from planetserve.client.ring import RingSession, RingSpec
+from planetserve.clock import Clock, SystemClock
+from planetserve.config import ClientConfig
+from planetserve.errors import (
+    Blame,
+    CapacityError,
+    HopTimeout,
+    MissingBlocksError,
+    ModelMismatchError,
+    NoChainAvailable,
+    PlanetServeError,
+    SessionLengthError,
+)
+from planetserve.routing.optimizers import OPTIMIZERS
+from planetserve.routing.request import ChainRequest
+from planetserve.routing.points import server_point
+from planetserve.routing.snapshot import SwarmSnapshot
+from planetserve.swarm.directory import Directory
+from planetserve.swarm.node import NodeConfig, SwarmNode
+from planetserve.swarm.ping import RttTable, ping
+from planetserve.tensors import dtype_name
+from planetserve.types import CLIENT, Chain, PeerId, ServerInfo, ServerState
+
+logger = logging.getLogger(__name__)
+
+_HOP_OVERHEAD_MS = 1.0
+_DEFAULT_RTT_MS = 50.0
+_POLL_S = 0.25
+_MAX_REVIVED = 8
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a client knows of its model without asking anybody."""
+
+    name: str
+    prefix: str
+    fingerprint: str
+    num_blocks: int
+    hidden_size: int
+    dtype: torch.dtype
+
+
+class ChainManager:
+    """The client's view of the swarm. `start` before use, `close` after."""
+
+    def __init__(self, config: ClientConfig, facts: ModelFacts, clock: Clock | None = None):
+        self.config = config
+        self.facts = facts
+        self._clock = clock or SystemClock()
+        self._optimizer = OPTIMIZERS.create(config.chain_optimizer)
+        self._prefix = config.dht_prefix or facts.prefix
+        self._servers: dict[PeerId, ServerInfo] = {}
+        self._strangers: dict[PeerId, ServerInfo] = {}
+        self._banned_until_s: dict[PeerId, float] = {}
+        self._rtt = RttTable(max_peers=256, clock=self._clock)
+        self._node: SwarmNode | None = None
+        self._directory: Directory | None = None
+        self._refresher: asyncio.Task[None] | None = None
+        self._warned_dtype = False
+        self.last_chain: Chain | None = None
+        """The chain opened most recently."""
+
+    @property
+    def node(self) -> SwarmNode:
+        """The running swarm node."""
+        if self._node is None:
+            raise NoChainAvailable("the client has not joined a swarm")
+        return self._node
+
+    async def start(self) -> None:
+        """Join the swarm and look up the model's servers once.
+
+        Raises:
+            PeerUnreachable: none of the initial peers answers.
+            ModelMismatchError: servers of this model exist, all of another revision.
+        """
+        config = NodeConfig(
+            initial_peers=self.config.initial_peers,
+            client_mode=True,
+            daemon_startup_timeout_s=self.config.daemon_startup_timeout,
+            connect_timeout_s=self.config.connect_timeout,
+        )
+        self._node = await SwarmNode.start(config)
+        self._directory = Directory(self._node, self._clock)
+        try:
+            await self.refresh()
+            if self._strangers and not self._servers:
+                raise self._mismatch()
+        except BaseException:
+            await self.close()
+            raise
+        self._refresher = asyncio.create_task(self._keep_fresh())
+
+    async def close(self) -> None:
+        """Leave the swarm. Idempotent."""
+        refresher, self._refresher = self._refresher, None
+        if refresher is not None:
+            refresher.cancel()
+            await asyncio.gather(refresher, return_exceptions=True)
+        node, self._node = self._node, None
+        if node is not None:
+            await node.close()
+
+    async def refresh(self) -> None:
+        """Read the directory anew and ping servers whose round-trip time is not known yet."""
+        if self._directory is None:
+            return
+        found = await self._directory.lookup(self._prefix)
+        online = [info for info in found if info.state is ServerState.ONLINE]
+        ours = [info for info in online if info.fingerprint == self.facts.fingerprint]
+        self._servers = {info.peer_id: info for info in ours if self._permitted(info.peer_id)}
+        self._strangers = {
+            info.peer_id: info for info in online if info.fingerprint != self.facts.fingerprint
+        }
+        await self._ping_edges()
+
+    async def plan(self, num_rows: int, lease_tokens: int) -> Chain:
+        """The chain the optimizer picks for a session of this size.
+
+        Raises:
+            MissingBlocksError: blocks stay without a server for `wait_for_blocks_timeout` seconds.
+            ModelMismatchError: because the swarm serves something else.
+            SessionLengthError: no server takes sequences this long.
+        """
+        deadline_s = self._clock.monotonic() + self.config.wait_for_blocks_timeout
+        while True:
+            try:
+                return self._plan_once(num_rows, lease_tokens)
+            except NoChainAvailable as error:
+                failure: PlanetServeError = error
+            if self._clock.monotonic() >= deadline_s:
+                raise await self._explain(failure) from failure
+            await self._revive()
+            await asyncio.sleep(_POLL_S)
+            with contextlib.suppress(PlanetServeError):
+                await self.refresh()
+
+    async def open_ring(self, num_rows: int, lease_tokens: int) -> RingSession:
+        """Plan a chain and open a session on it.
+
+        Raises:
+            PlanetServeError: as `plan`, or a hop refuses or cannot be reached.
+        """
+        chain = await self.plan(num_rows, lease_tokens)
+        servers = {hop.peer_id: self._servers[hop.peer_id] for hop in chain}
+        spec = RingSpec(
+            num_rows=num_rows,
+            max_length=lease_tokens,
+            hidden_size=self.facts.hidden_size,
+            dtype=_wire_dtype(servers.values()),
+            connect_timeout_s=self.config.connect_timeout,
+            step_timeout_s=self.config.step_timeout,
+        )
+        ring = await RingSession.open(self.node, chain, servers, spec)
+        self.last_chain = chain
+        if self.config.show_route:
+            logger.info("route: %s", chain)
+        return ring
+
+    def report_success(self, chain: Chain) -> None:
+        """A step went through: its servers are fine."""
+        for hop in chain:
+            self._banned_until_s.pop(hop.peer_id, None)
+
+    async def report_failure(self, error: PlanetServeError, chain: Chain | None) -> None:
+        """Keep the peer at fault out of the next plans; find it by pinging if nobody named it."""
+        if error.blame is Blame.LOCAL:
+            return
+        culprits: Iterable[PeerId] = [error.peer_id] if error.peer_id else []
+        if not culprits and isinstance(error, HopTimeout) and chain is not None:
+            culprits = await self._silent([hop.peer_id for hop in chain])
+        wait_s = self.config.ban_timeout
+        if isinstance(error, CapacityError):
+            wait_s = error.retry_after_s
+        for peer_id in culprits:
+            self._banned_until_s[peer_id] = self._clock.monotonic() + wait_s
+
+    def retry_delay_s(self, error: PlanetServeError, attempt: int) -> float | None:
+        """Seconds to wait before retry number `attempt`; None when there must not be one."""
+        if not error.retryable or attempt > self.config.max_retries:
+            return None
+        if isinstance(error, NoChainAvailable):
+            # `plan` has already waited for as long as it may.
+            return None
+        if isinstance(error, CapacityError):
+            return min(error.retry_after_s, self.config.max_backoff)
+        if attempt == 1:
+            return 0.0
+        return min(self.config.min_backoff * 2 ** (attempt - 2), self.config.max_backoff)
+
+    def snapshot(self, num_rows: int = 1) -> SwarmSnapshot:
+        """What the optimizer plans on: live, permitted servers that are not banned."""
+        return self._snapshot(self._usable(), num_rows)
+
+    def _permitted(self, peer_id: PeerId) -> bool:
+        allowed, blocked = self.config.allowed_servers, self.config.blocked_servers
+        return (allowed is None or peer_id in allowed) and peer_id not in (blocked or ())
+
+    def _usable(self) -> list[ServerInfo]:
+        now_s = self._clock.monotonic()
+        return [
+            info
+            for peer_id, info in self._servers.items()
+            if self._banned_until_s.get(peer_id, 0.0) <= now_s
+        ]
+
+    def _plan_once(self, num_rows: int, lease_tokens: int) -> Chain:
+        usable = self._usable()
+        long_enough = [info for info in usable if info.max_session_tokens >= lease_tokens]
+        if len(long_enough) < len(usable):
+            self._require_length(usable, long_enough, lease_tokens)
+        wanted = dtype_name(self.facts.dtype)
+        same_dtype = [info for info in long_enough if info.dtype == wanted]
+        request = ChainRequest(tokens=num_rows * lease_tokens)
+        try:
+            return self._optimizer.plan(self._snapshot(same_dtype, num_rows), request)
+        except NoChainAvailable:
+            if len(same_dtype) == len(long_enough):
+                raise
+        chain = self._optimizer.plan(self._snapshot(long_enough, num_rows), request)
+        if not self._warned_dtype:
+            self._warned_dtype = True
+            logger.warning(
+                "no chain of %s servers covers the model; using servers of another dtype, so "
+                "outputs may differ from local %s ones",
+                wanted,
+                wanted,
+            )
+        return chain
+
+    def _require_length(
+        self, usable: Sequence[ServerInfo], long_enough: Sequence[ServerInfo], tokens: int
+    ) -> None:
+        """Tell a sequence that no chain can hold from blocks that nobody serves."""
+        if self._snapshot(usable, 1).missing_blocks():
+            return
+        if self._snapshot(long_enough, 1).missing_blocks():
+            longest = max(info.max_session_tokens for info in usable)
+            raise SessionLengthError(
+                f"a sequence of {tokens} tokens is longer than this swarm's servers take "
+                f"(at most {longest}); shorten it or start servers with a larger "
+                "--inference_max_length"
+            )
+
+    def _snapshot(self, servers: Sequence[ServerInfo], num_rows: int) -> SwarmSnapshot:
+        rtt_ms: dict[str, dict[str, float]] = {CLIENT: {}}
+        known = {info.peer_id for info in servers}
+        for info in servers:
+            measured = self._rtt.get_ms(info.peer_id)
+            if measured is not None:
+                rtt_ms[CLIENT][info.peer_id] = measured
+            next_ms = {peer: ms for peer, ms in info.next_rtt_ms.items() if peer in known}
+            if next_ms:
+                rtt_ms[info.peer_id] = next_ms
+        itemsize = self.facts.dtype.itemsize
+        return SwarmSnapshot(
+            version=1,
+            num_blocks=self.facts.num_blocks,
+            activation_bytes_per_token=self.facts.hidden_size * itemsize * num_rows,
+            hop_overhead_ms=_HOP_OVERHEAD_MS,
+            default_rtt_ms=_DEFAULT_RTT_MS,
+            servers=tuple(server_point(info) for info in servers),
+            rtt_ms=rtt_ms,
+        )
+
+    async def _explain(self, failure: PlanetServeError) -> PlanetServeError:
+        """The error a person can act on, after waiting has not helped."""
+        if not isinstance(failure, MissingBlocksError):
+            return failure
+        if self._strangers:
+            return self._mismatch(failure)
+        peers = ", ".join(self.config.initial_peers) or "none given"
+        if not self._servers and self._directory is not None:
+            others = await self._directory.models()
+            others.pop(self._prefix, None)
+            if others:
+                return ModelMismatchError(
+                    f"no server of {self.facts.name} ({self._prefix}) in this swarm, which serves "
+                    f"{', '.join(sorted(others))}; load one of these or start servers of yours",
+                    failure.missing,
+                )
+        return MissingBlocksError(
+            f"no live server holds {_spans(failure.missing)} of {self.facts.name} after waiting "
+            f"{self.config.wait_for_blocks_timeout:g} s; start one with `python -m "
+            f"planetserve.run_server {self.facts.name} --block_indices "
+            f"{failure.missing[0][0]}:{failure.missing[0][1]} --initial_peers ...` "
+            f"(joined through: {peers})",
+            failure.missing,
+        )
+
+    def _mismatch(self, failure: MissingBlocksError | None = None) -> ModelMismatchError:
+        missing = failure.missing if failure else ((0, self.facts.num_blocks),)
+        theirs = sorted({info.fingerprint[:12] for info in self._strangers.values()})
+        return ModelMismatchError(
+            f"{_spans(missing)} of {self.facts.name} are served only in another revision "
+            f"({', '.join(theirs)}; yours is {self.facts.fingerprint[:12]}); load the same files "
+            "or --revision as the servers",
+            missing,
+        )
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.update_period)
+            try:
+                await self.refresh()
+            except PlanetServeError as error:
+                logger.warning("cannot refresh the list of servers: %s", error)
+
+    async def _ping_edges(self) -> None:
+        """Measure servers that could be first or last in a chain, a bounded number of them."""
+        edges = [
+            info
+            for info in self._servers.values()
+            if info.span.start == 0 or info.span.end == self.facts.num_blocks
+        ]
+        unknown = [info for info in edges if self._rtt.get_ms(info.peer_id) is None]
+        chosen = unknown[: 2 * self.config.max_pinged]
+        await asyncio.gather(*(self._ping(info) for info in chosen))
+
+    async def _ping(self, info: ServerInfo) -> bool:
+        try:
+            rtt_ms = await ping(
+                self.node, info.peer_id, info.addresses, timeout_s=self.config.ping_timeout
+            )
+        except PlanetServeError:
+            return False
+        self._rtt.add(info.peer_id, rtt_ms)
+        return True
+
+    async def _silent(self, peer_ids: Sequence[PeerId]) -> list[PeerId]:
+        infos = [self._servers[peer] for peer in dict.fromkeys(peer_ids) if peer in self._servers]
+        answers = await asyncio.gather(*(self._ping(info) for info in infos))
+        return [info.peer_id for info, alive in zip(infos, answers, strict=True) if not alive]
+
+    async def _revive(self) -> None:
+        """Give banned servers that answer a ping another chance, since nobody else can serve."""
+        banned = [self._servers[peer] for peer in self._banned_until_s if peer in self._servers]
+        chosen = banned[:_MAX_REVIVED]
+        answers = await asyncio.gather(*(self._ping(info) for info in chosen))
+        for info, alive in zip(chosen, answers, strict=True):
+            if alive:
+                del self._banned_until_s[info.peer_id]
+
+
+
+def _wire_dtype(servers: Iterable[ServerInfo]) -> torch.dtype:
+    """The servers' own dtype, so that nothing wider than they compute in travels."""
+    names = {info.dtype for info in servers}
+    return _DTYPES[names.pop()] if len(names) == 1 else torch.float32
+
+
+def _spans(missing: Sequence[tuple[int, int]]) -> str:
+    return "blocks " + ", ".join(f"{start}:{end}" for start, end in missing)

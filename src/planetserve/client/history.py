@@ -1,0 +1,87 @@
+"""What a session has sent into its first hop, row by row, so that any chain can be filled again.
+
+Tensors are kept as they were sent and never changed: reordering rows (beam search) copies
+references, truncating slices them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from planetserve.wire.step import RowSlice, StepTable
+
+
+@dataclass(slots=True)
+class _Row:
+    length: int = 0
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    positions: list[tuple[int, ...] | None] = field(default_factory=list)
+
+    def copy(self) -> _Row:
+        return _Row(self.length, list(self.hidden), list(self.positions))
+
+    def truncate(self, length: int) -> None:
+        while self.length > length:
+            extra = self.length - length
+            last = self.hidden[-1]
+            if extra >= len(last):
+                self.hidden.pop()
+                self.positions.pop()
+                self.length -= len(last)
+            else:
+                keep = len(last) - extra
+                self.hidden[-1] = last[:keep]
+                kept = self.positions[-1]
+                self.positions[-1] = kept and kept[:keep]
+                self.length -= extra
+
+
+class History:
+    """The inputs of `num_rows` rows."""
+
+    def __init__(self, num_rows: int):
+        self._rows = [_Row() for _ in range(num_rows)]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens in each row."""
+        return tuple(row.length for row in self._rows)
+
+    def append(self, table: StepTable, hidden_TD: torch.Tensor) -> None:
+        """Apply a finished step: reorder, truncate, append."""
+        if table.reorder is not None:
+            self._rows = [self._rows[source].copy() for source in table.reorder]
+        offset = 0
+        for piece in table.rows:
+            row = self._rows[piece.row]
+            row.truncate(piece.start)
+            row.hidden.append(hidden_TD[offset : offset + piece.num_tokens])
+            positions = table.positions
+            row.positions.append(positions and positions[offset : offset + piece.num_tokens])
+            row.length += piece.num_tokens
+            offset += piece.num_tokens
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Cut every row to at most the given length."""
+        for row, length in zip(self._rows, lengths, strict=True):
+            row.truncate(length)
+
+    def replay(self) -> tuple[StepTable, torch.Tensor] | None:
+        """One step that fills an empty chain with all rows, or None when there is nothing yet."""
+        rows, hidden, positions = [], [], []
+        explicit = any(p is not None for row in self._rows for p in row.positions)
+        for index, row in enumerate(self._rows):
+            if not row.length:
+                continue
+            rows.append(RowSlice(index, 0, row.length))
+            hidden.extend(row.hidden)
+            start = 0
+            for piece, known in zip(row.hidden, row.positions, strict=True):
+                positions.extend(known or range(start, start + len(piece)))
+                start += len(piece)
+        if not rows:
+            return None
+        return StepTable(tuple(rows), tuple(positions) if explicit else None), torch.cat(hidden)

@@ -1,0 +1,80 @@
+"""A background event loop, so that synchronous `generate()` can use the asynchronous swarm client.
+
+One portal per model: a thread that runs one loop until `close()`. Calls from any thread; never
+from the loop itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import CancelledError
+from typing import Any, TypeVar
+
+from planetserve.errors import SessionClosed
+
+T = TypeVar("T")
+
+
+class Portal:
+    """Runs coroutines on its own loop and hands their results to the calling thread."""
+
+    def __init__(self, name: str = "planetserve-client"):
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._closed = False
+        self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` has been called."""
+        return self._closed
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run `coroutine` to its end and return its result; Ctrl-C in the caller cancels it.
+
+        Raises:
+            SessionClosed: the portal is closed.
+        """
+        if self._closed:
+            coroutine.close()
+            raise SessionClosed("the model has been closed; load it again to use it")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise SessionClosed("the model was closed while it was working") from error
+        except BaseException:
+            future.cancel()
+            raise
+
+    def post(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run `coroutine` without waiting; dropped when the portal is closed."""
+        if self._closed:
+            coroutine.close()
+            return
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """Cancel what is running, stop the loop and join the thread. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            with contextlib.suppress(RuntimeError):
+                self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()

@@ -1,0 +1,151 @@
+"""What stands where the decoder layers were: turns a model's forward call into a ragged step.
+
+`on_call` sees the arguments of the decoder's forward (mask, positions, cache); `__call__` then gets
+the hidden states that would have entered the first layer and returns those that would have left
+the last. Padding never travels: rows are sent as their real tokens and scattered back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planetserve.client.remote_cache import RemoteCache
+from planetserve.client.session import InferenceSession
+from planetserve.errors import ConfigError
+from planetserve.wire.step import RowSlice, StepTable
+
+
+@dataclass(slots=True)
+class _Call:
+    """One forward call in flight on this thread."""
+
+    mask_BS: torch.Tensor | None
+    positions_BT: torch.Tensor | None
+    cache: RemoteCache | None
+
+
+class RemoteBlocks:
+    """The remote layers of one model.
+
+    Args:
+        new_session: makes a session for a forward pass that brings no cache; its argument is the
+            number of tokens per row to lease.
+    """
+
+    def __init__(self, new_session: Callable[[int], InferenceSession]):
+        self._new_session = new_session
+        self._local = threading.local()
+
+    def on_logits(self, logits_to_keep: object) -> None:
+        """Note how many logits this thread's next pass needs (0: all)."""
+        self._local.keep_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
+
+    def on_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Look at, and where needed complete, the decoder's arguments.
+
+        Raises:
+            ConfigError: a mask or cache that cannot be distributed.
+        """
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+            raise ConfigError("attention_mask must be a 2D tensor [batch, tokens] of 0 and 1")
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.dim() != 2:
+            raise ConfigError("position_ids must be a 2D tensor [batch, tokens]")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, RemoteCache):
+            raise ConfigError(
+                f"past_key_values of type {type(cache).__name__} cannot be used by a distributed "
+                "model; leave it out, or pass the one that this model returned"
+            )
+        if cache is None and kwargs.get("use_cache") is not False and "past_key_values" in kwargs:
+            inputs = kwargs.get("input_ids")
+            inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+            if inputs is not None:
+                cache = RemoteCache(self._new_session(int(inputs.shape[1])))
+                kwargs = {**kwargs, "past_key_values": cache}
+        self._local.call = _Call(mask, positions, cache)
+        return kwargs
+
+    def __call__(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Run the remote layers on `[batch, tokens, hidden]`; padding comes back as zeros."""
+        call: _Call | None = getattr(self._local, "call", None)
+        if call is None:
+            raise ConfigError("call the distributed model itself, not its decoder layers")
+        self._local.call = None
+        keep_last = bool(getattr(self._local, "keep_last", False))
+        self._local.keep_last = False
+        if call.cache is not None:
+            return self._run(call.cache, call, hidden_BTD, keep_last)
+        session = self._new_session(hidden_BTD.shape[1])
+        try:
+            cache = RemoteCache(session, keep_session=True)
+            return self._run(cache, call, hidden_BTD, keep_last)
+        finally:
+            session.close()
+
+    def _run(
+        self, cache: RemoteCache, call: _Call, hidden_BTD: torch.Tensor, keep_last: bool
+    ) -> torch.Tensor:
+        num_rows, num_tokens, width = hidden_BTD.shape
+        columns_BT = _new_columns(call.mask_BS, num_rows, num_tokens)
+        padded = not bool(columns_BT.all())
+        counts = columns_BT.sum(dim=1).tolist() if padded else [num_tokens] * num_rows
+        starts = cache.row_lengths() or (0,) * num_rows
+        if len(starts) != num_rows:
+            raise ConfigError(f"the cache holds {len(starts)} rows, the input has {num_rows}")
+        rows = tuple(
+            RowSlice(row, start, count)
+            for row, (start, count) in enumerate(zip(starts, counts, strict=True))
+            if count
+        )
+        if not rows:
+            raise ConfigError("attention_mask leaves no token in any row")
+        positions = _explicit_positions(
+            call.positions_BT, columns_BT, cache.get_seq_length(), rows
+        )
+        device = hidden_BTD.device
+        local_BTD = hidden_BTD.detach().cpu()
+        hidden_TD = local_BTD[columns_BT] if padded else local_BTD.reshape(-1, width)
+        output_TD = cache.session.run(
+            num_rows, StepTable(rows, positions, cache.reorder), hidden_TD, keep_last=keep_last
+        ).to(device)
+        cache.commit(columns_BT)
+        if not padded:
+            return output_TD.view(num_rows, num_tokens, width)
+        output_BTD = torch.zeros_like(hidden_BTD)
+        output_BTD[columns_BT.to(device)] = output_TD
+        return output_BTD
+
+
+def _new_columns(mask_BS: torch.Tensor | None, num_rows: int, num_tokens: int) -> torch.Tensor:
+    if mask_BS is None:
+        return torch.ones(num_rows, num_tokens, dtype=torch.bool)
+    if mask_BS.shape[0] != num_rows or mask_BS.shape[1] < num_tokens:
+        raise ConfigError(
+            f"attention_mask of shape {tuple(mask_BS.shape)} does not fit an input of "
+            f"{num_rows} rows and {num_tokens} tokens"
+        )
+    return mask_BS[:, -num_tokens:].to(device="cpu", dtype=torch.bool)
+
+
+def _explicit_positions(
+    positions_BT: torch.Tensor | None,
+    columns_BT: torch.Tensor,
+    past_columns: int,
+    rows: tuple[RowSlice, ...],
+) -> tuple[int, ...] | None:
+    """Rotary positions of the real tokens, or None when each is its place in the KV cache."""
+    num_tokens = columns_BT.shape[1]
+    if positions_BT is None:
+        # What a model does without position_ids: it counts columns, padding included.
+        positions_BT = torch.arange(past_columns, past_columns + num_tokens)[None]
+    positions_BT = positions_BT[:, -num_tokens:].cpu().expand(columns_BT.shape[0], -1)
+    wanted = positions_BT[columns_BT].tolist()
+    natural = [position for piece in rows for position in range(piece.start, piece.end)]
+    return None if wanted == natural else tuple(wanted)

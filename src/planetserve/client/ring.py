@@ -1,0 +1,308 @@
+"""One session on one chain: opens every hop, sends to the first, takes answers from the last.
+
+Frames go client -> hop 1 -> ... -> hop n -> client; the streams to the hops in between carry only
+their OPEN, ERROR and CLOSE. A ring lives until its first failure: it never repairs itself, it says
+which peer failed, and `InferenceSession` builds another. Runs on the portal's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from planetserve.errors import (
+    HopTimeout,
+    PlanetServeError,
+    RemoteProtocolError,
+    StreamClosed,
+    error_from_code,
+)
+from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.streams import FrameStream, open_stream
+from planetserve.tensors import dtype_name, tensor_bytes, tensor_from_payload, wire_dtype
+from planetserve.types import CLIENT, Chain, PeerId, ServerInfo
+from planetserve.wire.frame import (
+    FLAG_KEEP_LAST,
+    HEADER_BYTES,
+    MAX_STEP_BYTES,
+    FrameHeader,
+    FrameType,
+)
+from planetserve.wire.messages import (
+    ErrorReply,
+    NextHop,
+    OpenSession,
+    SessionOpened,
+    decode,
+)
+from planetserve.wire.protocols import SESSION_PROTOCOL
+from planetserve.wire.step import StepTable
+
+_TABLE_ROOM_BYTES = 64 * 1024
+_POSITION_BYTES = 4
+_LAST_WORDS_TIMEOUT_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class RingSpec:
+    """What a session needs of its chain."""
+
+    num_rows: int
+    max_length: int
+    """Tokens per row to lease at every hop; a session may grow past it while pages are free."""
+    hidden_size: int
+    dtype: torch.dtype
+    connect_timeout_s: float
+    step_timeout_s: float
+
+
+class RingSession:
+    """An open session on `chain`. Made by `open`; one step at a time."""
+
+    def __init__(self, chain: Chain, spec: RingSpec):
+        self.chain = chain
+        self.session_id = os.urandom(16)
+        self._spec = spec
+        self._streams: list[FrameStream] = []
+        self._readers: list[asyncio.Task[None]] = []
+        self._inbox: asyncio.Queue[tuple[FrameHeader, bytearray] | PlanetServeError] = (
+            asyncio.Queue()
+        )
+        self._sequence = 0
+        self._received = 0
+        self._step = 0
+        self._max_chunk_tokens = 1
+
+    @classmethod
+    async def open(
+        cls,
+        node: SwarmNode,
+        chain: Chain,
+        servers: Mapping[PeerId, ServerInfo],
+        spec: RingSpec,
+    ) -> RingSession:
+        """Open `chain`'s hops concurrently.
+
+        Raises:
+            PlanetServeError: a hop refused or cannot be reached; `peer_id` names it.
+        """
+        ring = cls(chain, spec)
+        opening = [
+            asyncio.ensure_future(ring._open_hop(node, servers, index))
+            for index in range(len(chain))
+        ]
+        results = await asyncio.gather(*opening, return_exceptions=True)
+        streams = [item[0] for item in results if not isinstance(item, BaseException)]
+        ring._streams = streams
+        failures = [item for item in results if isinstance(item, BaseException)]
+        if failures:
+            await ring.close()
+            raise failures[0]
+        replies = [item[1] for item in results if not isinstance(item, BaseException)]
+        token_bytes = spec.hidden_size * spec.dtype.itemsize + _POSITION_BYTES
+        by_bytes = (MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES) // token_bytes
+        ring._max_chunk_tokens = max(1, min(by_bytes, *(r.max_chunk_tokens for r in replies)))
+        ring._readers = [
+            asyncio.create_task(ring._read(index, stream)) for index, stream in enumerate(streams)
+        ]
+        return ring
+
+    async def step(
+        self, table: StepTable, hidden_TD: torch.Tensor, *, keep_last: bool = False
+    ) -> torch.Tensor:
+        """Send one step around the ring and return its `[num_tokens, hidden]` outputs.
+
+        Chunks of a long step follow one another through the hops like a pipeline. With
+        `keep_last`, only the outputs of each row's last token come back; the others are zeros.
+
+        Raises:
+            PlanetServeError: the step failed; the ring must be closed.
+        """
+        tables = table.split(self._max_chunk_tokens)
+        caller_dtype = hidden_TD.dtype
+        hidden_TD = hidden_TD.to(self._spec.dtype)
+        output_TD = torch.zeros_like(hidden_TD) if keep_last else torch.empty_like(hidden_TD)
+        # The readers drain the last hop meanwhile, so sending everything first cannot deadlock.
+        await self._send_chunks(tables, hidden_TD, keep_last)
+        offset = 0
+        for chunk, piece in enumerate(tables):
+            header, payload = await self._next_frame()
+            chunk_TD = self._check_output(header, payload, piece, chunk, keep_last)
+            if keep_last:
+                output_TD[[offset + end for end in piece.last_tokens()]] = chunk_TD
+            else:
+                output_TD[offset : offset + piece.num_tokens] = chunk_TD
+            offset += piece.num_tokens
+        self._step += 1
+        return output_TD.to(caller_dtype)
+
+    async def close(self) -> None:
+        """Tell every hop that the session is over and release the streams. Never raises."""
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        await asyncio.gather(*(self._close_hop(stream) for stream in self._streams))
+        self._readers, self._streams = [], []
+
+    async def _close_hop(self, stream: FrameStream) -> None:
+        with contextlib.suppress(PlanetServeError, asyncio.TimeoutError):
+            header = FrameHeader(FrameType.CLOSE, session=self.session_id)
+            await asyncio.wait_for(stream.send(header), timeout=1.0)
+        await stream.close()
+
+    async def _open_hop(
+        self, node: SwarmNode, servers: Mapping[PeerId, ServerInfo], index: int
+    ) -> tuple[FrameStream, SessionOpened]:
+        hops = self.chain.hops
+        hop, info = hops[index], servers[hops[index].peer_id]
+        following = hops[index + 1] if index + 1 < len(hops) else None
+        message = OpenSession(
+            model=info.model,
+            fingerprint=info.fingerprint,
+            dtype=dtype_name(self._spec.dtype),  # type: ignore[arg-type]
+            start=hop.start,
+            end=hop.end,
+            num_rows=self._spec.num_rows,
+            max_length=self._spec.max_length,
+            edge=index,
+            epoch=0,
+            previous=hops[index - 1].peer_id if index else CLIENT,
+            next=following
+            and NextHop(
+                peer_id=following.peer_id,
+                end=following.end,
+                addresses=list(servers[following.peer_id].addresses),
+            ),
+        )
+        timeout_s = self._spec.connect_timeout_s
+        try:
+            stream = await open_stream(
+                node, hop.peer_id, info.addresses, SESSION_PROTOCOL, timeout_s
+            )
+            try:
+                header = FrameHeader(FrameType.OPEN, session=self.session_id, edge=index)
+                await stream.send(header, message.encode())
+                answer, payload = await stream.receive(timeout_s)
+                if answer.type is FrameType.ERROR:
+                    raise _remote_error(payload, hop.peer_id)
+                if answer.type is not FrameType.OPENED:
+                    raise RemoteProtocolError(f"expected OPENED, got {answer.type.name}")
+                return stream, decode(SessionOpened, payload)
+            except BaseException:
+                await stream.close()
+                raise
+        except PlanetServeError as error:
+            error.peer_id = error.peer_id or hop.peer_id
+            raise
+
+    async def _read(self, index: int, stream: FrameStream) -> None:
+        peer_id = self.chain.hops[index].peer_id
+        is_last = index == len(self.chain) - 1
+        try:
+            while True:
+                header, payload = await stream.receive()
+                if header.type is FrameType.ERROR:
+                    raise _remote_error(payload, peer_id)
+                if header.type is not FrameType.STEP or not is_last:
+                    raise RemoteProtocolError(f"{header.type.name} frame from hop {index}")
+                self._inbox.put_nowait((header, payload))
+        except PlanetServeError as error:
+            error.peer_id = error.peer_id or peer_id
+            self._inbox.put_nowait(error)
+            # Whoever is blocked in sending to the first hop must learn of it now.
+            await self._streams[0].close()
+
+    async def _next_frame(self) -> tuple[FrameHeader, bytearray]:
+        try:
+            async with asyncio.timeout(self._spec.step_timeout_s):
+                item = await self._inbox.get()
+        except TimeoutError:
+            raise HopTimeout(
+                f"no answer from the chain within {self._spec.step_timeout_s:g} s"
+            ) from None
+        if isinstance(item, PlanetServeError):
+            raise item
+        return item
+
+    async def _send_chunks(
+        self, tables: tuple[StepTable, ...], hidden_TD: torch.Tensor, keep_last: bool
+    ) -> None:
+        first = self.chain.hops[0]
+        offset = 0
+        for chunk, table in enumerate(tables):
+            count = table.num_tokens
+            header = FrameHeader(
+                FrameType.STEP,
+                session=self.session_id,
+                edge=0,
+                sequence=self._sequence,
+                step=self._step,
+                position=table.rows[0].start,
+                num_tokens=count,
+                span_start=first.start,
+                span_end=first.end,
+                dtype=wire_dtype(self._spec.dtype),
+                shape=(count, self._spec.hidden_size),
+                chunk=chunk,
+                num_chunks=len(tables),
+                flags=FLAG_KEEP_LAST if keep_last else 0,
+            )
+            self._sequence += 1
+            body = tensor_bytes(hidden_TD[offset : offset + count])
+            try:
+                async with asyncio.timeout(self._spec.step_timeout_s):
+                    await self._streams[0].send(header, [table.pack(), body])
+            except TimeoutError:
+                raise HopTimeout("the first hop does not take frames") from None
+            except StreamClosed as error:
+                error.peer_id = first.peer_id
+                raise await self._why_closed(error) from error
+            offset += count
+
+    async def _why_closed(self, error: PlanetServeError) -> PlanetServeError:
+        """What a hop said before the first stream closed, if its words arrive in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                while True:
+                    item = await self._inbox.get()
+                    if isinstance(item, PlanetServeError):
+                        return item
+        return error
+
+    def _check_output(
+        self,
+        header: FrameHeader,
+        payload: bytearray,
+        table: StepTable,
+        chunk: int,
+        keep_last: bool,
+    ) -> torch.Tensor:
+        """The chunk's outputs, after everything the last hop said of them has been checked."""
+        count = len(table.rows) if keep_last else table.num_tokens
+        last = self.chain.hops[-1]
+        expected = (self._step, chunk, self._received, len(self.chain))
+        shape = (count, self._spec.hidden_size)
+        got = (header.step, header.chunk, header.sequence, header.edge)
+        try:
+            if header.session != self.session_id or got != expected or header.shape != shape:
+                raise RemoteProtocolError("the last hop answered another step than was asked")
+            if header.dtype is not wire_dtype(self._spec.dtype):
+                raise RemoteProtocolError("the last hop answered in another dtype")
+            output_TD = tensor_from_payload(payload, 0, header.dtype, header.shape)
+        except RemoteProtocolError as error:
+            error.peer_id = last.peer_id
+            raise
+        self._received += 1
+        return output_TD
+
+
+def _remote_error(payload: bytearray, peer_id: PeerId) -> PlanetServeError:
+    reply = decode(ErrorReply, payload)
+    error = error_from_code(reply.code, reply.message, reply.retry_after_s)
+    error.peer_id = reply.blamed_peer or peer_id
+    return error

@@ -1,0 +1,84 @@
+"""What a distributed model owns outside torch: its portal, its place in the swarm, its sessions."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import weakref
+
+from planetserve.client.chain_manager import ChainManager, ModelFacts
+from planetserve.client.portal import Portal
+from planetserve.client.session import InferenceSession
+from planetserve.config import ClientConfig
+from planetserve.errors import SessionClosed
+from planetserve.swarm.node import SwarmNode
+from planetserve.types import Chain
+
+
+class ClientRuntime:
+    """Joins the swarm on construction; `close()` releases thread, process and sockets.
+
+    Raises:
+        PlanetServeError: the swarm cannot be joined.
+    """
+
+    def __init__(self, config: ClientConfig, facts: ModelFacts):
+        self.config = config
+        self.active: contextvars.ContextVar[InferenceSession | None] = contextvars.ContextVar(
+            "planetserve_session", default=None
+        )
+        """The session that `generate()` continues; one variable a model, so that an assistant
+        model inside `generate()` never takes its caller's session."""
+        self._manager = ChainManager(config, facts)
+        self._sessions: weakref.WeakSet[InferenceSession] = weakref.WeakSet()
+        self._latest: weakref.ref[InferenceSession] | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        self._portal = Portal()
+        try:
+            self._portal.call(self._manager.start())
+        except BaseException:
+            self._portal.close()
+            raise
+
+    def new_session(
+        self, *, max_length: int | None = None, lease_tokens: int | None = None
+    ) -> InferenceSession:
+        """A session that opens its chain at its first step."""
+        if self._closed:
+            raise SessionClosed("the model has been closed; load it again to use it")
+        session = InferenceSession(
+            self._manager, self._portal, max_length=max_length, lease_tokens=lease_tokens
+        )
+        with self._lock:
+            self._sessions.add(session)
+            self._latest = weakref.ref(session)
+        return session
+
+    @property
+    def node(self) -> SwarmNode:
+        """The client's place in the swarm."""
+        return self._manager.node
+
+    def current_chain(self) -> Chain:
+        """The latest session's last chain, or else the chain that a session would get now."""
+        latest = self._latest() if self._latest else None
+        chain = latest.chain if latest else None
+        return chain or self._manager.last_chain or self._portal.call(self._manager.plan(1, 1))
+
+    def close(self) -> None:
+        """Close every session and leave the swarm. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            sessions = list(self._sessions)
+        try:
+            self._portal.call(self._close(sessions))
+        finally:
+            self._portal.close()
+
+    async def _close(self, sessions: list[InferenceSession]) -> None:
+        for session in sessions:
+            await session.release()
+        await self._manager.close()

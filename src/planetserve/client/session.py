@@ -1,0 +1,235 @@
+"""An inference session: rows of KV cache held by a chain, and the history to rebuild them.
+
+Synchronous face of `RingSession`. A step either completes on the chain or the session moves: it
+leaves the failed chain, plans another without the peer at fault, replays its history there as one
+prefill, and sends the step again. Retries are bounded (`max_retries`); errors that a retry cannot
+mend are raised at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from types import TracebackType
+
+import torch
+
+from planetserve.client.chain_manager import ChainManager
+from planetserve.client.history import History
+from planetserve.client.portal import Portal
+from planetserve.client.ring import RingSession
+from planetserve.errors import (
+    ConfigError,
+    PlanetServeError,
+    SessionClosed,
+    SessionLengthError,
+)
+from planetserve.types import Chain
+from planetserve.wire.step import MAX_ROWS, RowSlice, StepTable
+
+logger = logging.getLogger(__name__)
+
+
+class InferenceSession:
+    """Rows of one batch on one chain at a time.
+
+    Args:
+        max_length: tokens per row this session may hold; a step past it raises
+            `SessionLengthError`. None: as many as the chain's servers allow.
+        lease_tokens: tokens per row to lease when the chain is opened (default: `max_length`).
+
+    Use as a context manager, or call `close()`. One step at a time; any thread.
+    """
+
+    def __init__(
+        self,
+        manager: ChainManager,
+        portal: Portal,
+        *,
+        max_length: int | None = None,
+        lease_tokens: int | None = None,
+    ):
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length={max_length} leaves no room for a token")
+        self.max_length = max_length
+        self.output_ids: torch.Tensor | None = None
+        """Token ids of the conversation so far `[batch, tokens]`; kept by `generate()`."""
+        self.attention_mask: torch.Tensor | None = None
+        """Mask that belongs to `output_ids`; None while every token counts."""
+        self.cache: object | None = None
+        """The Hugging Face cache that stands for this session; kept by `generate()`."""
+        self._lease_tokens = lease_tokens or max_length
+        self._manager = manager
+        self._portal = portal
+        self._ring: RingSession | None = None
+        self._history: History | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session has been closed."""
+        return self._closed
+
+    @property
+    def chain(self) -> Chain | None:
+        """The chain in use, or None before the first step."""
+        return self._ring.chain if self._ring else None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens held per row; empty before the first step."""
+        return self._history.lengths if self._history else ()
+
+    @property
+    def position(self) -> int:
+        """Tokens in the longest row. Setting a smaller one rolls every row back to it."""
+        return max(self.lengths, default=0)
+
+    @position.setter
+    def position(self, position: int) -> None:
+        if not 0 <= position <= self.position:
+            raise ConfigError(
+                f"position {position} is not within the {self.position} tokens of the session; "
+                "a session can only be rolled back"
+            )
+        if self._history is not None:
+            # Servers truncate when the next step starts here.
+            self._history.truncate([min(position, length) for length in self.lengths])
+
+    @property
+    def last_token_id(self) -> torch.Tensor | None:
+        """The last token of each row of `output_ids`, `[batch, 1]`."""
+        return None if self.output_ids is None else self.output_ids[:, -1:]
+
+    def step(
+        self, inputs_BTD: torch.Tensor, hypo_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run `[batch, tokens, hidden]` inputs through all blocks, appending to every row.
+
+        Args:
+            inputs_BTD: hidden states as the embedding makes them; the first call fixes the batch.
+            hypo_ids: row `i` first becomes a copy of row `hypo_ids[i]`.
+
+        Returns:
+            The outputs of the last block, same shape and dtype.
+        """
+        num_rows, num_tokens, width = inputs_BTD.shape
+        reorder = None if hypo_ids is None else tuple(int(row) for row in hypo_ids)
+        lengths = self.lengths or (0,) * num_rows
+        if reorder is not None:
+            lengths = tuple(lengths[row] for row in reorder)
+        rows = tuple(RowSlice(row, lengths[row], num_tokens) for row in range(num_rows))
+        table = StepTable(rows, None, reorder)
+        output_TD = self.run(num_rows, table, inputs_BTD.reshape(-1, width))
+        return output_TD.reshape(num_rows, num_tokens, width)
+
+    def run(
+        self, num_rows: int, table: StepTable, hidden_TD: torch.Tensor, *, keep_last: bool = False
+    ) -> torch.Tensor:
+        """Run one ragged step; see `wire/step.py` for what a table says.
+
+        Raises:
+            SessionLengthError: a row would pass `max_length`.
+            SessionClosed: the session or its model has been closed.
+            PlanetServeError: no chain could run the step within the bounded retries.
+        """
+        with self._lock:
+            if self._closed:
+                raise SessionClosed("this inference session is closed; open another")
+            self._check(num_rows, table)
+            if self._history is None:
+                self._history = History(num_rows)
+            return self._portal.call(self._run(num_rows, table, hidden_TD, keep_last))
+
+    def close(self) -> None:
+        """Release the servers' memory. Idempotent; safe from any thread."""
+        if not self._closed:
+            self._portal.post(self.release())
+
+    async def release(self) -> None:
+        """`close()` for callers on the portal's loop; returns when the servers have been told."""
+        self._closed = True
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            await ring.close()
+
+    def __enter__(self) -> InferenceSession:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check(self, num_rows: int, table: StepTable) -> None:
+        known = len(self.lengths)
+        if known and known != num_rows:
+            raise ConfigError(
+                f"this session holds a batch of {known}, got {num_rows} rows; open another session"
+            )
+        if num_rows > MAX_ROWS:
+            raise ConfigError(f"a batch of {num_rows} rows is over the limit of {MAX_ROWS}")
+        longest = max(piece.end for piece in table.rows)
+        if self.max_length is not None and longest > self.max_length:
+            raise SessionLengthError(
+                f"{longest} tokens do not fit the session's max_length={self.max_length}; "
+                "open a session with a larger max_length"
+            )
+
+    async def _run(
+        self, num_rows: int, table: StepTable, hidden_TD: torch.Tensor, keep_last: bool
+    ) -> torch.Tensor:
+        history = self._history
+        if history is None:
+            raise SessionClosed("this inference session is closed; open another")
+        longest = max(piece.end for piece in table.rows)
+        attempt = 0
+        while True:
+            try:
+                if self._ring is None:
+                    self._ring = await self._rebuild(num_rows, longest, history)
+                output_TD = await self._ring.step(table, hidden_TD, keep_last=keep_last)
+                history.append(table, hidden_TD)
+                self._manager.report_success(self._ring.chain)
+                return output_TD
+            except PlanetServeError as error:
+                await self._leave(error)
+                attempt += 1
+                delay_s = self._manager.retry_delay_s(error, attempt)
+                if delay_s is None:
+                    raise
+                logger.warning(
+                    "%s (%s); trying another chain (attempt %d)", error, error.code, attempt
+                )
+                await asyncio.sleep(delay_s)
+            except asyncio.CancelledError:
+                # Ctrl-C in the caller: what the servers hold is unknown, the history is not.
+                await self._leave(None)
+                raise
+
+    async def _rebuild(self, num_rows: int, longest: int, history: History) -> RingSession:
+        lease_tokens = max(longest, self._lease_tokens or 0)
+        ring = await self._manager.open_ring(num_rows, lease_tokens)
+        replay = history.replay()
+        if replay is None:
+            return ring
+        try:
+            await ring.step(*replay, keep_last=True)
+        except BaseException:
+            await ring.close()
+            raise
+        return ring
+
+    async def _leave(self, error: PlanetServeError | None) -> None:
+        ring, self._ring = self._ring, None
+        chain = ring.chain if ring else None
+        if ring is not None:
+            await ring.close()
+        if error is not None:
+            await self._manager.report_failure(error, chain)
+

@@ -1,0 +1,194 @@
+"""What a client and a hop share for one session, and the edge secrets that the client deals with it.
+
+A `ChannelSecret` comes out of a handshake and never leaves the process. The client draws one secret
+per edge of the ring and seals to each hop the two that the hop needs: of the edge that enters it
+and of the edge that leaves it. Hops never agree on keys with each other, so replacing a hop is a
+deal under the next epoch. Bytes in, bytes out: this module neither sends nor keeps time.
+
+Messages of a channel are opened in the order in which they were sealed, each once; the first that
+fails closes the channel. Secrets live in bytearrays that `wipe` and `erase` overwrite. Python gives
+no more than that: what `os.urandom` and the key exchange return is immutable and stays in freed
+memory until it is reused, and OpenSSL clears its copies of the keys on its own when their objects
+are dropped.
+
+AES-256-GCM as in RFC 5116 section 5.2, nonces as in its section 3.2: 4 fixed bytes, then a counter.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+from planetserve.errors import DecryptionFailed, LocalProtocolError
+from planetserve.wire.frame import Direction
+
+SECRET_BYTES = 32
+TAG_BYTES = 16
+KEY_BYTES = 32
+SALT_BYTES = 4
+DEAL_BYTES = 4 + 2 * SECRET_BYTES + TAG_BYTES
+
+_CHANNEL_INFO = b"planetserve/1 channel"
+_DEAL_CONTEXT = b"planetserve/1 deal"
+_DEAL = struct.Struct(">I32s32s")
+
+
+def new_edge_secret() -> bytearray:
+    """A fresh random secret for one edge in one epoch, `SECRET_BYTES` long."""
+    return bytearray(os.urandom(SECRET_BYTES))
+
+
+def wipe(*secrets: bytearray) -> None:
+    """Overwrite secrets with zeros, in place."""
+    for secret in secrets:
+        secret[:] = bytes(len(secret))
+
+
+def decryption_failed() -> DecryptionFailed:
+    """The error for whatever cannot be opened; its text tells a forger nothing."""
+    return DecryptionFailed("a sealed message was refused")
+
+
+class ChannelSecret:
+    """One end of the protected channel between a client and a hop.
+
+    Args:
+        secret: `SECRET_BYTES` from the handshake; taken over, and overwritten by `erase`.
+        sends: the direction of what this end seals: FORWARD at the client, BACKWARD at the hop.
+    """
+
+    def __init__(self, secret: bytearray, sends: Direction):
+        self._secret = secret
+        self._outgoing = _Cipher(secret, sends)
+        self._incoming = _Cipher(secret, Direction(1 - sends))
+        self.dealt_epoch = -1
+        """The latest epoch that was dealt through this end; deals only go up."""
+
+    def seal(self, plaintext: bytes | bytearray, context: bytes) -> bytes:
+        """The next message to the other end, `TAG_BYTES` longer than `plaintext`.
+
+        Raises:
+            LocalProtocolError: the channel has been erased.
+        """
+        return self._outgoing.seal(plaintext, context)
+
+    def open(self, blob: bytes | bytearray | memoryview, context: bytes) -> bytearray:
+        """The plaintext of the next message from the other end; the caller wipes it.
+
+        Raises:
+            DecryptionFailed: not the next message, not for `context`, or not from the other end.
+                The channel is erased: nothing more can be opened or sealed.
+        """
+        try:
+            return self._incoming.open(blob, context)
+        except DecryptionFailed:
+            self.erase()
+            raise
+
+    def erase(self) -> None:
+        """Overwrite the secret and drop the keys. Idempotent."""
+        wipe(self._secret)
+        self._outgoing.erase()
+        self._incoming.erase()
+
+    def __repr__(self) -> str:
+        return f"ChannelSecret({'erased' if self._outgoing.erased else 'live'})"
+
+
+def seal_deal(
+    channel: ChannelSecret,
+    epoch: int,
+    inbound_secret: bytes | bytearray,
+    outbound_secret: bytes | bytearray,
+) -> bytes:
+    """What the client sends to a hop: the secrets of its two edges from `epoch` on.
+
+    Raises:
+        LocalProtocolError: a secret of another length, an epoch that is not later than the last
+            one dealt, or a channel that has been erased.
+    """
+    if len(inbound_secret) != SECRET_BYTES or len(outbound_secret) != SECRET_BYTES:
+        raise LocalProtocolError(f"an edge secret has {SECRET_BYTES} bytes")
+    if not channel.dealt_epoch < epoch < 1 << 32:
+        raise LocalProtocolError(f"epoch {epoch} cannot follow epoch {channel.dealt_epoch}")
+    plaintext = bytearray(_DEAL.size)
+    _DEAL.pack_into(plaintext, 0, epoch, inbound_secret, outbound_secret)
+    try:
+        blob = channel.seal(plaintext, _DEAL_CONTEXT)
+    finally:
+        wipe(plaintext)
+    channel.dealt_epoch = epoch
+    return blob
+
+
+def open_deal(
+    channel: ChannelSecret, blob: bytes | bytearray | memoryview
+) -> tuple[int, bytearray, bytearray]:
+    """The epoch of a deal, and the secrets of the edges that enter and leave this hop.
+
+    The caller makes its openers and sealers of them and wipes them.
+
+    Raises:
+        DecryptionFailed: forged, replayed, out of order, or not later than the last deal. The
+            channel is erased.
+    """
+    plaintext = channel.open(blob, _DEAL_CONTEXT)
+    try:
+        if len(plaintext) != _DEAL.size:
+            channel.erase()
+            raise decryption_failed()
+        epoch = int.from_bytes(plaintext[:4], "big")
+        if epoch <= channel.dealt_epoch:
+            channel.erase()
+            raise decryption_failed()
+        channel.dealt_epoch = epoch
+        return epoch, plaintext[4 : 4 + SECRET_BYTES], plaintext[4 + SECRET_BYTES :]
+    finally:
+        wipe(plaintext)
+
+
+class _Cipher:
+    """One direction of a channel: a key, a salt and the number of the next message."""
+
+    def __init__(self, secret: bytearray, direction: Direction):
+        # The channel secret is uniform already, so HKDF's second half is enough: RFC 5869, 3.3.
+        info = _CHANNEL_INFO + bytes([direction])
+        material = bytearray(KEY_BYTES + SALT_BYTES)
+        HKDFExpand(hashes.SHA256(), len(material), info).derive_into(secret, material)
+        self._aead: AESGCM | None = AESGCM(memoryview(material)[:KEY_BYTES])
+        self._salt = bytes(material[KEY_BYTES:])
+        self._counter = 0
+        wipe(material)
+
+    @property
+    def erased(self) -> bool:
+        return self._aead is None
+
+    def seal(self, plaintext: bytes | bytearray, context: bytes) -> bytes:
+        if self._aead is None:
+            raise LocalProtocolError("this channel is closed and its keys are gone")
+        return self._aead.encrypt(self._next_nonce(), plaintext, context)
+
+    def open(self, blob: bytes | bytearray | memoryview, context: bytes) -> bytearray:
+        if self._aead is None or len(blob) < TAG_BYTES:
+            raise decryption_failed()
+        plaintext = bytearray(len(blob) - TAG_BYTES)
+        try:
+            self._aead.decrypt_into(self._next_nonce(), blob, context, plaintext)
+        except InvalidTag:
+            raise decryption_failed() from None
+        return plaintext
+
+    def erase(self) -> None:
+        self._aead = None
+
+    def _next_nonce(self) -> bytes:
+        # Advanced before it is used: no failure can make a nonce serve twice.
+        nonce = self._salt + self._counter.to_bytes(8, "big")
+        self._counter += 1
+        return nonce

@@ -1,0 +1,76 @@
+"""Settings and measurements of an engine: plain values, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planetserve.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an engine serves its span.
+
+    Attributes:
+        attn_cache_tokens: tokens of KV cache, shared by all sessions.
+        page_size: tokens per KV page.
+        max_batch_tokens: token budget of one forward pass.
+        inference_max_length: longest row a session may have.
+        attention_backend: name in `planetserve.engine.attention.BACKENDS`.
+        scheduling_policy: name in `planetserve.scheduler.policies.POLICIES`.
+        num_threads: CPU threads of the engine thread; None leaves torch's choice.
+        max_queued_steps: unfinished steps a session may have at once.
+        max_peer_share: the largest part of the KV cache that one peer's sessions may lease.
+        check_finite: refuse steps whose hidden states are not all finite numbers.
+    """
+
+    attn_cache_tokens: int
+    page_size: int = 16
+    max_batch_tokens: int = 512
+    inference_max_length: int = 2048
+    attention_backend: str = "sdpa"
+    scheduling_policy: str = "deficit_round_robin"
+    num_threads: int | None = None
+    max_queued_steps: int = 64
+    max_peer_share: float = 1.0
+    check_finite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attn_cache_tokens < self.page_size:
+            raise ConfigError(
+                f"attn_cache_tokens {self.attn_cache_tokens} is less than one page of "
+                f"{self.page_size} tokens; give more"
+            )
+        if min(self.inference_max_length, self.max_queued_steps, self.num_threads or 1) < 1:
+            raise ConfigError(
+                "inference_max_length, max_queued_steps and num_threads must be at least 1"
+            )
+
+    @property
+    def num_pages(self) -> int:
+        return self.attn_cache_tokens // self.page_size
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """An engine at one moment.
+
+    Attributes:
+        pages_total: pages of the KV cache.
+        pages_used: pages that hold tokens.
+        pages_leased: pages promised to open sessions.
+        free_cache_tokens: tokens that new sessions could lease.
+        num_sessions: open sessions.
+        queued_tokens: tokens of accepted steps that have not run yet.
+        decode_ms_per_block: what one block adds to a decode step's time, on the recent load.
+        tokens_per_s_per_block: tokens per second through one block in large batches.
+    """
+
+    pages_total: int
+    pages_used: int
+    pages_leased: int
+    free_cache_tokens: int
+    num_sessions: int
+    queued_tokens: int
+    decode_ms_per_block: float
+    tokens_per_s_per_block: float

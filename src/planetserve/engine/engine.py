@@ -1,0 +1,211 @@
+"""The engine: a span of blocks on its own thread, with a door for the server's event loop.
+
+The loop's thread opens sessions, submits steps and closes sessions; none of these calls waits.
+`worker` is what runs on the other side of the door. Leases, futures and queue limits belong to the
+loop's thread; the scheduler, pages and tensors to the engine thread. Commands travel in one queue,
+in order, so a page freed by a close is free before a session that was opened later can need it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import threading
+
+import torch
+
+from planetserve.clock import Clock
+from planetserve.engine.config import EngineConfig, EngineStats
+from planetserve.engine.span_runner import SpanRunner
+from planetserve.engine.worker import Job, Worker
+from planetserve.errors import (
+    PlanetServeError,
+    QueueFull,
+    RemoteProtocolError,
+    SessionClosed,
+    SessionError,
+    SessionLengthError,
+)
+from planetserve.scheduler.batch import WorkItem
+from planetserve.scheduler.leases import Leases
+from planetserve.types import BlockSpan
+from planetserve.wire.step import StepTable
+
+
+class Engine:
+    """Serves the span of `runner` to many sessions at once.
+
+    All methods are for one thread, the event loop's, unless they say otherwise.
+    """
+
+    def __init__(self, runner: SpanRunner, config: EngineConfig, clock: Clock):
+        self.runner = runner
+        self.config = config
+        self._leases = Leases(
+            runner.num_pages, runner.page_size, clock, max_peer_share=config.max_peer_share
+        )
+        # Per open session, its unfinished steps and how many tokens each has.
+        self._pending: dict[bytes, dict[asyncio.Future[torch.Tensor], int]] = {}
+        self._max_length = min(config.inference_max_length, runner.num_pages * runner.page_size)
+        self._num_items = 0
+        self._worker = Worker(runner, config, clock)
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        if self._thread is not None or self._is_closed:
+            raise SessionError("an engine can be started once")
+        self._thread = threading.Thread(target=self._worker.run, name="planetserve-engine")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread after its current tick and fail pending steps with `SessionClosed`."""
+        self._is_closed = True
+        self._worker.stop()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        for session_id in list(self._pending):
+            self.close_session(session_id)
+
+    def open_session(
+        self,
+        session_id: bytes,
+        peer_id: str,
+        num_rows: int,
+        max_length: int,
+        span: BlockSpan | None = None,
+    ) -> None:
+        """Admit a session of `num_rows` rows of up to `max_length` tokens.
+
+        Its steps pass the blocks of `span`, by default all that are loaded.
+
+        Raises:
+            RemoteProtocolError: `span` is not within the loaded blocks.
+            SessionLengthError: longer than the server's `inference_max_length`.
+            CacheExhausted: the pages are not free; says when to ask again.
+            SessionError: the id is in use.
+            SessionClosed: the engine is closing.
+        """
+        span = span or self.runner.span
+        if not self.runner.span.covers(span):
+            raise RemoteProtocolError(
+                f"blocks {span} are not within {self.runner.span}, served here"
+            )
+        self._check_length(max_length)
+        if self._is_closed:
+            raise SessionClosed("this server is shutting down")
+        self._leases.open(session_id, peer_id, num_rows, max_length)
+        self._pending[session_id] = {}
+        self._worker.post(functools.partial(self._worker.open, session_id, num_rows, span))
+
+    def close_session(self, session_id: bytes) -> None:
+        """Drop a session: its pages are free after the current tick, its pending steps fail.
+
+        Closing twice, or a session that never was, does nothing.
+        """
+        pending = self._pending.pop(session_id, None)
+        if pending is None:
+            return
+        self._leases.close(session_id)
+        for future in pending:
+            if not future.done() and not future.get_loop().is_closed():
+                future.set_exception(SessionClosed("the session was closed"))
+                future.exception()  # nobody has to wait for a step of a session they closed
+        self._worker.post(functools.partial(self._worker.forget, session_id))
+
+    def submit(
+        self, session_id: bytes, table: StepTable, hidden_TD: torch.Tensor
+    ) -> asyncio.Future[torch.Tensor]:
+        """Queue a step behind the session's earlier ones.
+
+        Args:
+            session_id: an open session.
+            table: which tokens of which rows.
+            hidden_TD: `[table.num_tokens, hidden]`; must not be changed until the step is done.
+
+        Returns:
+            A future of the span's output in the same layout, on the CPU in the span's dtype. It may
+            fail with SessionError (positions that do not fit), RemoteProtocolError (numbers that
+            are not finite), RemoteError (the pass failed; the session is lost) or SessionClosed.
+
+        Raises:
+            SessionError: no such session.
+            SessionLengthError: past the server's `inference_max_length`.
+            CacheExhausted: past what the session leased, with nothing left to lease.
+            QueueFull: too many unfinished steps.
+            RemoteProtocolError: the tensor's shape does not fit the table or the model.
+        """
+        pending = self._pending.get(session_id)
+        if pending is None:
+            raise SessionError("no session with this id is open here")
+        length = max((piece.end for piece in table.rows), default=0)
+        self._check_length(length)
+        num_tokens = table.num_tokens
+        if tuple(hidden_TD.shape) != (num_tokens, self.runner.hidden_size):
+            raise RemoteProtocolError(
+                f"a step of {num_tokens} tokens needs a tensor of "
+                f"{num_tokens} x {self.runner.hidden_size}, got {tuple(hidden_TD.shape)}"
+            )
+        self._leases.ensure(session_id, length)
+        queued = sum(pending.values())
+        if len(pending) >= self.config.max_queued_steps or (
+            queued and queued + num_tokens > self._leases.leased_tokens(session_id)
+        ):
+            raise QueueFull("the session has too many unfinished steps; wait for their results")
+        future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
+        pending[future] = num_tokens
+        future.add_done_callback(pending.pop)
+        item = WorkItem(self._num_items, session_id, table.rows, table.reorder)
+        self._num_items += 1
+        job = Job(item, table.positions, hidden_TD, future)
+        self._worker.post(functools.partial(self._worker.accept, job))
+        return future
+
+    def stats(self) -> EngineStats:
+        """What the engine holds and how fast it has been lately."""
+        pages_used, queued_tokens = self._worker.usage
+        decode_ms, tokens_per_s = self._worker.speed
+        return EngineStats(
+            pages_total=self.runner.num_pages,
+            pages_used=pages_used,
+            pages_leased=self._leases.leased_pages,
+            free_cache_tokens=self._leases.free_tokens,
+            num_sessions=len(self._pending),
+            queued_tokens=queued_tokens,
+            decode_ms_per_block=decode_ms,
+            tokens_per_s_per_block=tokens_per_s,
+        )
+
+    def measure(self) -> None:
+        """Time a short prompt and a few single steps; blocks for less than a second or so.
+
+        For after `start` and before the first session. The cache is empty again afterwards.
+
+        Raises:
+            SessionError: the engine is not running, or has sessions.
+            RemoteError: the pass failed.
+        """
+        if self._thread is None or self._pending:
+            raise SessionError("measure an engine that is started and has no sessions")
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                self._worker.measure(self._max_length)
+            except PlanetServeError as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._worker.post(run)
+        done.result()
+
+    def _check_length(self, length: int) -> None:
+        if length > self._max_length:
+            raise SessionLengthError(
+                f"{length} tokens are more than the {self._max_length} that this server allows "
+                "in a session"
+            )

@@ -1,0 +1,79 @@
+"""Keys and values of every session in pages, one pair of tensors per layer.
+
+Knows slots and pages only; which session owns them is the scheduler's business. Shapes are taken
+from the first keys and values that each layer writes, because they differ between families (and
+keys from values, under multi-head latent attention). Legend: P pages, S tokens per page, K heads of
+keys and values, D width of a head, T tokens.
+
+The page after the last one is never written: it stays zero and pads batched reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPages:
+    """One layer's cache: `keys_PSKD` and `values_PSKD`, and the same memory by slot."""
+
+    keys_PSKD: torch.Tensor
+    values_PSKD: torch.Tensor
+    keys_NKD: torch.Tensor
+    values_NKD: torch.Tensor
+
+
+class PagedKvCache:
+    """`num_pages` pages of `page_size` tokens for `num_layers` layers."""
+
+    def __init__(self, num_layers: int, num_pages: int, page_size: int):
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._layers: list[LayerPages | None] = [None] * num_layers
+
+    @property
+    def null_page(self) -> int:
+        """A page of zeros that belongs to nobody."""
+        return self.num_pages
+
+    def write(
+        self, layer: int, slots_T: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor
+    ) -> LayerPages:
+        """Store the keys and values of T tokens of one layer and return that layer's pages."""
+        pages = self._layers[layer]
+        if pages is None:
+            pages = self._layers[layer] = self._make_layer(key_TKD, value_TKD)
+        pages.keys_NKD.index_copy_(0, slots_T, key_TKD)
+        pages.values_NKD.index_copy_(0, slots_T, value_TKD)
+        return pages
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy `(source, destination)` pages in all layers; every source is read first."""
+        if not copies:
+            return
+        for layer in self._layers:
+            if layer is None:
+                continue
+            for tensor in (layer.keys_PSKD, layer.values_PSKD):
+                sources, targets = torch.tensor(copies, device=tensor.device).unbind(1)
+                tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Fill pages with zeros in all layers."""
+        if not pages:
+            return
+        for layer in self._layers:
+            if layer is None:
+                continue
+            for tensor in (layer.keys_PSKD, layer.values_PSKD):
+                tensor.index_fill_(0, torch.tensor(pages, device=tensor.device), 0)
+
+    def _make_layer(self, key_TKD: torch.Tensor, value_TKD: torch.Tensor) -> LayerPages:
+        # Fresh zeroed memory takes no physical pages before it is written.
+        shape = (self.num_pages + 1, self.page_size)
+        keys = key_TKD.new_zeros(*shape, *key_TKD.shape[1:])
+        values = value_TKD.new_zeros(*shape, *value_TKD.shape[1:])
+        return LayerPages(keys, values, keys.flatten(0, 1), values.flatten(0, 1))

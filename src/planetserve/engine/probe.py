@@ -1,0 +1,172 @@
+"""Decides at load time whether a span may be batched raggedly, by trying it; never by a list.
+
+A few steps of two sessions (prompts of different lengths, single tokens, a rollback, a chunk) go
+through the ragged runner and, sequence by sequence, through the plain one, which uses the model's
+own attention. Only if every layer called the paged attention exactly once per pass and all outputs
+agree is the span served raggedly. What a short run cannot show (a window longer than the probe, an
+argument this project does not know) is refused in `attention` while the probe runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from planetserve.engine import attention
+from planetserve.engine.plain_runner import PlainRunner
+from planetserve.engine.ragged_runner import RaggedRunner
+from planetserve.errors import ModelError
+from planetserve.model.skeleton import SpanBlocks
+from planetserve.scheduler.batch import ScheduledBatch, WorkItem
+from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from planetserve.wire.step import RowSlice
+
+logger = logging.getLogger(__name__)
+
+_PAGE_SIZE = 4
+_NUM_PAGES = 16
+_SEED = 20240731
+
+_FLOAT32_TOLERANCE = 1e-4
+_HALF_TOLERANCE = 5e-2
+_HALF_QUORUM = 0.75
+"""In half precision a near tie between experts may flip; this part of all tokens must agree."""
+
+# Per tick: (session, first position, tokens).
+_SCRIPT = (
+    ((0, 0, 11), (1, 0, 5)),
+    ((0, 11, 1), (1, 5, 1)),
+    ((0, 9, 2), (1, 6, 1)),
+    ((0, 11, 1), (1, 7, 6)),
+    ((1, 13, 1), (0, 12, 1)),
+)
+
+
+class _Step(NamedTuple):
+    batch: ScheduledBatch
+    hidden_TD: torch.Tensor
+    positions_T: torch.Tensor
+
+
+def why_not_ragged(
+    blocks: SpanBlocks,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: attention.AttentionBackend,
+) -> str | None:
+    """Why the span must run one sequence per pass, or None if it can be batched raggedly.
+
+    Leaves the span's attention as it was.
+
+    Raises:
+        ModelError: passes over a cache do not give what one pass over everything gives, so the
+            span cannot be served in steps at all.
+    """
+    if blocks.rotary_depends_on_length:
+        return "its rotary embedding depends on the longest position in a pass"
+    steps = list(_steps(_inputs(hidden_size, dtype, device)))
+    own_attention: str = blocks.base.config._attn_implementation  # noqa: SLF001 - has no public name
+    expected = _run_plain(blocks, steps)
+    blocks.set_attention(attention.NAME)
+    try:
+        return _try_ragged(blocks, steps, expected, backend)
+    finally:
+        blocks.set_attention(own_attention)
+
+
+def agree(actual_TD: torch.Tensor, expected_TD: torch.Tensor, hidden_TD: torch.Tensor) -> bool:
+    """Whether two results of a span are the same up to the noise of their dtype.
+
+    Measured per token against what the span added to `hidden_TD`, its input.
+    """
+    half = expected_TD.dtype != torch.float32
+    tolerance = _HALF_TOLERANCE if half else _FLOAT32_TOLERANCE
+    rounding = 4 * torch.finfo(expected_TD.dtype).eps
+    actual, expected, hidden = (x.float() for x in (actual_TD, expected_TD, hidden_TD))
+    error_T = (actual - expected).norm(dim=-1)
+    allowed_T = tolerance * (expected - hidden).norm(dim=-1) + rounding * expected.norm(dim=-1)
+    share = (error_T <= allowed_T).float().mean().item()
+    return share >= (_HALF_QUORUM if half else 1.0)
+
+
+def _try_ragged(
+    blocks: SpanBlocks,
+    steps: list[_Step],
+    expected: list[torch.Tensor],
+    backend: attention.AttentionBackend,
+) -> str | None:
+    ragged = RaggedRunner(blocks, _NUM_PAGES, _PAGE_SIZE, backend)
+    actual = []
+    for step in steps:
+        try:
+            ragged.prepare(step.batch)
+            actual.append(_run(ragged, step, blocks))
+        except attention.UnsupportedAttention as error:
+            return str(error)
+        except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
+            logger.debug("the probe's ragged pass failed", exc_info=True)
+            return f"its code fails on a batch of several sequences ({type(error).__name__})"
+        if ragged.layers_seen != list(range(len(blocks.span))):
+            seen = len(ragged.layers_seen)
+            return f"{seen} calls of the paged attention from {len(blocks.span)} layers"
+    hidden = torch.cat([step.hidden_TD for step in steps])
+    if not agree(torch.cat(actual), torch.cat(expected), hidden):
+        return "batched and single passes differ"
+    return None
+
+
+def _run_plain(blocks: SpanBlocks, steps: list[_Step]) -> list[torch.Tensor]:
+    """The steps' outputs one sequence at a time, checked against one whole pass per session."""
+    plain = PlainRunner(blocks)
+    outputs = []
+    tokens: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], []]
+    for step in steps:
+        plain.prepare(step.batch)
+        outputs.append(_run(plain, step, blocks))
+        new = iter(zip(step.hidden_TD, outputs[-1], strict=True))
+        for piece in step.batch.pieces:
+            del tokens[piece.item_id][piece.start :]
+            tokens[piece.item_id] += itertools.islice(new, piece.num_tokens)
+    for session in tokens:
+        hidden, output = (torch.stack(part) for part in zip(*session, strict=True))
+        positions = torch.arange(len(session), device=hidden.device)
+        if not agree(output, blocks.run(hidden[None], positions[None])[0], hidden):
+            raise ModelError(
+                f"{blocks.model_name}: steps over a cache do not reproduce one whole pass, "
+                "so it cannot be served"
+            )
+    return outputs
+
+
+def _run(runner: PlainRunner | RaggedRunner, step: _Step, blocks: SpanBlocks) -> torch.Tensor:
+    return runner.forward(step.batch.pieces, step.hidden_TD, step.positions_T, blocks.span)
+
+
+def _inputs(hidden_size: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """Random hidden states per session, scaled so that rounding is small beside what layers add."""
+    generator = torch.Generator().manual_seed(_SEED)
+    scale = 1.0 if dtype == torch.float32 else 0.1
+    return [
+        (scale * torch.randn(16, hidden_size, generator=generator)).to(device, dtype)
+        for _ in range(2)
+    ]
+
+
+def _steps(inputs: list[torch.Tensor]) -> Iterator[_Step]:
+    scheduler = Scheduler(SchedulerConfig(_NUM_PAGES, _PAGE_SIZE))
+    sessions = [bytes([0]), bytes([1])]
+    for session_id in sessions:
+        scheduler.open(session_id, num_rows=1)
+    for tick in _SCRIPT:
+        for session, start, count in tick:
+            scheduler.add(WorkItem(session, sessions[session], (RowSlice(0, start, count),)))
+        batch = scheduler.schedule()
+        scheduler.commit(batch)
+        hidden = [inputs[piece.item_id][piece.start : piece.end] for piece in batch.pieces]
+        positions = [torch.arange(piece.start, piece.end) for piece in batch.pieces]
+        yield _Step(batch, torch.cat(hidden), torch.cat(positions).to(inputs[0].device))

@@ -1,0 +1,187 @@
+"""The geometry of one ragged batch: which keys each token may see, and where they lie.
+
+Computed once per batch and per kind of visibility (full, sliding window, chunked), then used by
+every layer. Pieces of equal length whose contexts are about as long are put in one group, so that
+one attention call serves them all; a group of one reads its keys in place when its pages are
+consecutive.
+
+Legend: B pieces in a group, T new tokens per piece, S visible keys, N pages.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from planetserve.scheduler.batch import Piece
+
+MAX_GROUPED_TOKENS = 16
+"""Pieces with more new tokens than this are never grouped."""
+
+_MAX_PADDING = 2
+"""A group's longest context may be this many times its shortest."""
+
+
+class Visibility(NamedTuple):
+    """Which earlier tokens a token sees: all, the last `window`, or those of its own chunk."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def first_key(self, position: int) -> int:
+        """The earliest position that the token at `position` sees."""
+        if self.chunk is not None:
+            return position - position % self.chunk
+        if self.window is not None:
+            return max(0, position + 1 - self.window)
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Pieces that one attention call serves.
+
+    Attributes:
+        num_pieces: B.
+        num_tokens: T.
+        tokens: where the B * T tokens are in the batch: a slice, or an index tensor.
+        is_fresh: the whole visible context is among the new tokens; nothing is read from pages.
+        slots: the keys' slots if they are consecutive (only for B = 1).
+        pages: else the pages to gather, `[B * N]`, shorter tables padded with the null page.
+        keys: which of the gathered `N * S` keys count (only for B = 1).
+        mask_BTS: True where a token sees a key; None if every token sees every key, or, when
+            `is_fresh`, if plain causality says it all.
+    """
+
+    num_pieces: int
+    num_tokens: int
+    tokens: slice | torch.Tensor
+    is_fresh: bool
+    slots: slice | None
+    pages: torch.Tensor | None
+    keys: slice | None
+    mask_BTS: torch.Tensor | None
+
+
+class RaggedBatch:
+    """Pieces laid end to end in one `[1, tokens, hidden]` pass."""
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        page_size: int,
+        null_page: int,
+        max_grouped_context: int,
+        device: torch.device,
+    ):
+        """Args:
+        max_grouped_context: contexts of more tokens are not grouped, because gathering them
+            costs more than separate calls.
+        """
+        self._pieces = pieces
+        self._page_size = page_size
+        self._null_page = null_page
+        self._max_grouped_pages = max_grouped_context // page_size
+        self._device = device
+        self._groups: dict[Visibility, tuple[Group, ...]] = {}
+        slots = array("q")
+        self._offsets = []
+        for piece in pieces:
+            self._offsets.append(len(slots))
+            slots.extend(piece.slots)
+        self.slots_T = torch.frombuffer(slots, dtype=torch.int64).to(device)
+
+    def groups(self, visibility: Visibility) -> tuple[Group, ...]:
+        """The attention calls that serve the batch; together they cover every token once."""
+        found = self._groups.get(visibility)
+        if found is None:
+            found = self._groups[visibility] = tuple(self._make_groups(visibility))
+        return found
+
+    def _make_groups(self, visibility: Visibility) -> list[Group]:
+        groups = []
+        short: dict[int, list[tuple[int, int]]] = {}
+        for index, piece in enumerate(self._pieces):
+            num_pages = len(piece.pages) - visibility.first_key(piece.start) // self._page_size
+            if piece.num_tokens <= MAX_GROUPED_TOKENS and num_pages <= self._max_grouped_pages:
+                short.setdefault(piece.num_tokens, []).append((num_pages, index))
+            else:
+                groups.append(self._single(index, visibility))
+        for sized in short.values():
+            sized.sort()
+            while sized:
+                limit = sized[0][0] * _MAX_PADDING
+                count = next((i for i, (size, _) in enumerate(sized) if size > limit), len(sized))
+                members, sized = sorted(index for _, index in sized[:count]), sized[count:]
+                if len(members) == 1:
+                    groups.append(self._single(members[0], visibility))
+                else:
+                    groups.append(self._several(members, visibility))
+        return groups
+
+    def _single(self, index: int, visibility: Visibility) -> Group:
+        piece = self._pieces[index]
+        offset, start, end = self._offsets[index], piece.start, piece.end
+        first = visibility.first_key(start)
+        is_fresh = start == 0
+        mask = None
+        if piece.num_tokens > 1 and not (is_fresh and visibility.first_key(end - 1) == 0):
+            mask = _mask(
+                torch.arange(start, end, device=self._device)[None, :, None],
+                torch.arange(first, end, device=self._device)[None, None, :],
+                visibility,
+            )
+        tokens = slice(offset, offset + piece.num_tokens)
+        if is_fresh:
+            return Group(1, piece.num_tokens, tokens, True, None, None, None, mask)
+        first_page = first // self._page_size
+        skip, pages = first - first_page * self._page_size, piece.pages[first_page:]
+        keys = slice(skip, skip + end - first)
+        if pages == array("i", range(pages[0], pages[0] + len(pages))):
+            base = pages[0] * self._page_size
+            slots = slice(base + keys.start, base + keys.stop)
+            return Group(1, piece.num_tokens, tokens, False, slots, None, None, mask)
+        table = torch.frombuffer(pages, dtype=torch.int32).to(self._device)
+        return Group(1, piece.num_tokens, tokens, False, None, table, keys, mask)
+
+    def _several(self, members: list[int], visibility: Visibility) -> Group:
+        size, num_tokens = self._page_size, self._pieces[members[0]].num_tokens
+        pieces = [self._pieces[index] for index in members]
+        first_pages = [visibility.first_key(piece.start) // size for piece in pieces]
+        tables = [piece.pages[first:] for piece, first in zip(pieces, first_pages, strict=True)]
+        num_pages = max(map(len, tables))
+        flat = array("i")
+        for table in tables:
+            flat.extend(table)
+            flat.extend([self._null_page] * (num_pages - len(table)))
+        pages = torch.frombuffer(flat, dtype=torch.int32).to(self._device)
+        numbers = torch.tensor(
+            [(piece.start, first * size) for piece, first in zip(pieces, first_pages, strict=True)],
+            device=self._device,
+        )
+        queries_BT1 = numbers[:, :1, None] + torch.arange(num_tokens, device=self._device)[:, None]
+        keys_B1S = numbers[:, 1:, None] + torch.arange(num_pages * size, device=self._device)
+        mask = _mask(queries_BT1, keys_B1S, visibility)
+        tokens = self._token_index(members, num_tokens)
+        return Group(len(members), num_tokens, tokens, False, None, pages, None, mask)
+
+    def _token_index(self, members: list[int], num_tokens: int) -> slice | torch.Tensor:
+        offsets = [self._offsets[index] for index in members]
+        first, count = offsets[0], len(members)
+        if offsets == list(range(first, first + count * num_tokens, num_tokens)):
+            return slice(first, first + count * num_tokens)
+        starts = torch.tensor(offsets, device=self._device)[:, None]
+        return (starts + torch.arange(num_tokens, device=self._device)).flatten()
+
+
+def _mask(queries: torch.Tensor, keys: torch.Tensor, visibility: Visibility) -> torch.Tensor:
+    mask = keys <= queries
+    if visibility.chunk is not None:
+        mask &= keys >= queries - queries % visibility.chunk
+    elif visibility.window is not None:
+        mask &= keys > queries - visibility.window
+    return mask

@@ -1,0 +1,61 @@
+"""Runs all pieces of a batch in one `[1, tokens, hidden]` pass over the paged cache.
+
+The model's own layers see one long sequence; only the attention function knows where one session
+ends and the next begins. That is right for models whose layers mix tokens nowhere but in their
+attention, which `probe` establishes before this runner is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from planetserve.engine.attention import AttentionBackend, RaggedPass, register
+from planetserve.engine.kv_cache import PagedKvCache
+from planetserve.engine.ragged import RaggedBatch
+from planetserve.model.skeleton import SpanBlocks
+from planetserve.scheduler.batch import Piece, ScheduledBatch
+from planetserve.types import BlockSpan
+
+
+class RaggedRunner:
+    """A span over `num_pages` pages. The span's attention must be set to `attention.NAME`."""
+
+    def __init__(
+        self, blocks: SpanBlocks, num_pages: int, page_size: int, backend: AttentionBackend
+    ):
+        register()
+        self._blocks = blocks
+        self._backend = backend
+        self._cache = PagedKvCache(len(blocks.span), num_pages, page_size)
+        self.layers_seen: list[int] = []
+        """The layers that attended in the last pass, in order, counted from the span's first."""
+
+    def prepare(self, batch: ScheduledBatch) -> None:
+        """Copy and clear pages as the batch says."""
+        self._cache.copy_pages(batch.copies)
+        self._cache.clear_pages(batch.cleared_pages)
+
+    def forward(
+        self,
+        pieces: Sequence[Piece],
+        hidden_TD: torch.Tensor,
+        positions_T: torch.Tensor,
+        span: BlockSpan,
+    ) -> torch.Tensor:
+        """Hidden states after the blocks of `span`, `[T, D]`. May be repeated for the same pieces.
+
+        Raises:
+            UnsupportedAttention: a layer asks for attention that pages do not provide.
+        """
+        geometry = RaggedBatch(
+            pieces,
+            self._cache.page_size,
+            self._cache.null_page,
+            self._backend.max_grouped_context(hidden_TD.device),
+            hidden_TD.device,
+        )
+        ragged = RaggedPass(geometry, self._cache, self._backend, self._blocks.span.start)
+        self.layers_seen = ragged.layers_seen
+        return self._blocks.run(hidden_TD[None], positions_T[None], span=span, ragged=ragged)[0]

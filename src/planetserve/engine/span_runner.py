@@ -1,0 +1,100 @@
+"""A span of a model that runs scheduled batches: ragged where the model allows it, else plain.
+
+The mode is found by `probe` when the runner is made. Both modes take the same batches and give the
+same results; only speed and limits differ. Used by one thread, the engine's; every call happens
+under `torch.inference_mode`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from planetserve.engine import attention
+from planetserve.engine.plain_runner import PlainRunner
+from planetserve.engine.probe import why_not_ragged
+from planetserve.engine.ragged_runner import RaggedRunner
+from planetserve.model.skeleton import SpanBlocks
+from planetserve.scheduler.batch import Piece, ScheduledBatch
+from planetserve.types import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+
+class SpanRunner:
+    """Blocks over a KV cache of `num_pages` pages.
+
+    Args:
+        blocks: the loaded span.
+        num_pages: pages of the KV cache.
+        page_size: tokens per page.
+        attention_backend: name in `attention.BACKENDS`.
+        allow_ragged: False runs one sequence per pass without trying anything else.
+
+    Raises:
+        ConfigError: unknown backend.
+        ModelError: the span cannot be run in steps.
+    """
+
+    def __init__(
+        self,
+        blocks: SpanBlocks,
+        num_pages: int,
+        page_size: int,
+        attention_backend: str = "sdpa",
+        allow_ragged: bool = True,
+    ):
+        backend = attention.BACKENDS.create(attention_backend)
+        self.device: torch.device = next(blocks.layers[0].parameters()).device
+        self.dtype: torch.dtype = blocks.base.config.dtype
+        self.span = blocks.span
+        self.hidden_size: int = blocks.base.config.hidden_size
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.bytes_per_token = self.dtype.itemsize * sum(
+            shape.num_heads * (shape.key_dim + shape.value_dim) for shape in blocks.kv_shapes()
+        )
+        """KV cache bytes of one token in all blocks."""
+        self.chunkable = not blocks.rotary_depends_on_length
+        """Whether the new tokens of a row may be spread over several passes."""
+        reason: str | None = "it is switched off"
+        if allow_ragged:
+            with torch.inference_mode():
+                reason = why_not_ragged(blocks, self.hidden_size, self.dtype, self.device, backend)
+        self.is_ragged = reason is None
+        self._runner: RaggedRunner | PlainRunner
+        if reason is None:
+            blocks.set_attention(attention.NAME)
+            self._runner = RaggedRunner(blocks, num_pages, page_size, backend)
+        else:
+            logger.info(
+                "%s %s runs one sequence per pass: %s", blocks.model_name, blocks.span, reason
+            )
+            self._runner = PlainRunner(blocks)
+
+    def prepare(self, batch: ScheduledBatch) -> None:
+        """Carry out what the batch says about sequences and pages; once, before `forward`."""
+        self._runner.prepare(batch)
+
+    def forward(
+        self,
+        pieces: Sequence[Piece],
+        hidden_TD: torch.Tensor,
+        positions_T: torch.Tensor,
+        span: BlockSpan | None = None,
+    ) -> torch.Tensor:
+        """Compute pieces of a batch that has been prepared. May be repeated for the same pieces.
+
+        Args:
+            pieces: at least one.
+            hidden_TD: the pieces' hidden states, one after the other, in the span's dtype and on
+                its device.
+            positions_T: their rotary positions.
+            span: the blocks they pass, by default all; always the same for one sequence.
+
+        Returns:
+            Hidden states after these blocks, in the same order.
+        """
+        return self._runner.forward(pieces, hidden_TD, positions_T, span or self.span)

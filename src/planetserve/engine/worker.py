@@ -1,0 +1,280 @@
+"""What runs on the engine thread: commands in, one batch after the other, results out.
+
+A `Worker` owns the scheduler, the jobs, the pages and the device. `post` is the only method for
+other threads; a posted command runs on the engine thread, in order, before the next batch. Results
+go back through `loop.call_soon_threadsafe`, one wake-up per tick. A failing pass fails only the
+sessions whose steps fail when run alone, and never the thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from planetserve.clock import Clock
+from planetserve.engine.config import EngineConfig
+from planetserve.engine.span_runner import SpanRunner
+from planetserve.engine.speed import Speedometer
+from planetserve.errors import PlanetServeError, RemoteError, RemoteProtocolError, SessionError
+from planetserve.scheduler.batch import Piece, WorkItem
+from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from planetserve.types import BlockSpan
+from planetserve.wire.step import RowSlice
+
+logger = logging.getLogger(__name__)
+
+_Result = tuple["asyncio.Future[torch.Tensor]", torch.Tensor | PlanetServeError]
+
+_MEASURE_SESSION = b"measure"
+_MEASURE_ITEM = -1
+_MEASURE_PREFILL = 64
+_MEASURE_DECODES = 8
+_MEASURE_LIMIT_S = 0.6
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A submitted step on its way through the engine. `future` is None for measurements."""
+
+    item: WorkItem
+    positions: tuple[int, ...] | None
+    hidden_TD: torch.Tensor
+    future: asyncio.Future[torch.Tensor] | None
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+
+class Worker:
+    """The engine thread's state and loop."""
+
+    def __init__(self, runner: SpanRunner, config: EngineConfig, clock: Clock):
+        self._runner = runner
+        self._config = config
+        self._clock = clock
+        self._wake = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._is_closing = False
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                runner.num_pages,
+                runner.page_size,
+                config.max_batch_tokens,
+                policy=config.scheduling_policy,
+                chunkable=runner.chunkable,
+            )
+        )
+        self._spans: dict[bytes, BlockSpan] = {}
+        self._jobs: dict[int, Job] = {}
+        self._resolved: list[tuple[Job, torch.Tensor | PlanetServeError]] = []
+        self._speed = Speedometer(len(runner.span))
+        self._usage = (0, 0)
+
+    @property
+    def usage(self) -> tuple[int, int]:
+        """Pages in use and queued tokens, as of the last tick. For any thread."""
+        return self._usage
+
+    @property
+    def speed(self) -> tuple[float, float]:
+        """`Speedometer.reading`. For any thread."""
+        return self._speed.reading
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Have `command` run on the engine thread. For any thread; never waits."""
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """Make `run` return after the current tick; later commands never run. For any thread."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+
+    # Everything from here on is for the engine thread alone.
+
+    def run(self) -> None:
+        """The thread's target: serve until `stop`."""
+        if self._config.num_threads is not None:
+            torch.set_num_threads(self._config.num_threads)
+        with torch.inference_mode():
+            while (commands := self._wait_for_work()) is not None:
+                for step in (*commands, self._tick, self._publish):
+                    try:
+                        step()
+                    except Exception:  # a bug here must not silence every other session
+                        logger.exception("the engine failed; sessions with steps are dropped")
+                        self._drop_busy_sessions()
+
+    def _wait_for_work(self) -> deque[Callable[[], None]] | None:
+        """New commands, once there are any or steps to run; None when the engine is closing."""
+        with self._wake:
+            while not (self._commands or self._scheduler.has_work or self._is_closing):
+                self._wake.wait()
+            if self._is_closing:
+                return None
+            commands, self._commands = self._commands, deque()
+        return commands
+
+    def open(self, session_id: bytes, num_rows: int, span: BlockSpan) -> None:
+        """Start a session over `span` whose pages have been leased."""
+        self._scheduler.open(session_id, num_rows)
+        self._spans[session_id] = span
+
+    def accept(self, job: Job) -> None:
+        """Queue a step; one that does not fit its session fails at once."""
+        if self._config.check_finite and not bool(torch.isfinite(job.hidden_TD).all()):
+            error = RemoteProtocolError("the step's hidden states are not all finite numbers")
+            self._resolved.append((job, error))
+            return
+        try:
+            self._scheduler.add(job.item)
+        except SessionError as error:
+            self._resolved.append((job, error))
+        else:
+            self._jobs[job.item.item_id] = job
+
+    def forget(self, session_id: bytes) -> None:
+        """Free a session's pages and drop its steps."""
+        self._spans.pop(session_id, None)
+        for item_id in self._scheduler.close(session_id):
+            del self._jobs[item_id]
+
+    def _tick(self) -> None:
+        batch = self._scheduler.schedule()
+        started_s = self._clock.monotonic()
+        try:
+            self._runner.prepare(batch)
+        except Exception as error:  # noqa: BLE001 - kernels may raise anything
+            for session_id in {piece.session_id for piece in batch.pieces}:
+                self._drop(session_id, error)
+            return
+        if not batch.pieces:
+            return
+        try:
+            self._forward(batch.pieces)
+        except Exception as error:  # noqa: BLE001 - as above, and so may a family's code
+            self._isolate(batch.pieces, error)
+        else:
+            self._speed.record(batch, self._clock.monotonic() - started_s)
+        for item_id in self._scheduler.commit(batch):
+            job = self._jobs.pop(item_id)
+            whole = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs)
+            self._resolved.append((job, whole))
+
+    def _forward(self, pieces: Sequence[Piece]) -> None:
+        """Run pieces, one pass per span that their sessions use, and hand the outputs to jobs."""
+        by_span: dict[BlockSpan, list[Piece]] = {}
+        for piece in pieces:
+            by_span.setdefault(self._spans[piece.session_id], []).append(piece)
+        outputs = [(part, self._pass(part, span)) for span, part in by_span.items()]
+        for part, output_TD in outputs:
+            # A view would keep everyone's output alive for as long as anyone holds theirs.
+            is_shared = part[0].item_id != part[-1].item_id
+            start = 0
+            for piece in part:
+                own_TD = output_TD[start : start + piece.num_tokens]
+                self._jobs[piece.item_id].outputs.append(own_TD.clone() if is_shared else own_TD)
+                start += piece.num_tokens
+
+    def _pass(self, pieces: Sequence[Piece], span: BlockSpan) -> torch.Tensor:
+        hidden = []
+        positions: list[int] = []
+        for piece in pieces:
+            job, end = self._jobs[piece.item_id], piece.offset + piece.num_tokens
+            hidden.append(job.hidden_TD[piece.offset : end])
+            if job.positions is None:
+                positions += range(piece.start, piece.end)
+            else:
+                positions += job.positions[piece.offset : end]
+        hidden_TD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        return self._runner.forward(
+            pieces,
+            hidden_TD.to(self._runner.device, self._runner.dtype),
+            torch.tensor(positions, device=self._runner.device),
+            span,
+        ).cpu()
+
+    def _isolate(self, pieces: Sequence[Piece], cause: Exception) -> None:
+        """Run a failed batch again session by session, and drop the sessions that fail alone."""
+        session_ids = list(dict.fromkeys(piece.session_id for piece in pieces))
+        if len(session_ids) == 1:
+            self._drop(session_ids[0], cause)
+            return
+        for session_id in session_ids:
+            try:
+                self._forward([piece for piece in pieces if piece.session_id == session_id])
+            except Exception as error:  # noqa: BLE001 - as in _tick
+                self._drop(session_id, error)
+
+    def _drop(self, session_id: bytes, cause: Exception) -> None:
+        """Fail all steps of a session; the loop's side of it stays until it is closed there."""
+        logger.error("a session's pass failed (%s)", type(cause).__name__, exc_info=cause)
+        for item_id in self._scheduler.close(session_id):
+            job = self._jobs.pop(item_id)
+            error = RemoteError("the server failed to run the step; open a new session")
+            self._resolved.append((job, error))
+
+    def _drop_busy_sessions(self) -> None:
+        for session_id in {job.item.session_id for job in self._jobs.values()}:
+            for item_id in self._scheduler.close(session_id):
+                job = self._jobs.pop(item_id)
+                self._resolved.append((job, RemoteError("the server failed; open a new session")))
+
+    def _publish(self) -> None:
+        """Let the loop know what has finished, with one wake-up per loop."""
+        self._usage = (self._scheduler.num_used_pages, self._scheduler.num_queued_tokens)
+        if not self._resolved:
+            return
+        resolved, self._resolved = self._resolved, []
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Result]] = {}
+        for job, value in resolved:
+            if job.future is not None:
+                by_loop.setdefault(job.future.get_loop(), []).append((job.future, value))
+        for loop, results in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_resolve, results)
+            except RuntimeError:
+                logger.debug("%d results for an event loop that is closed", len(results))
+
+    def measure(self, max_length: int) -> None:
+        """Time a short prompt and a few single steps, then leave the cache empty.
+
+        Raises:
+            RemoteError: the pass failed.
+        """
+        prefill = max(1, min(_MEASURE_PREFILL, max_length - 1 - _MEASURE_DECODES))
+        deadline_s = self._clock.monotonic() + _MEASURE_LIMIT_S
+        start = 0
+        self.open(_MEASURE_SESSION, 1, self._runner.span)
+        for count in [1, prefill, *[1] * _MEASURE_DECODES]:
+            if start + count > max_length or self._clock.monotonic() > deadline_s:
+                break
+            hidden_TD = torch.randn(count, self._runner.hidden_size)
+            item = WorkItem(_MEASURE_ITEM, _MEASURE_SESSION, (RowSlice(0, start, count),))
+            self.accept(Job(item, None, hidden_TD, None))
+            while self._scheduler.has_work:
+                self._tick()
+            _, result = self._resolved.pop()
+            if isinstance(result, PlanetServeError):
+                raise result
+            if start == 0:
+                self._speed.reset()  # the first pass also warms caches and allocators up
+            start += count
+        self.forget(_MEASURE_SESSION)
+        self._tick()
+
+
+def _resolve(results: list[_Result]) -> None:
+    for future, value in results:
+        if future.done():
+            continue
+        if isinstance(value, PlanetServeError):
+            future.set_exception(value)
+        else:
+            future.set_result(value)

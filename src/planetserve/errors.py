@@ -1,0 +1,228 @@
+"""Every error that leaves a PlanetServe function: who is to blame, and whether a retry can help.
+
+PlanetServeError                  blame     retryable
+├── ConfigError                   LOCAL     no    flags, YAML, arguments: says what to change
+│   └── ModelError                LOCAL     no    the model cannot be found, read or served
+├── LocalProtocolError            LOCAL     no    we built a bad message
+├── RemoteProtocolError           REMOTE    no    the peer sent one
+├── TransportError                UNKNOWN   yes
+│   ├── PeerUnreachable           UNKNOWN   yes
+│   ├── HopTimeout                UNKNOWN   yes
+│   └── StreamClosed              UNKNOWN   yes
+├── CryptoError                   UNKNOWN   no
+│   ├── HandshakeFailed           REMOTE    no    the peer did not prove who it is
+│   ├── DecryptionFailed          REMOTE    no    tampered, replayed, or sealed with another key
+│   └── RekeyNeeded               LOCAL     yes   a key is used up; a new epoch has new ones
+├── RemoteError                   REMOTE    yes   a server failed to run a step
+├── NoChainAvailable              NOBODY    yes
+│   └── MissingBlocksError        NOBODY    yes
+│       └── ModelMismatchError    NOBODY    no    another model or revision lives in this swarm
+├── CapacityError                 NOBODY    yes
+│   ├── CacheExhausted            NOBODY    yes   carries retry_after_s
+│   └── QueueFull                 NOBODY    yes
+└── SessionError                  LOCAL     no
+    ├── SessionLengthError        LOCAL     no    more tokens than max_length
+    └── SessionClosed             LOCAL     no
+
+The retry loop reads only `retryable`; reputation reads only `blame`, so a client's own bug can
+never ban a server. `code` is what crosses the network; messages never do unless they are built
+from numbers the peer already knows.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+
+class Blame(enum.Enum):
+    """Whose fault a failure is."""
+
+    LOCAL = "local"
+    REMOTE = "remote"
+    UNKNOWN = "unknown"
+    NOBODY = "nobody"
+
+
+class PlanetServeError(Exception):
+    """Base of all errors raised by this package."""
+
+    blame = Blame.UNKNOWN
+    retryable = False
+    code = "internal"
+    peer_id: str | None = None
+    """The peer whose hop failed, when that is known; set by whoever noticed."""
+
+
+class ConfigError(PlanetServeError, ValueError):
+    """A setting, flag or argument is wrong; the message says which and what to give instead."""
+
+    blame = Blame.LOCAL
+    code = "config"
+
+
+class ModelError(ConfigError):
+    """The model cannot be found, read, or served; the message says why and what to do."""
+
+    code = "model"
+
+
+class LocalProtocolError(PlanetServeError):
+    """This process tried to send something the protocol forbids."""
+
+    blame = Blame.LOCAL
+    code = "local_protocol"
+
+
+class RemoteProtocolError(PlanetServeError):
+    """A peer sent something the protocol forbids."""
+
+    blame = Blame.REMOTE
+    code = "protocol"
+
+
+class TransportError(PlanetServeError):
+    """The network failed in a way that does not tell whose fault it is."""
+
+    blame = Blame.UNKNOWN
+    retryable = True
+    code = "transport"
+
+
+class PeerUnreachable(TransportError):
+    """No connection to the peer could be made."""
+
+    code = "unreachable"
+
+
+class HopTimeout(TransportError):
+    """A peer did not answer within the step timeout."""
+
+    code = "timeout"
+
+
+class StreamClosed(TransportError):
+    """The stream ended before the answer came."""
+
+    code = "stream_closed"
+
+
+class CryptoError(PlanetServeError):
+    """Something protected could not be opened, or may not be sealed."""
+
+    code = "crypto"
+
+
+class HandshakeFailed(CryptoError):
+    """The peer did not prove its identity for this session. Another peer may."""
+
+    blame = Blame.REMOTE
+    code = "handshake"
+
+
+class DecryptionFailed(CryptoError):
+    """A sealed message was refused. The text is always the same: why is nobody's business."""
+
+    blame = Blame.REMOTE
+    code = "decryption"
+
+
+class RekeyNeeded(CryptoError):
+    """A key has protected as much as it may; the next epoch has a fresh one."""
+
+    blame = Blame.LOCAL
+    retryable = True
+    code = "rekey"
+
+
+class RemoteError(PlanetServeError):
+    """A server reported that it failed to run a step."""
+
+    blame = Blame.REMOTE
+    retryable = True
+    code = "remote"
+
+
+class NoChainAvailable(PlanetServeError):
+    """No chain of servers covers the model for this request."""
+
+    blame = Blame.NOBODY
+    retryable = True
+    code = "no_chain"
+
+
+class MissingBlocksError(NoChainAvailable):
+    """No live server holds some blocks. `missing` lists them as half-open spans `(start, end)`."""
+
+    code = "missing_blocks"
+
+    def __init__(self, message: str, missing: Sequence[tuple[int, int]] = ()):
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
+class ModelMismatchError(MissingBlocksError):
+    """The swarm serves another model, or another revision of this one."""
+
+    retryable = False
+    code = "model_mismatch"
+
+
+class CapacityError(PlanetServeError):
+    """A server is full; another one, or the same one later, may serve."""
+
+    blame = Blame.NOBODY
+    retryable = True
+    code = "capacity"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class CacheExhausted(CapacityError):
+    """Not enough free KV pages for the session; `retry_after_s` says when to ask again."""
+
+    code = "cache_exhausted"
+
+
+class QueueFull(CapacityError):
+    """A bounded queue is full."""
+
+    code = "queue_full"
+
+
+class SessionError(PlanetServeError):
+    """A step does not fit the session it names."""
+
+    blame = Blame.LOCAL
+    code = "session"
+
+
+class SessionLengthError(SessionError):
+    """The step would pass the session's `max_length`."""
+
+    code = "session_length"
+
+
+class SessionClosed(SessionError):
+    """The session or its model has been closed."""
+
+    code = "session_closed"
+
+
+def error_from_code(code: str, message: str, retry_after_s: float = 1.0) -> PlanetServeError:
+    """Rebuild the error a peer reported by its code; unknown codes become `RemoteError`."""
+    for cls in _walk(PlanetServeError):
+        if cls.code == code:
+            if issubclass(cls, CapacityError):
+                return cls(message, retry_after_s)
+            return cls(message)
+    return RemoteError(message)
+
+
+def _walk(cls: type[PlanetServeError]) -> list[type[PlanetServeError]]:
+    found = [cls]
+    for child in cls.__subclasses__():
+        found.extend(_walk(child))
+    return found

@@ -1,0 +1,98 @@
+"""What a checkpoint's configuration says about how, and whether, its layers can be served apart.
+
+Computed from the configuration alone, so it costs nothing and both ends reach the same verdict:
+`check_servable` refuses in one line what would otherwise give wrong output. Reasons that cannot be
+computed are declared in `families`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from planetserve.errors import ModelError
+from planetserve.model.checkpoint import Checkpoint
+from planetserve.model.families import family_of
+
+
+def check_servable(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose layers cannot be spread over machines.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    reason = refusal(checkpoint.config)
+    if reason is not None:
+        raise ModelError(
+            f"{checkpoint.name} ({checkpoint.config.model_type}) cannot be served: {reason}"
+        )
+
+
+def refusal(config: PretrainedConfig) -> str | None:
+    """Why a model of this configuration cannot be served, or None if it can."""
+    declared = family_of(config.model_type).refused
+    if declared is not None:
+        return declared
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model, and only decoder-only models are"
+    if config.get_text_config(decoder=True) is not config:
+        return "it takes images or audio; give a text-only checkpoint of the family"
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "transformers has no causal language model of this type"
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are stored quantised; give the bfloat16 or float16 checkpoint"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "its layers share keys and values across blocks"
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return "its layers read token embeddings of their own besides the hidden states"
+    return _cache_refusal(config)
+
+
+def has_recurrent_layers(config: PretrainedConfig) -> bool:
+    """Whether any layer keeps a recurrent or convolutional state (Mamba, linear attention)."""
+    kinds = _cache_kinds(config)
+    return kinds is None or any(issubclass(k, LinearAttentionCacheLayerMixin) for k in kinds)
+
+
+def _cache_refusal(config: PretrainedConfig) -> str | None:
+    if has_recurrent_layers(config):
+        return "some of its layers keep a recurrent state, which cannot be paged or rolled back"
+    special = [kind for kind in _cache_kinds(config) or () if kind not in _PLAIN_LAYERS]
+    if any(issubclass(kind, DummyLayer) for kind in special):
+        return "some of its layers have no keys and values of their own"
+    if special:
+        return f"its layers cache more than keys and values ({special[0].__name__})"
+    return None
+
+
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _cache_kinds(config: PretrainedConfig) -> list[type] | None:
+    """The cache layer class transformers would use for each layer; None if it has none."""
+    try:
+        return [type(layer) for layer in DynamicCache(config=config).layers]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def rotary_depends_on_length(config: PretrainedConfig) -> bool:
+    """Whether rotary frequencies depend on the longest position of a pass (dynamic, longrope)."""
+    return any(
+        "dynamic" in rope_type or rope_type == "longrope" for rope_type in _rope_types(config)
+    )
+
+
+def _rope_types(config: PretrainedConfig) -> set[str]:
+    parameters: Any = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    found = {str(part.get("rope_type", "default")) for part in [parameters, *nested]}
+    return found

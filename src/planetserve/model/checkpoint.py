@@ -1,0 +1,319 @@
+"""A checkpoint as both ends see it: configuration, identity, and tensors read one at a time.
+
+Opening is cheap: it reads `config.json` and nothing else. Names, sizes and the fingerprint come
+from the index file and the safetensors headers; a shard is downloaded only when one of its tensors
+is read. Two identities matter to the swarm: `model_prefix` (same configuration: servers and clients
+meet under it) and `fingerprint` (same weights: unequal ones never share a chain).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from planetserve.errors import ConfigError, ModelError
+from planetserve.model.shards import TensorEntry, read_header, read_samples, read_tensor
+from planetserve.model.sources import CONFIG_FILE, FileSource, open_source
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+GENERATION_FILE = "generation_config.json"
+SAMPLE_BYTES = 64
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_VOLATILE_KEYS = frozenset(
+    {"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "use_cache"}
+)
+"""Configuration keys that tools rewrite without changing the model."""
+
+
+class Checkpoint:
+    """One model's files at one revision. Not thread-safe; made by `Checkpoint.open`."""
+
+    def __init__(self, source: FileSource):
+        self._source = source
+        if not source.has(CONFIG_FILE):
+            raise ModelError(
+                f"{source.folder} has no config.json; give a model folder saved by save_pretrained"
+            )
+        self._raw_config = _read_json(source.fetch(CONFIG_FILE))
+        self.config = _read_config(source, self._raw_config)
+        self._headers: dict[str, dict[str, TensorEntry]] = {}
+        self._local_headers: dict[str, dict[str, TensorEntry]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+    ) -> Checkpoint:
+        """Open a local folder, a hub model id, or the packaged model `demo`.
+
+        Raises:
+            ModelError: the model cannot be found or its configuration cannot be read.
+        """
+        return cls(open_source(model, revision=revision, token=token, cache_dir=cache_dir))
+
+    @property
+    def name(self) -> str:
+        """Folder name or hub id."""
+        return self._source.name
+
+    @property
+    def path(self) -> Path:
+        """A folder with the checkpoint's configuration (the snapshot folder for a hub model)."""
+        return self._source.folder
+
+    @property
+    def pretrained_location(self) -> tuple[str, str | None]:
+        """`(name_or_path, revision)` to give to other `from_pretrained` calls (tokenizer)."""
+        return self._source.location
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The checkpoint's own generation settings, or None if it has none.
+
+        Raises:
+            ModelError: the file is there but cannot be read.
+        """
+        if not self._source.has(GENERATION_FILE):
+            return None
+        values = _read_json(self._source.fetch(GENERATION_FILE))
+        try:
+            return GenerationConfig.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{self.name}: {GENERATION_FILE} is not usable: {error}") from error
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder layers of the whole model."""
+        return int(self.config.get_text_config(decoder=True).num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that travel between blocks."""
+        return int(self.config.get_text_config(decoder=True).hidden_size)
+
+    @functools.cached_property
+    def model_prefix(self) -> str:
+        """Directory prefix: equal for equal configurations, whatever tool saved them."""
+        digest = hashlib.sha256(canonical_config(self._raw_config)).hexdigest()
+        return f"{self.config.model_type}-{digest[:12]}"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights: the hub commit, or a digest of headers and sampled bytes.
+
+        The digest covers every tensor's name, dtype, shape and three 64-byte samples, but not how
+        tensors are split into files, so it costs seconds even for 100 GB.
+
+        Raises:
+            ModelError: a local file is missing or damaged.
+        """
+        if self._source.revision is not None:
+            return f"hub-{self._source.revision}"
+        digest = hashlib.sha256(canonical_config(self._raw_config))
+        per_tensor: dict[str, bytes] = {}
+        for filename in sorted(set(self.tensor_names().values())):
+            entries = list(self._header(filename, local=True).values())
+            samples = read_samples(self._source.fetch(filename), entries, SAMPLE_BYTES)
+            for position, entry in enumerate(entries):
+                label = f"{entry.name}|{entry.dtype_name}|{entry.shape}|".encode()
+                per_tensor[entry.name] = label + b"".join(samples[3 * position : 3 * position + 3])
+        for name in sorted(per_tensor):
+            digest.update(hashlib.sha256(per_tensor[name]).digest())
+        return f"sha256-{digest.hexdigest()[:40]}"
+
+    def tensor_names(self) -> Mapping[str, str]:
+        """Tensor name -> file that holds it.
+
+        Raises:
+            ModelError: there are no safetensors files, or the index cannot be used.
+        """
+        return self._index
+
+    @functools.cached_property
+    def _index(self) -> dict[str, str]:
+        if self._source.has(INDEX_FILE):
+            return _check_index(self.name, _read_json(self._source.fetch(INDEX_FILE)))
+        if self._source.has(SINGLE_FILE):
+            return dict.fromkeys(self._header(SINGLE_FILE), SINGLE_FILE)
+        raise ModelError(
+            f"{self.name} has no {SINGLE_FILE}; .bin files are not read, as they can run code. "
+            "Convert them where you trust it: AutoModelForCausalLM.from_pretrained(MODEL)"
+            ".save_pretrained(FOLDER), then give FOLDER"
+        )
+
+    def tensor_bytes(self, names: Iterable[str]) -> int:
+        """Bytes the named tensors take in the checkpoint's own dtype.
+
+        Raises:
+            ModelError: a name is unknown or a header cannot be read.
+        """
+        return sum(self._entry(name).num_bytes for name in names)
+
+    def tensor_dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor is stored in.
+
+        Raises:
+            ModelError: the name is unknown, or the dtype is one that is not read here.
+        """
+        return self._entry(name).dtype
+
+    def fetch_shards(self, names: Iterable[str]) -> None:
+        """Have the files that hold the named tensors on disk, with a progress bar per download.
+
+        Raises:
+            ModelError: a name is unknown, or a file cannot be fetched or is damaged.
+        """
+        for name in names:
+            self._entry(name, local=True)
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor into fresh CPU memory, downloading its shard if need be.
+
+        Raises:
+            ModelError: the name is unknown, or the file cannot be read or is damaged.
+        """
+        entry = self._entry(name, local=True)
+        return read_tensor(self._source.fetch(self._index[name]), entry)
+
+    def read_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield `(name, tensor)` for each name, one tensor in memory at a time, file by file."""
+        known = [name for name in names if self._entry(name)]
+        for name in sorted(known, key=lambda name: (self._index[name], name)):
+            yield name, self.read_tensor(name)
+
+    def _entry(self, name: str, *, local: bool = False) -> TensorEntry:
+        filename = self._index.get(name)
+        if filename is None:
+            raise ModelError(f"{self.name} has no tensor {name}")
+        entry = self._header(filename, local=local).get(name)
+        if entry is None:
+            raise ModelError(
+                f"{self.name}: {INDEX_FILE} says {name} is in {filename}, but it is not there"
+            )
+        return entry
+
+    def _header(self, filename: str, *, local: bool = False) -> dict[str, TensorEntry]:
+        """The header of a file; `local` insists on the file itself, so that offsets hold."""
+        if filename not in self._local_headers and local:
+            self._local_headers[filename] = read_header(self._source.fetch(filename))
+        if filename in self._local_headers:
+            return self._local_headers[filename]
+        if filename not in self._headers:
+            self._headers[filename] = self._source.header(filename)
+        return self._headers[filename]
+
+
+def canonical_config(raw: Mapping[str, Any]) -> bytes:
+    """The configuration as bytes that do not depend on who saved it or in which dtype."""
+    return json.dumps(_without_volatile(raw), sort_keys=True, separators=(",", ":")).encode()
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_volatile(v) for k, v in value.items() if k not in _VOLATILE_KEYS}
+    if isinstance(value, list):
+        return [_without_volatile(item) for item in value]
+    return value
+
+
+def parse_dtype(text: str, checkpoint: Checkpoint, device: torch.device | str) -> torch.dtype:
+    """The dtype that `text` names; `auto` is the checkpoint's own.
+
+    Raises:
+        ConfigError: the name is unknown, or `device` cannot compute in that dtype.
+    """
+    if text == "auto":
+        dtype = _own_dtype(checkpoint)
+    elif text in DTYPES:
+        dtype = DTYPES[text]
+    else:
+        raise ConfigError(f"unknown dtype {text!r}; choose one of: auto, {', '.join(DTYPES)}")
+    device = torch.device(device)
+    if not _computes(dtype, device):
+        raise ConfigError(
+            f"{device} cannot compute in {str(dtype).removeprefix('torch.')}; "
+            "choose another dtype, for example float32"
+        )
+    return dtype
+
+
+def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    dtype = getattr(checkpoint.config.get_text_config(decoder=True), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if dtype is None:
+        name = next(iter(checkpoint.tensor_names()))
+        dtype = checkpoint.tensor_dtype(name)
+    if dtype not in DTYPES.values():
+        raise ConfigError(
+            f"{checkpoint.name} is stored as {dtype}; choose one of: {', '.join(DTYPES)}"
+        )
+    return dtype
+
+
+def _computes(dtype: torch.dtype, device: torch.device) -> bool:
+    if dtype is torch.bfloat16 and device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        probe = torch.zeros(2, 2, dtype=dtype, device=device)
+        (probe @ probe).sum().item()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} does not hold a JSON object; download it again")
+    return value
+
+
+def _read_config(source: FileSource, raw: Mapping[str, Any]) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        import transformers
+
+        model_type = raw.get("model_type")
+        if model_type is None:
+            raise ModelError(f"{source.name}: config.json names no model_type") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{source.name}: transformers {transformers.__version__} cannot read the configuration "
+            f"of model type {model_type!r}: {reason}"
+        ) from error
+
+
+def _check_index(name: str, index: Mapping[str, Any]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{name}: {INDEX_FILE} has no weight_map; download it again")
+    for tensor, filename in weight_map.items():
+        if not isinstance(filename, str) or Path(filename).name != filename:
+            raise ModelError(f"{name}: {INDEX_FILE} gives no plain file name for {tensor}")
+        if not filename.endswith(".safetensors"):
+            raise ModelError(f"{name}: {INDEX_FILE} points to {filename}, not to safetensors")
+    return dict(weight_map)

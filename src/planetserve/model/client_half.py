@@ -1,0 +1,91 @@
+"""The client's half of the idea: a model's own class with a remote call where its layers were.
+
+Embedding, final norm and head are loaded; the list of layers is empty; and what would have left the
+last layer is asked of `remote` when the final norm is about to see it. So `generate()`, embedding
+scales, learned positions, logit scaling and soft-capping are all the family's own code. Sessions,
+caches and the network are the caller's: it gives `remote` and `on_call`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from planetserve.errors import ModelError
+from planetserve.model.capabilities import check_servable
+from planetserve.model.checkpoint import Checkpoint
+from planetserve.model.decoder import Decoder, find_decoder
+from planetserve.model.families import family_of
+from planetserve.model.loading import build_skeleton, load_parameters, materialize_buffers
+
+NO_ATTENTION = "planetserve_remote"
+"""Attention implementation of a client half. transformers builds no masks for a name that has an
+attention function but no mask function, and there is no layer here that would call it."""
+
+Remote = Callable[[torch.Tensor], torch.Tensor]
+"""Hidden states `[batch, tokens, hidden]` through all blocks, in and out."""
+
+OnCall = Callable[[dict[str, Any]], dict[str, Any]]
+"""Sees, and may change, the keyword arguments of the base model's `forward` before it runs."""
+
+
+def load_client_half(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    remote: Remote,
+    on_call: OnCall | None = None,
+) -> PreTrainedModel:
+    """The checkpoint's causal-LM model with `remote` in the place of its layers.
+
+    For each call, `on_call` runs first with the base model's arguments by name (`attention_mask`,
+    `position_ids`, `past_key_values`, `use_cache`, ... as far as the family has them), then
+    `remote` with the embedded tokens.
+
+    Raises:
+        ModelError: the family cannot be served, or weights are missing or damaged.
+    """
+    check_servable(checkpoint)
+    model = build_skeleton(checkpoint, dtype)
+    decoder = find_decoder(model)
+    load_parameters(model, checkpoint, lambda name: decoder.layer_of(name) is None, dtype, device)
+    setattr(decoder.base, decoder.layers_attr, nn.ModuleList())
+    materialize_buffers(model, device)
+    AttentionInterface.register(NO_ATTENTION, _no_attention)
+    if not family_of(checkpoint.config.model_type).needs_masks:
+        model.config._attn_implementation = NO_ATTENTION  # noqa: SLF001  the setter checks layers
+    model.config.name_or_path = checkpoint.pretrained_location[0]
+    generation_config = checkpoint.generation_config()
+    if generation_config is not None:
+        model.generation_config = generation_config
+    _hook(decoder, remote, on_call)
+    return model
+
+
+def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
+    skipped = family_of(decoder.base.config.model_type).norm_calls_before_layers
+    calls_left = 0
+
+    def replace_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal calls_left
+        calls_left -= 1
+        return (remote(args[0]), *args[1:]) if calls_left < 0 else None
+
+    def see_call(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        nonlocal calls_left
+        calls_left = skipped
+        bound = decoder.bind(args, kwargs)
+        return (), bound if on_call is None else on_call(bound)
+
+    getattr(decoder.base, decoder.final_norm_attr).register_forward_pre_hook(replace_input)
+    decoder.base.register_forward_pre_hook(see_call, with_kwargs=True)
+
+
+def _no_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    raise ModelError("a client half has no layers, so nothing may call its attention")

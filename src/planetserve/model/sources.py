@@ -1,0 +1,209 @@
+"""Where a checkpoint's files are: a local folder, the packaged demo model, or the Hugging Face Hub.
+
+A source answers three questions about a file name: is it there, where is it on disk (downloading
+it if need be), and what does its safetensors header say (without downloading the tensors). Failures
+become one-line `ModelError`s here, so nobody else has to know the hub's exception types. Code from
+a model repository is never run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from planetserve.errors import ModelError
+from planetserve.model.shards import TensorEntry, read_header
+
+CONFIG_FILE = "config.json"
+
+
+class FileSource(Protocol):
+    """Files of one checkpoint at one revision."""
+
+    name: str
+    """Folder name or hub id: for people."""
+    revision: str | None
+    """Commit hash where the files come from the hub."""
+
+    @property
+    def folder(self) -> Path:
+        """A folder with at least `config.json`."""
+        ...
+
+    @property
+    def location(self) -> tuple[str, str | None]:
+        """`(name_or_path, revision)` as other `from_pretrained` calls take them."""
+        ...
+
+    def has(self, filename: str) -> bool:
+        """Whether the checkpoint has this file."""
+        ...
+
+    def fetch(self, filename: str) -> Path:
+        """The file on disk, downloaded if need be.
+
+        Raises:
+            ModelError: it is not there or cannot be fetched.
+        """
+        ...
+
+    def header(self, filename: str) -> dict[str, TensorEntry]:
+        """The safetensors header of a file, without its tensors.
+
+        Offsets count from the start of the file only if it is on disk already.
+
+        Raises:
+            ModelError: it is not there, cannot be fetched, or is damaged.
+        """
+        ...
+
+
+class LocalSource:
+    """A folder in the layout of `save_pretrained`."""
+
+    def __init__(self, folder: Path, name: str | None = None):
+        self.folder = folder
+        self.name = name or folder.resolve().name
+        # A hub cache keeps snapshots/<commit>; such a folder is the same thing as its hub id.
+        resolved = folder.resolve()
+        is_snapshot = resolved.parent.name == "snapshots" and _is_commit(resolved.name)
+        self.revision = resolved.name if is_snapshot else None
+        self.location: tuple[str, str | None] = (str(folder), None)
+
+    def has(self, filename: str) -> bool:
+        return (self.folder / filename).is_file()
+
+    def fetch(self, filename: str) -> Path:
+        path = self.folder / filename
+        if not path.is_file():
+            raise ModelError(f"{path} is missing; copy or download the whole model folder again")
+        return path
+
+    def header(self, filename: str) -> dict[str, TensorEntry]:
+        return read_header(self.fetch(filename))
+
+
+class HubSource:
+    """A model repository on the Hugging Face Hub, pinned to the commit resolved on opening."""
+
+    def __init__(
+        self, model: str, revision: str | None, token: str | bool | None, cache_dir: str | None
+    ):
+        self.name = model
+        self._token = token
+        self._cache_dir = cache_dir
+        self.revision = revision
+        config_path = self.fetch(CONFIG_FILE)
+        self.folder = config_path.parent
+        self.revision = self.folder.name
+        self.location: tuple[str, str | None] = (model, self.revision)
+
+    def has(self, filename: str) -> bool:
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        if (self.folder / filename).exists():
+            return True
+        try:
+            self._download(filename)
+        except LocalEntryNotFoundError as error:
+            raise self._error(filename, error) from error
+        except EntryNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            raise self._error(filename, error) from error
+        return True
+
+    def fetch(self, filename: str) -> Path:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return self._download(filename)
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            raise self._error(filename, error) from error
+
+    def header(self, filename: str) -> dict[str, TensorEntry]:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+
+        if (self.folder / filename).exists():
+            return read_header(self.folder / filename)
+        try:
+            remote = HfApi().parse_safetensors_file_metadata(
+                self.name, filename, revision=self.revision, token=self._token
+            )
+        except (OSError, ValueError, EntryNotFoundError, SafetensorsParsingError) as error:
+            raise self._error(filename, error) from error
+        return {
+            name: TensorEntry(name, info.dtype, tuple(info.shape), *info.data_offsets)
+            for name, info in remote.tensors.items()
+        }
+
+    def _download(self, filename: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(
+            self.name,
+            filename,
+            revision=self.revision,
+            token=self._token,
+            cache_dir=self._cache_dir,
+        )
+        return Path(path)
+
+    def _error(self, filename: str, error: Exception) -> ModelError:
+        from huggingface_hub import errors
+
+        where = f"{self.name}@{self.revision}" if self.revision else self.name
+        if isinstance(error, errors.HFValidationError):
+            return ModelError(f"{self.name!r} is neither an existing folder nor a hub model id")
+        if isinstance(error, errors.GatedRepoError):
+            return ModelError(
+                f"{self.name} is gated: accept its licence on the hub, then give --token or log in "
+                "with `hf auth login`"
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return ModelError(f"{self.name} has no revision {self.revision!r} on the hub")
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return ModelError(
+                f"{self.name!r} is neither an existing folder nor a model on the hub "
+                "(a private one needs --token)"
+            )
+        if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            return ModelError(
+                f"{filename} of {where} is not in the local cache and the hub cannot be reached; "
+                "check the network, or give a local model folder"
+            )
+        if isinstance(error, errors.EntryNotFoundError):
+            return ModelError(f"{where} has no {filename} on the hub")
+        reason = str(error).strip().splitlines()
+        return ModelError(
+            f"cannot read {filename} of {where}: {reason[0] if reason else type(error).__name__}"
+        )
+
+
+def open_source(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+) -> FileSource:
+    """Find the files of `model`: the word `demo`, a folder, or a hub id.
+
+    Raises:
+        ModelError: nothing of that name can be read.
+    """
+    path = Path(model).expanduser()
+    if model == "demo" and not path.exists():
+        return LocalSource(Path(__file__).resolve().parent.parent / "demo_model", name="demo")
+    if path.is_dir():
+        return LocalSource(path)
+    if path.exists():
+        raise ModelError(f"{model} is a file; give the folder that holds config.json")
+    if path.is_absolute() or model.startswith((".", "~")):
+        raise ModelError(f"the model folder {model} does not exist")
+    return HubSource(model, revision, token, cache_dir)
+
+
+def _is_commit(name: str) -> bool:
+    return len(name) == 40 and all(char in "0123456789abcdef" for char in name)

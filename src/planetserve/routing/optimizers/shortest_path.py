@@ -1,0 +1,84 @@
+"""The exact chain of least latency.
+
+A dynamic programme over blocks. `best[b][s]` is the least time of a partial ring that has run
+blocks `[0, b]`, the last of them on server `s`. The next block runs on the same server, or on
+another one after half a round trip and a visit. Servers may be entered and left anywhere inside
+their spans and visited again, so this is the whole space of chains: `num_blocks` steps of
+`servers ** 2`. RTTs need not obey the triangle inequality.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planetserve.errors import ConfigError
+from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.request import ChainRequest
+from planetserve.routing.snapshot import FloatArray, SwarmSnapshot
+from planetserve.types import Chain
+
+
+class ShortestPath:
+    """Least latency per token.
+
+    Args:
+        spread: 0 gives the optimum. Otherwise every server's and link's cost is first raised by a
+            random factor of up to `1 + spread`, so that many clients planning on one snapshot take
+            different chains. The chain found is at most `1 + spread` times as slow as the optimum.
+        seed: of those random factors; None draws a fresh one for every plan.
+    """
+
+    def __init__(self, spread: float = 0.0, seed: int | None = None):
+        if not 0.0 <= spread <= 1.0:
+            raise ConfigError(f"spread must be between 0 and 1, not {spread!r}")
+        self._spread = spread
+        self._seed = seed
+
+    def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:
+        problem = RoutingProblem.build(snapshot, request)
+        factors = np.ones(problem.num_servers)
+        if self._spread > 0:
+            rng = np.random.default_rng(self._seed)
+            factors += rng.random(problem.num_servers) * self._spread
+        return problem.chain(least_latency_hosts(problem, factors))
+
+
+def least_latency_hosts(problem: RoutingProblem, factors: FloatArray | None = None) -> list[int]:
+    """The host of every block in a chain of least latency; ties go to staying, then in order.
+
+    `factors[n]` multiplies what each server's blocks and visits, and the links into it, cost.
+    """
+    scale = np.ones(problem.num_servers) if factors is None else factors
+    block_ms, visit_ms = problem.decode_ms * scale, problem.hop_ms * scale
+    half = problem.half_rtt_ms
+    best = np.full((problem.num_blocks, problem.num_servers), np.inf)
+    first = problem.legal[0]
+    best[0, first] = (problem.client_half_ms * scale + visit_ms + block_ms)[first]
+    for block in range(1, problem.num_blocks):
+        to = np.flatnonzero(problem.legal[block])
+        came = np.flatnonzero(problem.legal[block - 1])
+        links = half if len(to) == len(came) == problem.num_servers else half[np.ix_(to, came)]
+        arrive = _cheapest_arrival(links, best[block - 1, came], scale[to])
+        best[block, to] = np.minimum(best[block - 1, to], arrive + visit_ms[to]) + block_ms[to]
+    return _trace_back(problem, best, scale)
+
+
+def _cheapest_arrival(links: FloatArray, so_far: FloatArray, scale: FloatArray) -> FloatArray:
+    """`min over t of so_far[t] + links[s, t] * scale[s]`, for every `s`."""
+    cost = links * scale[:, None]
+    cost += so_far
+    arrival: FloatArray = cost.min(axis=1)
+    return arrival
+
+
+def _trace_back(problem: RoutingProblem, best: FloatArray, scale: FloatArray) -> list[int]:
+    host = int(np.argmin(best[-1] + problem.client_half_ms))
+    hosts = [host]
+    for block in range(problem.num_blocks - 1, 0, -1):
+        stay = best[block - 1, host]
+        switch = best[block - 1] + problem.half_rtt_ms[host] * scale[host]
+        previous = int(np.argmin(switch))
+        if switch[previous] + problem.hop_ms[host] * scale[host] < stay:
+            host = previous
+        hosts.append(host)
+    return hosts[::-1]

@@ -1,0 +1,62 @@
+"""Join where the swarm is weakest.
+
+Like Petals' block selection (Borzunov et al., 2023), a server looks at the throughput each block
+has over all servers that hold it, and helps the worst. Formulated here as leximin: of all windows,
+take the one after which the sorted list of block throughputs is greatest, compared from the weakest
+block up. So a hole is filled before anything else, and among windows that help the weakest block
+equally the next weakest decides. Equal servers that join one after the other tile the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from planetserve.errors import ConfigError
+from planetserve.routing.placement.base import check_sizes
+from planetserve.routing.snapshot import FloatArray, ServerPoint
+from planetserve.types import BlockSpan
+
+_DIGITS = 9
+"""Throughputs are compared at this many significant digits, so that the order in which equal sums
+were added up never decides."""
+
+
+class Balance:
+    """Leximin over block throughputs; ties go to the lowest start."""
+
+    def choose_span(
+        self,
+        servers: Sequence[ServerPoint],
+        num_blocks_model: int,
+        num_blocks: int,
+        own_tokens_per_s_per_block: float,
+    ) -> BlockSpan:
+        check_sizes(num_blocks_model, num_blocks)
+        if not 0 < own_tokens_per_s_per_block < np.inf:
+            raise ConfigError("own_tokens_per_s_per_block must be positive and finite")
+        covered = block_throughputs(servers, num_blocks_model)
+        own = own_tokens_per_s_per_block / num_blocks
+        starts = range(num_blocks_model - num_blocks + 1)
+        return max(
+            (BlockSpan(start, start + num_blocks) for start in starts),
+            key=lambda span: (_leximin_key(covered, span, own), -span.start),
+        )
+
+
+def block_throughputs(servers: Sequence[ServerPoint], num_blocks_model: int) -> FloatArray:
+    """Tokens per second each block gets from all its holders, each running its whole span.
+
+    Spans are cut at the model's end; what servers announce is not trusted to fit it.
+    """
+    total = np.zeros(num_blocks_model)
+    for server in servers:
+        total[server.start : server.end] += server.tokens_per_s_per_block / len(server.span)
+    return total
+
+
+def _leximin_key(covered: FloatArray, span: BlockSpan, own: float) -> list[float]:
+    after = covered.copy()
+    after[span.start : span.end] += own
+    return [float(f"{value:.{_DIGITS}g}") for value in np.sort(after)]

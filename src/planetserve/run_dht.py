@@ -1,0 +1,149 @@
+"""`python -m planetserve.run_dht`: a bootstrap peer, through which servers and clients join a swarm.
+
+It keeps a share of the directory and introduces peers to each other; it holds no model and sees no
+activations. Several of them, each given the others as `--initial_peers`, survive the loss of one.
+
+hivemind is imported only once the arguments are known to be good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from planetserve import cli
+from planetserve.config import LOG_LEVELS
+from planetserve.errors import ConfigError, TransportError
+
+if TYPE_CHECKING:
+    from planetserve.swarm.node import SwarmNode
+
+PROG = "python -m planetserve.run_dht"
+
+USAGE = "[--initial_peers ADDRESS...] [--port N] [--identity_path FILE] [more flags]"
+
+EXAMPLES = f"""examples:
+  the first peer of a swarm, with an address that stays the same after a restart:
+    {PROG} --port 31337 --identity_path bootstrap.id
+  a second one, so that the swarm outlives the first:
+    {PROG} --port 31337 --initial_peers /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo...
+"""
+
+GROUPS = {
+    "swarm": ("initial_peers", "identity_path"),
+    "network": ("port", "public_ip", "host_maddrs", "announce_maddrs", "use_relay",
+                "daemon_startup_timeout"),
+    "process": ("ready_file", "log_level"),
+}  # fmt: skip
+
+EXCLUSIVE = (("port", "host_maddrs"), ("public_ip", "announce_maddrs"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DhtConfig:
+    """Where a bootstrap peer listens and whom it joins.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddresses of peers to join the swarm through, each ending in /p2p/PEER_ID; none starts a
+    swarm of its own."""
+    host_maddrs: tuple[str, ...] = ()
+    """Multiaddresses to listen on; by default the TCP port of --port on every interface."""
+    announce_maddrs: tuple[str, ...] = ()
+    """Multiaddresses that other peers are told to dial, if not the ones it listens on."""
+    port: int = 0
+    """TCP port to listen on, on every interface; 0 takes a free one."""
+    public_ip: str | None = None
+    """Announce this IP address with --port, for a forwarded port."""
+    identity_path: str | None = None
+    """File of the private key that makes the peer id; created if absent. By default a new key."""
+    use_relay: bool = False
+    """Pass on connections between peers that cannot reach each other."""
+    daemon_startup_timeout: float = 60.0
+    """Seconds to wait for the local libp2p daemon."""
+    ready_file: str | None = None
+    """Write peer id and addresses to this JSON file once the peer answers."""
+    log_level: str = "info"
+    """What is logged to stderr: debug, info, warning or error."""
+
+    def __post_init__(self) -> None:
+        if self.daemon_startup_timeout <= 0:
+            raise ConfigError("daemon_startup_timeout must be greater than 0")
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(
+                f"log_level={self.log_level!r} is not one of: {', '.join(LOG_LEVELS)}"
+            )
+
+
+def parse(argv: Sequence[str] | None = None) -> DhtConfig:
+    """Read the command line.
+
+    Raises:
+        ConfigError: a flag, the YAML file or a combination of settings is wrong.
+    """
+    parser = cli.Parser(
+        PROG, USAGE, "Run a peer that servers and clients join a swarm through.", EXAMPLES
+    )
+    cli.add_fields(parser, DhtConfig, GROUPS)
+    return cli.parse_config(parser, DhtConfig, argv, EXCLUSIVE)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    config = parse(argv)
+    cli.setup_logging(config.log_level)
+
+    from planetserve.swarm.node import NodeConfig, SwarmNode
+
+    node_config = NodeConfig(
+        initial_peers=config.initial_peers,
+        host_maddrs=config.host_maddrs,
+        announce_maddrs=config.announce_maddrs,
+        port=config.port,
+        public_ip=config.public_ip,
+        identity_path=config.identity_path,
+        use_relay=config.use_relay,
+        daemon_startup_timeout_s=config.daemon_startup_timeout,
+    )
+
+    async def body(stop: asyncio.Event) -> None:
+        starting = asyncio.create_task(SwarmNode.start(node_config))
+        await _first_of(starting, stop)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return
+        async with await starting as node:
+            _report(node, config.ready_file)
+            stopped = asyncio.create_task(node.stopped.wait())
+            await _first_of(stopped, stop)
+            if stopped.done():
+                raise TransportError("the libp2p daemon ended; this peer is off the network")
+            stopped.cancel()
+
+    cli.run_until_signalled(body)
+
+
+async def _first_of(task: asyncio.Task[object], stop: asyncio.Event) -> None:
+    """Return when `task` is done or `stop` is set."""
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+
+
+def _report(node: SwarmNode, ready_file: str | None) -> None:
+    print("others join this swarm with:", flush=True)
+    print(f"--initial_peers {' '.join(node.addresses())}", flush=True)
+    if ready_file is not None:
+        cli.write_ready_file(ready_file, node.peer_id, node.addresses())
+
+
+if __name__ == "__main__":
+    cli.run(PROG, main)

@@ -1,0 +1,131 @@
+"""`python -m planetserve.run_server MODEL --block_indices 0:8 ...`: serve blocks of a model.
+
+Reads the command line and nothing else; `planetserve.server` does the work, and is imported only
+once the arguments are known to be good.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from planetserve import cli
+from planetserve.config import ServerConfig
+from planetserve.errors import ConfigError
+from planetserve.types import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+PROG = "python -m planetserve.run_server"
+
+USAGE = """MODEL (--block_indices START:END | --num_blocks N)
+         (--initial_peers ADDRESS... | --new_swarm) [more flags]"""
+
+EXAMPLES = f"""examples:
+  start a swarm with the first half of the demo model:
+    {PROG} demo --block_indices 0:4 --new_swarm
+  join it with the other half; use the address that the first server printed:
+    {PROG} demo --block_indices 4:8 --initial_peers /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo...
+"""
+
+GROUPS = {
+    "model": ("model", "block_indices", "num_blocks", "torch_dtype", "device", "revision",
+              "token", "cache_dir"),
+    "swarm": ("initial_peers", "new_swarm", "dht_prefix", "identity_path", "public_name"),
+    "network": ("port", "public_ip", "host_maddrs", "announce_maddrs", "daemon_startup_timeout",
+                "request_timeout"),
+    "capacity": ("attn_cache_tokens", "inference_max_length", "max_batch_size", "page_size",
+                 "attention_backend", "num_threads", "throughput"),
+    "timing": ("update_period", "expiration", "session_timeout", "step_timeout"),
+    "process": ("ready_file", "log_level"),
+}  # fmt: skip
+
+EXCLUSIVE = (
+    ("block_indices", "num_blocks"),
+    ("initial_peers", "new_swarm"),
+    ("port", "host_maddrs"),
+    ("public_ip", "announce_maddrs"),
+)
+
+IGNORED_FLAGS = {
+    "load_in_8bit": (1, "weights are served in --torch_dtype"),
+    "attn_cache_size": (1, "use --attn_cache_tokens"),
+    "alloc_timeout": (1, "a full server refuses at once and says when to retry"),
+    "max_alloc_timeout": (1, "a full server refuses at once and says when to retry"),
+    "auto_relay": (0, "servers must be reachable"),
+    "no_auto_relay": (0, "relays are never used"),
+    "num_handlers": (1, "one process serves all sessions"),
+    "prefetch_batches": (1, "one process serves all sessions"),
+    "sender_threads": (1, "one process serves all sessions"),
+    "min_batch_size": (1, "batches form from whatever sessions are ready"),
+    "compression": (1, "activations travel in --torch_dtype"),
+    "increase_file_limit": (1, "few files are open at once"),
+    "skip_reachability_check": (0, "there is none"),
+}
+"""Flags of Petals' server that scripts still pass: number of values, and why there is no effect."""
+
+
+def parse(argv: Sequence[str] | None = None) -> ServerConfig:
+    """Read the command line.
+
+    Raises:
+        ConfigError: a flag, the YAML file or a combination of settings is wrong.
+    """
+    parser = cli.Parser(
+        PROG, USAGE, "Serve some decoder blocks of a model to everyone in a swarm.", EXAMPLES
+    )
+    cli.add_fields(parser, ServerConfig, GROUPS, positional="model")
+    parser.add_hidden("converted_model_name_or_path", 1)
+    for name, (num_values, _) in IGNORED_FLAGS.items():
+        parser.add_hidden(name, num_values)
+    return cli.parse_config(parser, ServerConfig, argv, EXCLUSIVE, adjust=_adjust)
+
+
+def _adjust(given: dict[str, object]) -> None:
+    """Fold Petals' second name of the model into the first, and say which flags do nothing."""
+    other_name = given.pop("converted_model_name_or_path", None)
+    if other_name is not None and given.setdefault("model", other_name) != other_name:
+        raise ConfigError("MODEL and --converted_model_name_or_path exclude each other; give one")
+    for name in sorted(given.keys() & IGNORED_FLAGS.keys()):
+        del given[name]
+        logger.warning("--%s has no effect: %s", name, IGNORED_FLAGS[name][1])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    config = parse(argv)
+    cli.setup_logging(config.log_level)
+
+    from planetserve.server.server import Server, serve
+
+    def on_ready(server: Server) -> None:
+        addresses = server.node.addresses()
+        print(_join_text(config.model, server.span, addresses), flush=True)
+        if config.ready_file is not None:
+            cli.write_ready_file(
+                config.ready_file,
+                server.node.peer_id,
+                addresses,
+                start=server.span.start,
+                end=server.span.end,
+            )
+
+    cli.run_until_signalled(lambda stop: serve(config, stop, on_ready))
+
+
+def _join_text(model: str, span: BlockSpan, addresses: Sequence[str]) -> str:
+    """What a person needs to join this server with another one, or to use it."""
+    quoted = ", ".join(f'"{address}"' for address in addresses)
+    return "\n".join(
+        [
+            f"Serving blocks {span} of {model}. To join this swarm:",
+            f"  {PROG} {model} --num_blocks N --initial_peers {' '.join(addresses)}",
+            "To use it from Python:",
+            f'  AutoDistributedModelForCausalLM.from_pretrained("{model}", '
+            f"initial_peers=[{quoted}])",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    cli.run(PROG, main)

@@ -1,0 +1,78 @@
+"""What the scheduler tells the engine to run: plain data, no tensors.
+
+The engine does what a batch asks in this order: forget `released` sequences, make `forks`, perform
+page `copies` (all sources read before any destination is written), zero `cleared_pages`, then
+compute the `pieces`, each of which first cuts its sequence to `start`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from planetserve.wire.step import RowSlice
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """One step of one session, as the scheduler sees it.
+
+    Attributes:
+        item_id: the caller's number for it, unique among unfinished items.
+        session_id: an open session.
+        rows: which new tokens of which rows; the item's tokens are theirs, row after row.
+        reorder: row `i` first becomes a fork of row `reorder[i]`; None leaves the rows alone.
+    """
+
+    item_id: int
+    session_id: bytes
+    rows: tuple[RowSlice, ...]
+    reorder: tuple[int, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.num_tokens for piece in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive tokens of one sequence that run in this batch.
+
+    Attributes:
+        item_id: the work item they belong to.
+        session_id: the item's session.
+        sequence_id: the sequence they are appended to.
+        start: position of the first of them in the sequence; everything from there on is replaced.
+        num_tokens: how many.
+        offset: index of the first of them among the item's tokens.
+        pages: page table of the sequence up to and including these tokens (a copy).
+        slots: where each token's keys and values go.
+    """
+
+    item_id: int
+    session_id: bytes
+    sequence_id: int
+    start: int
+    num_tokens: int
+    offset: int
+    pages: array[int]
+    slots: array[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """One tick: `forks` are `(new sequence, source sequence)`, `copies` `(from, to)` pages."""
+
+    pieces: tuple[Piece, ...] = ()
+    forks: tuple[tuple[int, int], ...] = ()
+    released: tuple[int, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
+    cleared_pages: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.num_tokens for piece in self.pieces)

@@ -1,0 +1,140 @@
+"""Admission to the KV cache: how many pages each session may use.
+
+A lease is a promise made when a session opens: the engine thread can always give the session that
+many pages, so it never runs out in the middle of a batch. A session may grow past its lease while
+pages are unleased. What cannot be promised is refused at once; nobody waits.
+
+Owned by the event loop's thread; the pages themselves belong to the engine thread. A closed lease
+may be promised again immediately, because the engine hears of the close before it hears of any
+session that is opened later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planetserve.clock import Clock
+from planetserve.errors import CacheExhausted, ConfigError, SessionError
+
+_MIN_RETRY_S = 0.5
+_MAX_RETRY_S = 60.0
+_FIRST_LIFETIME_GUESS_S = 10.0
+_LIFETIME_WEIGHT = 0.2
+
+
+@dataclass(slots=True)
+class _Lease:
+    peer_id: str
+    num_rows: int
+    num_pages: int
+    opened_at_s: float
+
+
+class Leases:
+    """Who may use how many of `total_pages`.
+
+    Args:
+        total_pages: pages of the KV cache.
+        page_size: tokens per page.
+        clock: tells how long sessions live, from which `retry_after_s` is estimated.
+        max_peer_share: the largest part of all pages that one peer's sessions may lease.
+    """
+
+    def __init__(self, total_pages: int, page_size: int, clock: Clock, max_peer_share: float = 1.0):
+        if total_pages < 1 or page_size < 1 or not 0 < max_peer_share <= 1:
+            raise ConfigError(
+                f"a KV cache of {total_pages} pages of {page_size} tokens with a peer share of "
+                f"{max_peer_share} cannot serve; give positive sizes and a share in (0, 1]"
+            )
+        self._total_pages = total_pages
+        self._page_size = page_size
+        self._clock = clock
+        self._max_peer_pages = max(1, int(total_pages * max_peer_share))
+        self._leases: dict[bytes, _Lease] = {}
+        self._peer_pages: dict[str, int] = {}
+        self._lifetime_s = _FIRST_LIFETIME_GUESS_S
+
+    @property
+    def leased_pages(self) -> int:
+        return sum(self._peer_pages.values())
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that new sessions could still lease."""
+        return (self._total_pages - self.leased_pages) * self._page_size
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def __contains__(self, session_id: object) -> bool:
+        return session_id in self._leases
+
+    def open(self, session_id: bytes, peer_id: str, num_rows: int, max_length: int) -> None:
+        """Promise `num_rows` rows of `max_length` tokens.
+
+        Raises:
+            CacheExhausted: the pages are promised to others, or the peer has its share.
+            SessionError: the session is open already.
+        """
+        if session_id in self._leases:
+            raise SessionError("a session with this id is open already; use a new random id")
+        num_pages = num_rows * self._pages_of(max_length)
+        self._check_room(peer_id, num_pages)
+        self._leases[session_id] = _Lease(peer_id, num_rows, num_pages, self._clock.monotonic())
+        self._peer_pages[peer_id] = self._peer_pages.get(peer_id, 0) + num_pages
+
+    def ensure(self, session_id: bytes, length: int) -> None:
+        """Grow the lease if rows of `length` tokens do not fit it.
+
+        Raises:
+            CacheExhausted: the missing pages are promised to others, or the peer has its share.
+            SessionError: the session is not open.
+        """
+        lease = self._leases.get(session_id)
+        if lease is None:
+            raise SessionError("no session with this id is open here")
+        missing = lease.num_rows * self._pages_of(length) - lease.num_pages
+        if missing > 0:
+            self._check_room(lease.peer_id, missing)
+            lease.num_pages += missing
+            self._peer_pages[lease.peer_id] += missing
+
+    def leased_tokens(self, session_id: bytes) -> int:
+        """Tokens that an open session's lease holds, all rows together."""
+        return self._leases[session_id].num_pages * self._page_size
+
+    def close(self, session_id: bytes) -> None:
+        """Take the promise back; closing twice does nothing."""
+        lease = self._leases.pop(session_id, None)
+        if lease is None:
+            return
+        left = self._peer_pages[lease.peer_id] - lease.num_pages
+        if left:
+            self._peer_pages[lease.peer_id] = left
+        else:
+            del self._peer_pages[lease.peer_id]
+        lifetime_s = self._clock.monotonic() - lease.opened_at_s
+        self._lifetime_s += _LIFETIME_WEIGHT * (lifetime_s - self._lifetime_s)
+
+    def _pages_of(self, length: int) -> int:
+        return -(-length // self._page_size)
+
+    def _check_room(self, peer_id: str, num_pages: int) -> None:
+        free = self._total_pages - self.leased_pages
+        if num_pages > free:
+            raise CacheExhausted(
+                f"{num_pages * self._page_size} tokens of KV cache are needed, "
+                f"{free * self._page_size} are free",
+                self._retry_after_s(),
+            )
+        if self._peer_pages.get(peer_id, 0) + num_pages > self._max_peer_pages:
+            raise CacheExhausted(
+                f"one peer may hold {self._max_peer_pages * self._page_size} tokens of KV cache "
+                "here; close a session first",
+                self._retry_after_s(),
+            )
+
+    def _retry_after_s(self) -> float:
+        # With n sessions of mean lifetime L, one is expected to end within L / n.
+        expected_s = self._lifetime_s / max(1, len(self._leases))
+        return min(_MAX_RETRY_S, max(_MIN_RETRY_S, expected_s))

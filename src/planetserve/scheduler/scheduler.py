@@ -1,0 +1,326 @@
+"""Iteration-level scheduling (ORCA): which tokens of which sessions run in the next forward pass.
+
+Every call of `schedule` makes one batch: first decode steps of all ready sessions, then pieces of
+longer steps, up to a token budget. A long step is spread over several batches, so that it never
+stalls the others. `commit` reports the batch done. Only one batch is open at a time.
+
+Steps of one session run in the order they were added, at most one per batch. A step that starts
+before the end of a row's tokens cuts the row first (rollback); one that starts after it is refused.
+
+Owned by the engine thread; does no locking, no input or output, and knows no time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from planetserve.errors import ConfigError, SessionError
+from planetserve.scheduler.batch import Piece, ScheduledBatch, WorkItem
+from planetserve.scheduler.page_allocator import PageAllocator
+from planetserve.scheduler.policies import POLICIES, Candidate, Grant, SchedulingPolicy
+from planetserve.scheduler.sequence import Sequence
+
+_PREFILL_SHARE = 8
+"""Where decode steps could fill the budget, waiting prefill still gets one part in this many."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How a scheduler divides the work.
+
+    Attributes:
+        num_pages: pages of the KV cache.
+        page_size: tokens per page.
+        max_batch_tokens: token budget of one batch.
+        max_decode_tokens: a step with at most this many tokens per row counts as a decode step.
+        policy: name in `POLICIES`.
+        chunkable: whether a row's new tokens may be spread over several batches.
+        can_rollback: whether a sequence can be cut anywhere, not only to nothing.
+    """
+
+    num_pages: int
+    page_size: int = 16
+    max_batch_tokens: int = 512
+    max_decode_tokens: int = 16
+    policy: str = "deficit_round_robin"
+    chunkable: bool = True
+    can_rollback: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.num_pages, self.page_size, self.max_decode_tokens) < 1:
+            raise ConfigError("num_pages, page_size and max_decode_tokens must be at least 1")
+        if self.max_batch_tokens < _PREFILL_SHARE:
+            raise ConfigError(
+                f"max_batch_tokens {self.max_batch_tokens} is too small to share between decode "
+                f"and prefill; give at least {_PREFILL_SHARE}"
+            )
+        POLICIES.check(self.policy)
+
+
+@dataclass(slots=True, eq=False)
+class _Progress:
+    """A queued work item: its rows before `row` are done, and `row_tokens` tokens of that row."""
+
+    item: WorkItem
+    arrival: int
+    num_left: int
+    is_decode: bool
+    started: bool = False
+    row: int = 0
+    row_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    rows: list[Sequence]
+    planned_lengths: list[int]
+    """Length of each row after everything queued has run."""
+    queue: deque[_Progress] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A batch being made."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    forks: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    cleared_pages: list[int] = field(default_factory=list)
+
+
+class Scheduler:
+    """Sessions, their queued steps and their pages."""
+
+    def __init__(self, config: SchedulerConfig):
+        self._config = config
+        self._allocator = PageAllocator(config.num_pages)
+        self._sessions: dict[bytes, _Session] = {}
+        self._ready: dict[bytes, _Session] = {}
+        self._decode_policy: SchedulingPolicy = POLICIES.create(config.policy)
+        self._prefill_policy: SchedulingPolicy = POLICIES.create(config.policy)
+        self._released: list[int] = []
+        self._num_arrivals = 0
+        self._num_sequences = 0
+        self._num_queued_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._ready)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens of unfinished steps that no batch has run yet."""
+        return self._num_queued_tokens
+
+    @property
+    def num_used_pages(self) -> int:
+        return self._allocator.num_used
+
+    def open(self, session_id: bytes, num_rows: int) -> None:
+        """Start a session with `num_rows` empty rows.
+
+        Raises:
+            SessionError: the session is open already.
+        """
+        if session_id in self._sessions:
+            raise SessionError("a session with this id is open already; use a new random id")
+        rows = [self._new_sequence() for _ in range(num_rows)]
+        self._sessions[session_id] = _Session(rows, [0] * num_rows)
+
+    def close(self, session_id: bytes) -> tuple[int, ...]:
+        """Free a session's pages and drop its queue; an unknown session is ignored.
+
+        Returns:
+            Ids of the items that will never finish.
+        """
+        session = self._sessions.pop(session_id, None)
+        if session is None:
+            return ()
+        self._ready.pop(session_id, None)
+        self._release(session.rows)
+        self._num_queued_tokens -= sum(progress.num_left for progress in session.queue)
+        return tuple(progress.item.item_id for progress in session.queue)
+
+    def add(self, item: WorkItem) -> None:
+        """Queue a step behind the session's earlier ones.
+
+        Raises:
+            SessionError: unknown session or row, a gap between the row's end and the step's start,
+                or a rollback that this model cannot do. Nothing is queued then.
+        """
+        session = self._sessions.get(item.session_id)
+        if session is None:
+            raise SessionError("no session with this id is open here")
+        session.planned_lengths = self._lengths_after(item, session.planned_lengths)
+        longest = max((piece.num_tokens for piece in item.rows), default=0)
+        is_decode = longest <= self._config.max_decode_tokens
+        session.queue.append(_Progress(item, self._num_arrivals, item.num_tokens, is_decode))
+        self._num_arrivals += 1
+        self._num_queued_tokens += item.num_tokens
+        self._ready[item.session_id] = session
+
+    def schedule(self) -> ScheduledBatch:
+        """Choose the next batch and assign its pages.
+
+        The batch may have no pieces and still name released sequences. `commit` it, or `close` its
+        sessions, before the next call.
+        """
+        draft = _Draft()
+        for grant in self._grants():
+            self._take(self._ready[grant.session_id], grant.num_tokens, draft)
+        released, self._released = tuple(self._released), []
+        return ScheduledBatch(
+            tuple(draft.pieces),
+            tuple(draft.forks),
+            released,
+            tuple(draft.copies),
+            tuple(draft.cleared_pages),
+        )
+
+    def commit(self, batch: ScheduledBatch) -> tuple[int, ...]:
+        """Take note that `batch` has run.
+
+        Returns:
+            Ids of the items that are now finished.
+        """
+        finished = []
+        for session_id in dict.fromkeys(piece.session_id for piece in batch.pieces):
+            session = self._ready.get(session_id)
+            if session is None or session.queue[0].num_left:
+                continue
+            finished.append(session.queue.popleft().item.item_id)
+            if not session.queue:
+                del self._ready[session_id]
+        return tuple(finished)
+
+    def check_integrity(self) -> None:
+        """Compare pages with page tables.
+
+        Raises:
+            PageAccountingError: a page is leaked or used twice.
+        """
+        self._allocator.check_integrity(
+            row.pages for session in self._sessions.values() for row in session.rows
+        )
+
+    def _grants(self) -> Iterator[Grant]:
+        decode: list[Candidate] = []
+        prefill: list[Candidate] = []
+        for session_id, session in self._ready.items():
+            head = session.queue[0]
+            min_tokens = 1 if self._config.chunkable else head.num_left
+            candidate = Candidate(session_id, head.arrival, head.num_left, min_tokens)
+            (decode if head.is_decode else prefill).append(candidate)
+        budget = self._config.max_batch_tokens
+        if decode:
+            reserved = budget // _PREFILL_SHARE if prefill else 0
+            grants = _share(self._decode_policy, decode, budget - reserved)
+            budget -= sum(grant.num_tokens for grant in grants)
+            yield from grants
+        if prefill and budget > 0:
+            yield from _share(self._prefill_policy, prefill, budget)
+
+    def _take(self, session: _Session, num_tokens: int, draft: _Draft) -> None:
+        """Put the next `num_tokens` tokens of the session's oldest item into the batch."""
+        progress = session.queue[0]
+        if not progress.started:
+            progress.started = True
+            self._reorder(session, progress.item, draft)
+        done_before = progress.item.num_tokens - progress.num_left
+        progress.num_left -= num_tokens
+        self._num_queued_tokens -= num_tokens
+        while num_tokens:
+            row_slice = progress.item.rows[progress.row]
+            count = min(num_tokens, row_slice.num_tokens - progress.row_tokens)
+            start = row_slice.start + progress.row_tokens
+            sequence = session.rows[row_slice.row]
+            sequence.truncate(start)
+            appended = sequence.append(count)
+            if appended.copy is not None:
+                draft.copies.append(appended.copy)
+            if appended.cleared_page is not None:
+                draft.cleared_pages.append(appended.cleared_page)
+            draft.pieces.append(
+                Piece(
+                    progress.item.item_id,
+                    progress.item.session_id,
+                    sequence.sequence_id,
+                    start,
+                    count,
+                    done_before,
+                    sequence.pages[:],
+                    appended.slots,
+                )
+            )
+            num_tokens -= count
+            done_before += count
+            progress.row_tokens += count
+            if progress.row_tokens == row_slice.num_tokens:
+                progress.row, progress.row_tokens = progress.row + 1, 0
+
+    def _reorder(self, session: _Session, item: WorkItem, draft: _Draft) -> None:
+        """Rows that keep their place, or are the first to take another's, need no fork."""
+        if item.reorder is None:
+            return
+        old = session.rows
+        owners = {source: row for row, source in reversed(list(enumerate(item.reorder)))}
+        owners |= {row: row for row, source in enumerate(item.reorder) if row == source}
+        rows = []
+        for row, source in enumerate(item.reorder):
+            if owners[source] == row:
+                rows.append(old[source])
+                continue
+            twin = old[source].fork(self._num_sequences)
+            self._num_sequences += 1
+            draft.forks.append((twin.sequence_id, old[source].sequence_id))
+            rows.append(twin)
+        session.rows = rows
+        self._release([sequence for row, sequence in enumerate(old) if row not in owners])
+
+    def _lengths_after(self, item: WorkItem, lengths: list[int]) -> list[int]:
+        """Row lengths once `item` has run on rows of these `lengths`."""
+        num_rows = len(lengths)
+        if not item.rows or len({piece.row for piece in item.rows}) != len(item.rows):
+            raise SessionError("a step must bring tokens, and name each of its rows once")
+        if item.reorder is not None:
+            if len(item.reorder) != num_rows or not all(0 <= r < num_rows for r in item.reorder):
+                raise SessionError(f"reorder must name {num_rows} rows of this session")
+            lengths = [lengths[source] for source in item.reorder]
+        else:
+            lengths = lengths[:]
+        for piece in item.rows:
+            if not 0 <= piece.row < num_rows or piece.num_tokens < 1:
+                raise SessionError(
+                    f"{piece.num_tokens} tokens for row {piece.row} of a session with "
+                    f"{num_rows} rows"
+                )
+            if not 0 <= piece.start <= lengths[piece.row]:
+                raise SessionError(
+                    f"the step starts at position {piece.start}, row {piece.row} holds "
+                    f"{lengths[piece.row]} tokens; send the tokens in between first"
+                )
+            if 0 < piece.start < lengths[piece.row] and not self._config.can_rollback:
+                raise SessionError(
+                    f"this model cannot roll back to position {piece.start}; "
+                    "start again from position 0"
+                )
+            lengths[piece.row] = piece.end
+        return lengths
+
+    def _new_sequence(self) -> Sequence:
+        sequence = Sequence(self._num_sequences, self._allocator, self._config.page_size)
+        self._num_sequences += 1
+        return sequence
+
+    def _release(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.release()
+            self._released.append(sequence.sequence_id)
+
+
+def _share(policy: SchedulingPolicy, candidates: list[Candidate], budget: int) -> list[Grant]:
+    if sum(candidate.num_tokens for candidate in candidates) <= budget:
+        return [Grant(candidate.session_id, candidate.num_tokens) for candidate in candidates]
+    return policy.share(candidates, budget)

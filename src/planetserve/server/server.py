@@ -1,0 +1,305 @@
+"""A server from its settings to its last byte: join, load, measure, serve, drain, leave.
+
+Composition root of the server role; the only place that knows all its parts. `Server.start`
+returns once the server can serve; `close` drains and leaves nothing running. Use as
+`async with await Server.start(config) as server`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+import planetserve
+from planetserve.clock import Clock, SystemClock
+from planetserve.config import ServerConfig
+from planetserve.engine.config import EngineConfig
+from planetserve.engine.engine import Engine
+from planetserve.engine.span_runner import SpanRunner
+from planetserve.errors import ConfigError, ModelMismatchError
+from planetserve.model.capabilities import check_servable
+from planetserve.model.checkpoint import Checkpoint, parse_dtype
+from planetserve.model.skeleton import SpanBlocks
+from planetserve.routing.placement import PLACEMENTS
+from planetserve.routing.points import server_point
+from planetserve.server.announcer import Announcer
+from planetserve.server.handler import HandlerLimits, ServedModel, SessionHandler
+from planetserve.swarm.directory import Directory
+from planetserve.swarm.node import NodeConfig, SwarmNode
+from planetserve.swarm.ping import serve_ping
+from planetserve.tensors import dtype_name
+from planetserve.types import BlockSpan, ServerInfo, ServerState
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NETWORK_BYTES_PER_S = 12_500_000.0
+"""Announced as this server's link rate: 100 Mbit/s, a usual home downlink."""
+DRAIN_TIMEOUT_S = 30.0
+
+
+class Server:
+    """A running server. Made by `start`."""
+
+    def __init__(
+        self, config: ServerConfig, checkpoint: Checkpoint, node: SwarmNode, clock: Clock
+    ):
+        self.config = config
+        self.checkpoint = checkpoint
+        self.node = node
+        self.engine: Engine
+        self.handler: SessionHandler
+        self.span: BlockSpan
+        self.state = ServerState.JOINING
+        self._clock = clock
+        self._prefix = config.dht_prefix or checkpoint.model_prefix
+        self._dtype: torch.dtype
+        self._max_session_tokens = 0
+        self._directory = Directory(node, clock)
+        self._announcer = Announcer(
+            self._directory, self.info, config.update_period, config.expiration_s
+        )
+        self._closed = False
+
+    @classmethod
+    async def start(cls, config: ServerConfig, clock: Clock | None = None) -> Server:
+        """Join the swarm, choose and load the span, and begin to serve.
+
+        Raises:
+            ConfigError: a setting does not fit the model or the machine.
+            PeerUnreachable: no initial peer answers.
+            ModelMismatchError: the swarm serves another revision of this model.
+        """
+        started_s = time.monotonic()
+        checkpoint = await asyncio.to_thread(_open_checkpoint, config)
+        device = _device(config.device)
+        dtype = parse_dtype(config.torch_dtype, checkpoint, device)
+        _check_span(config, checkpoint)
+        node = await SwarmNode.start(_node_config(config))
+        server = cls(config, checkpoint, node, clock or SystemClock())
+        try:
+            server._dtype = dtype
+            server.span = await server._choose_span()
+            await server._build(device)
+            await server._open_doors()
+        except BaseException:
+            await server._abandon()
+            raise
+        logger.info("ready after %.1f s", time.monotonic() - started_s)
+        return server
+
+    def info(self) -> ServerInfo:
+        """What this server announces now."""
+        stats = self.engine.stats() if hasattr(self, "engine") else None
+        tokens_per_s = stats.tokens_per_s_per_block if stats else 1.0
+        if self.config.throughput != "auto":
+            tokens_per_s = float(self.config.throughput)
+        return ServerInfo(
+            peer_id=self.node.peer_id,
+            model=self._prefix,
+            fingerprint=self.checkpoint.fingerprint,
+            span=self.span,
+            num_blocks=self.checkpoint.num_blocks,
+            state=self.state,
+            dtype=dtype_name(self._dtype),
+            addresses=self.node.addresses(),
+            decode_ms_per_block=stats.decode_ms_per_block if stats else 1000.0,
+            tokens_per_s_per_block=tokens_per_s,
+            network_bytes_per_s=DEFAULT_NETWORK_BYTES_PER_S,
+            free_cache_tokens=stats.free_cache_tokens if stats else 0,
+            max_session_tokens=self._max_session_tokens or 1,
+            version=planetserve.__version__,
+            public_name=self.config.public_name,
+            announced_at_s=self._clock.unix(),
+        )
+
+    async def close(self, drain_timeout_s: float = 0.0) -> None:
+        """Stop admitting, wait for open sessions, announce leaving, release everything."""
+        if self._closed:
+            return
+        self._closed = True
+        self.state = ServerState.DRAINING
+        if self.handler.num_sessions and drain_timeout_s > 0:
+            logger.info("draining %d sessions", self.handler.num_sessions)
+            await self._announcer.announce()
+        await self.handler.drain(drain_timeout_s)
+        self.state = ServerState.OFFLINE
+        await self._announcer.close()
+        await self.node.close()
+        self.engine.close()
+
+    async def __aenter__(self) -> Server:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _choose_span(self) -> BlockSpan:
+        others = await self._directory.lookup(self._prefix)
+        others = [info for info in others if info.peer_id != self.node.peer_id]
+        for info in others:
+            if info.fingerprint != self.checkpoint.fingerprint and info.state in _PRESENT:
+                raise ModelMismatchError(
+                    f"this swarm already serves another revision of {self.checkpoint.name} "
+                    f"({info.fingerprint[:12]}; yours is {self.checkpoint.fingerprint[:12]}); "
+                    "serve the same files, or set --dht_prefix NAME on servers and clients of "
+                    "yours"
+                )
+        if self.config.block_indices is not None:
+            return self.config.block_indices
+        points = [server_point(info) for info in others if info.state in _PRESENT]
+        speeds = sorted(point.tokens_per_s_per_block for point in points)
+        own_speed = speeds[len(speeds) // 2] if speeds else 1.0
+        placement = PLACEMENTS.create("balance")
+        return placement.choose_span(
+            points, self.checkpoint.num_blocks, self.config.num_blocks or 1, own_speed
+        )
+
+    async def _build(self, device: torch.device) -> None:
+        """Load the span and measure it, with a JOINING record so that others plan around it."""
+        config, heads = self.config, self.checkpoint.config
+        shared = getattr(heads, "num_key_value_heads", None) or heads.num_attention_heads
+        shares_kv_heads = shared < heads.num_attention_heads
+        self._max_session_tokens = config.session_tokens(shares_kv_heads=shares_kv_heads)
+        engine_config = EngineConfig(
+            attn_cache_tokens=config.cache_tokens(shares_kv_heads=shares_kv_heads),
+            page_size=config.page_size,
+            max_batch_tokens=config.max_batch_size,
+            inference_max_length=self._max_session_tokens,
+            attention_backend=config.attention_backend,
+            num_threads=config.num_threads,
+        )
+        await self._announcer.announce()
+        logger.info("loading blocks %s of %s", self.span, self.checkpoint.name)
+        self.engine = await asyncio.to_thread(
+            _build_engine, self.checkpoint, self.span, self._dtype, device, engine_config
+        )
+
+    async def _open_doors(self) -> None:
+        model = ServedModel(
+            self._prefix, self.checkpoint.fingerprint, self.span, self._max_session_tokens
+        )
+        limits = HandlerLimits(
+            session_timeout_s=self.config.session_timeout,
+            step_timeout_s=self.config.step_timeout,
+            max_chunk_tokens=self.config.max_batch_size,
+        )
+        self.handler = SessionHandler(self.node, self.engine, model, limits)
+        await serve_ping(self.node)
+        await self.handler.start()
+        self.state = ServerState.ONLINE
+        await self._announcer.announce()
+        self._announcer.start()
+
+    async def _abandon(self) -> None:
+        """Undo a start that failed half-way."""
+        if hasattr(self, "span"):
+            self.state = ServerState.OFFLINE
+            await self._announcer.close()
+        await self.node.close()
+        if hasattr(self, "engine"):
+            self.engine.close()
+
+
+async def serve(
+    config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[Server], None]
+) -> None:
+    """Serve until `stop` is set, then drain. `on_ready` is called once the server can serve."""
+    starting = asyncio.create_task(Server.start(config))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return
+        server = starting.result()
+        try:
+            on_ready(server)
+            await stopping
+            await server.close(DRAIN_TIMEOUT_S)
+        finally:
+            await server.close()
+    finally:
+        stopping.cancel()
+
+
+_PRESENT = (ServerState.JOINING, ServerState.ONLINE)
+
+
+def _open_checkpoint(config: ServerConfig) -> Checkpoint:
+    checkpoint = Checkpoint.open(
+        config.model, revision=config.revision, token=config.token, cache_dir=config.cache_dir
+    )
+    check_servable(checkpoint)
+    return checkpoint
+
+
+def _check_span(config: ServerConfig, checkpoint: Checkpoint) -> None:
+    wanted = config.block_indices.end if config.block_indices else config.num_blocks or 0
+    if wanted > checkpoint.num_blocks:
+        flag = "--block_indices" if config.block_indices else "--num_blocks"
+        raise ConfigError(
+            f"{flag} {config.block_indices or config.num_blocks} is outside "
+            f"{checkpoint.name}, which has blocks 0:{checkpoint.num_blocks}"
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r} is no torch device; give cpu, cuda or mps") from error
+    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise ConfigError(f"--device {name}: this machine has none that torch can use; try cpu")
+    return device
+
+
+def _node_config(config: ServerConfig) -> NodeConfig:
+    return NodeConfig(
+        initial_peers=config.initial_peers,
+        host_maddrs=config.host_maddrs,
+        announce_maddrs=config.announce_maddrs,
+        port=config.port,
+        public_ip=config.public_ip,
+        identity_path=config.identity_path,
+        daemon_startup_timeout_s=config.daemon_startup_timeout,
+    )
+
+
+def _build_engine(
+    checkpoint: Checkpoint,
+    span: BlockSpan,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: EngineConfig,
+) -> Engine:
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    blocks = SpanBlocks.load(checkpoint, span, dtype, device)
+    runner = SpanRunner(blocks, config.num_pages, config.page_size, config.attention_backend)
+    engine = Engine(runner, config, SystemClock())
+    engine.start()
+    try:
+        engine.measure()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+

@@ -1,0 +1,286 @@
+"""The libp2p daemon of one node: hivemind's `p2pd` child process and the calls made to it.
+
+Everything that touches hivemind's P2P class is here, and its exceptions end here. The daemon's
+sockets and the key it reads live in a private folder that is removed with it, so a failed launch
+leaves nothing behind either. It listens on TCP only; it relays for others only if asked to.
+
+p2pd ends by itself within seconds when this process dies, because its control connection drops.
+"""
+
+# ruff: noqa: SLF001  hivemind keeps the process, its client and its tasks private; P2P has no
+# public connect(), and its shutdown() leaves tasks behind.
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
+from hivemind.utils.multiaddr import Multiaddr
+
+from planetserve.crypto.identity import Identity, public_key_of
+from planetserve.errors import ConfigError, PeerUnreachable, RemoteProtocolError, TransportError
+from planetserve.swarm import multiaddr
+from planetserve.types import PeerId
+
+if TYPE_CHECKING:
+    from planetserve.swarm.node import NodeConfig
+
+logger = logging.getLogger(__name__)
+
+_ERRORS = (P2PDaemonError, P2PHandlerError, OSError, EOFError)
+_EXIT_TIMEOUT_S = 5.0
+_SETTLE_ROUNDS = 100
+
+Accept = Callable[[PeerId, socket.socket, bytes], None]
+"""Takes over an incoming stream: who opened it, its socket, bytes that were read already."""
+
+
+class Daemon:
+    """One p2pd process. `p2p` is hivemind's handle on it, which the DHT needs."""
+
+    def __init__(self) -> None:
+        self.p2p: P2P | None = None
+        # Unix socket paths are short; TMPDIR need not be.
+        parent = "/tmp" if Path("/tmp").is_dir() else None
+        self._folder = Path(tempfile.mkdtemp(prefix="planetserve-", dir=parent))
+
+    @classmethod
+    async def start(cls, config: NodeConfig, identity: Identity) -> Daemon:
+        """Launch p2pd and wait until it answers.
+
+        Raises:
+            ConfigError: a port is taken or an address cannot be listened on.
+            TransportError: the daemon did not start.
+        """
+        check_ports(config.listens_on)
+        daemon = cls()
+        try:
+            await daemon._launch(config, identity)
+        except BaseException:
+            await daemon.close()
+            raise
+        return daemon
+
+    async def _launch(self, config: NodeConfig, identity: Identity) -> None:
+        key_file = self._folder / "identity"
+        identity.save(key_file)
+        is_local = all(map(_is_loopback, config.listens_on))
+        try:
+            await self._p2p_class(config.use_relay).create(
+                host_maddrs=config.listens_on or None,
+                announce_maddrs=config.announced or None,
+                no_listen=config.client_mode,
+                dht_mode="client" if config.client_mode else "server",
+                identity_path=str(key_file),
+                check_if_identity_free=False,
+                startup_timeout=config.daemon_startup_timeout_s,
+                use_relay=config.use_relay,
+                use_auto_relay=config.use_relay and bool(config.initial_peers),
+                trusted_relays=config.initial_peers if config.use_relay else None,
+                auto_nat=config.use_relay,
+                nat_port_map=not (config.client_mode or config.announced or is_local),
+            )
+        except _ERRORS as error:
+            raise _launch_error(str(error)) from None
+        finally:
+            # The daemon has read it; a key that nobody keeps should not outlive a crash either.
+            key_file.unlink()
+
+    def _p2p_class(self, use_relay: bool) -> type[P2P]:
+        daemon = self
+
+        class ContainedP2P(P2P):
+            """hivemind's P2P with its sockets in our folder and flags it has no argument for."""
+
+            _UNIX_SOCKET_PREFIX = f"/unix{daemon._folder}/"
+
+            def __init__(self) -> None:
+                super().__init__()
+                # Known before the process is launched, so that a failed launch can be cleaned up.
+                daemon.p2p = self
+
+            @staticmethod
+            def _make_process_args(*args: object, **kwargs: object) -> list[str]:
+                return P2P._make_process_args(*args, relayService=use_relay, **kwargs)
+
+        return ContainedP2P
+
+    async def addresses(self, peer_id: PeerId) -> tuple[str, ...]:
+        """Multiaddresses at which others may reach this node."""
+        suffix = f"/p2p/{peer_id}"
+        try:
+            _, maddrs = await self._client.identify()
+        except _ERRORS as error:
+            raise TransportError(f"the libp2p daemon does not answer: {_reason(error)}") from None
+        return tuple(f"{str(maddr).removesuffix(suffix)}{suffix}" for maddr in maddrs)
+
+    async def connect(self, peer_id: PeerId, addresses: Sequence[str], timeout_s: float) -> None:
+        """Make sure there is a connection to a peer.
+
+        Raises:
+            PeerUnreachable: there is none; with no usable address, peers were asked for one.
+        """
+        try:
+            public_key_of(peer_id)
+        except RemoteProtocolError as error:
+            raise PeerUnreachable(f"{peer_id[:64]!r} cannot be dialled: {error}") from None
+        maddrs = [Multiaddr(data) for data in multiaddr.dialable(peer_id, addresses)]
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._client.connect(PeerID.from_base58(peer_id), maddrs)
+        except TimeoutError:
+            raise PeerUnreachable(f"{peer_id} did not answer in {timeout_s:g} s") from None
+        except _ERRORS as error:
+            raise PeerUnreachable(f"cannot connect to {peer_id}: {_reason(error)}") from None
+
+    async def open_socket(self, peer_id: PeerId, protocol: str) -> tuple[socket.socket, bytes]:
+        """Open a raw stream to a connected peer; the socket and any bytes that came already.
+
+        Raises:
+            PeerUnreachable: the peer is not connected or does not serve the protocol.
+        """
+        try:
+            _, reader, writer = await self._client.stream_open(
+                PeerID.from_base58(peer_id), (protocol,)
+            )
+        except _ERRORS as error:
+            raise PeerUnreachable(f"{peer_id} refused a stream: {_reason(error)}") from None
+        return await _take_socket(reader, writer)
+
+    async def add_protocol(self, protocol: str, accept: Accept) -> None:
+        """Hand every incoming stream of `protocol` to `accept`.
+
+        Raises:
+            TransportError: the daemon does not answer.
+        """
+
+        async def on_stream(
+            info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
+            sock, head = await _take_socket(reader, writer)
+            accept(str(info.peer_id), sock, head)
+
+        if self.p2p is None:
+            raise TransportError("this node is closed")
+        try:
+            await self.p2p.add_binary_stream_handler(protocol, on_stream)
+        except _ERRORS as error:
+            raise TransportError(f"the libp2p daemon does not answer: {_reason(error)}") from None
+
+    async def wait(self) -> int:
+        """Wait until the process ends; its exit code."""
+        code: int = await self._child.wait()
+        return code
+
+    async def close(self) -> None:
+        """End the process and everything that waits for it, and remove its folder."""
+        p2p, self.p2p = self.p2p, None
+        if p2p is not None:
+            child, control = p2p._child, p2p._client and p2p._client.control
+            if child is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_EXIT_TIMEOUT_S):
+                        await p2p.shutdown()
+                if child.returncode is None:
+                    child.kill()
+                    await child.wait()
+            await _settle(p2p, control)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def _client(self) -> Any:
+        if self.p2p is None or self.p2p._client is None:
+            raise TransportError("this node is closed")
+        return self.p2p._client
+
+    @property
+    def _child(self) -> Any:
+        if self.p2p is None or self.p2p._child is None:
+            raise TransportError("this node is closed")
+        return self.p2p._child
+
+
+async def _settle(p2p: P2P, control: Any) -> None:
+    """Let hivemind's own tasks end: those that serve the daemon and those that await its answers.
+
+    hivemind keeps no list of the tasks it starts (pings, stores, look-ups). All of them end when
+    the calls they wait for fail, and each handles that failure.
+    """
+    tasks = [p2p._reader_task, p2p._listen_task]
+    if control is not None:
+        tasks += [control._read_task, control._write_task, *control._handler_tasks.values()]
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    for _ in range(_SETTLE_ROUNDS if control is not None else 0):
+        for call in list(control._pending_calls.values()):
+            if not call.done():
+                call.set_exception(P2PDaemonError("the node was closed"))
+        await asyncio.sleep(0)
+
+
+async def _take_socket(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> tuple[socket.socket, bytes]:
+    """The socket below a pair of asyncio streams, and what the reader holds already."""
+    transport = cast(asyncio.Transport, writer.transport)
+    transport.pause_reading()
+    reader.feed_eof()
+    head = await reader.read()
+    sock: socket.socket = writer.get_extra_info("socket").dup()
+    transport.abort()
+    return sock, head
+
+
+def check_ports(addresses: Sequence[str]) -> None:
+    """Refuse ports that another process listens on: libp2p would share them without a word.
+
+    Raises:
+        ConfigError: a port is taken or not allowed, or an address is not one of this machine.
+    """
+    for text in addresses:
+        address = multiaddr.parse(text)
+        family = socket.AF_INET6 if address.kind == "ip6" else socket.AF_INET
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind((address.host, address.port))
+                sock.listen(1)
+        except OSError as error:
+            if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and len(addresses) > 1:
+                continue  # no IPv6 here; the other addresses will do
+            raise ConfigError(
+                f"cannot listen on {text}: {error.strerror}; choose another port or address"
+            ) from None
+
+
+def _is_loopback(text: str) -> bool:
+    return ipaddress.ip_address(multiaddr.parse(text).host).is_loopback
+
+
+def _launch_error(text: str) -> TransportError | ConfigError:
+    line = " ".join(text.split())[:300]
+    if "listen" in line:
+        return ConfigError(f"the libp2p daemon cannot listen: {line}")
+    return TransportError(f"the libp2p daemon did not start: {line}")
+
+
+def _reason(error: BaseException) -> str:
+    """The telling end of the daemon's many-line messages."""
+    last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    return last[0].strip(" *").removeprefix("Connect failed. msg=")[:200]

@@ -1,0 +1,313 @@
+"""One process's place in the swarm: a libp2p daemon and a DHT node on the running event loop.
+
+`SwarmNode.start` launches the daemon (`daemon.py`), joins through the initial peers and keeps the
+node joined; `close` leaves nothing behind: no task, process, socket file or thread. The node owns
+the tasks of incoming streams. It knows nothing of models, of what records mean (`directory.py`) or
+of frames (`streams.py`).
+
+Works in any running loop, in the main thread (server) or in another one (client).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hivemind.dht.node import DHTNode
+
+from planetserve.clock import Clock, SystemClock
+from planetserve.crypto.identity import Identity
+from planetserve.errors import ConfigError, PeerUnreachable, TransportError
+from planetserve.swarm import dht, multiaddr
+from planetserve.swarm.daemon import Daemon
+from planetserve.swarm.records import RecordChecker
+from planetserve.swarm.streams import FrameStream, StreamHandler, short
+from planetserve.types import PeerId
+from planetserve.wire.frame import FrameHeader
+
+logger = logging.getLogger(__name__)
+
+MAX_STREAMS = 4096
+"""Incoming streams that are held at once; further ones are closed unheard."""
+MAX_STREAMS_PER_PEER = 1024
+
+_EVERYWHERE = ("/ip4/0.0.0.0/tcp/{port}", "/ip6/::/tcp/{port}")
+_REJOIN_PERIOD_S = 10.0
+
+FrameTap = Callable[[str, PeerId, FrameHeader], None]
+"""Called with "sent" or "received", the remote peer and the header of each frame."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """Where a node listens and how it joins.
+
+    Raises:
+        ConfigError: an address is malformed or two settings exclude each other.
+    """
+
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddresses ending in /p2p/PEER_ID; one that answers is enough. None: a new swarm."""
+    host_maddrs: tuple[str, ...] = ()
+    """Listen here; by default on `port` of every interface."""
+    announce_maddrs: tuple[str, ...] = ()
+    """Tell others to dial these instead."""
+    port: int | None = None
+    """TCP port on every interface; None or 0 takes a free one."""
+    public_ip: str | None = None
+    """Announce this address with `port`."""
+    identity_path: str | Path | None = None
+    """Key file, created if absent; None makes a key that lives as long as the node."""
+    use_relay: bool = False
+    """Reach peers, and be reached, through relays, and be one if publicly reachable."""
+    client_mode: bool = False
+    """Listen nowhere and store nobody's records; dialling and opening streams still work."""
+    daemon_startup_timeout_s: float = 60.0
+    connect_timeout_s: float = 10.0
+    """Time for making one connection."""
+
+    def __post_init__(self) -> None:
+        for name in ("initial_peers", "host_maddrs", "announce_maddrs"):
+            if isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} takes a list of multiaddresses, not one string")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for text in self.initial_peers:
+            multiaddr.parse_peer(text)
+        for text in self.host_maddrs:
+            if multiaddr.parse(text).kind not in ("ip4", "ip6"):
+                raise ConfigError(f"--host_maddrs {text}: listen on an /ip4/ or /ip6/ address")
+        for text in self.announce_maddrs:
+            if multiaddr.parse(text).port == 0:
+                raise ConfigError(f"--announce_maddrs {text}: port 0 cannot be dialled")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.port is not None and not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port} is not a TCP port")
+        if self.port and self.host_maddrs:
+            raise ConfigError("--port and --host_maddrs exclude each other; give one of them")
+        if self.public_ip and self.announce_maddrs:
+            raise ConfigError("--public_ip and --announce_maddrs exclude each other; give one")
+        if self.public_ip and not self.port:
+            raise ConfigError("--public_ip needs --port, the port forwarded to this machine")
+        if self.client_mode and (self.port or self.host_maddrs or self.announced):
+            raise ConfigError("a client listens nowhere: give it no port, host or announce address")
+        if self.public_ip:
+            multiaddr.parse(self.announced[0])
+
+    @property
+    def listens_on(self) -> tuple[str, ...]:
+        """Multiaddresses to listen on."""
+        if self.client_mode:
+            return ()
+        return self.host_maddrs or tuple(text.format(port=self.port or 0) for text in _EVERYWHERE)
+
+    @property
+    def announced(self) -> tuple[str, ...]:
+        """Multiaddresses to announce; none means those it listens on."""
+        if self.public_ip:
+            kind = "ip6" if ":" in self.public_ip else "ip4"
+            return (f"/{kind}/{self.public_ip}/tcp/{self.port}",)
+        return self.announce_maddrs
+
+
+class SwarmNode:
+    """A running node. Made by `start`; an async context manager that closes itself."""
+
+    def __init__(self, config: NodeConfig, identity: Identity, clock: Clock, daemon: Daemon):
+        self.config = config
+        self.identity = identity
+        self.peer_id: PeerId = identity.peer_id
+        self.clock = clock
+        self.records = RecordChecker(clock)
+        self.taps: list[FrameTap] = []
+        self.streams: set[FrameStream] = set()
+        self.protocols: dict[str, StreamHandler] = {}
+        self.stopped = asyncio.Event()
+        """Set once the node no longer works: it was closed, or its daemon died."""
+        self._daemon = daemon
+        self._dht: DHTNode | None = None
+        self._addresses: tuple[str, ...] = ()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._num_incoming: Counter[PeerId] = Counter()
+        self._closing: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, config: NodeConfig, clock: Clock | None = None) -> SwarmNode:
+        """Launch the daemon, listen, and join the swarm.
+
+        Raises:
+            ConfigError: a port is taken, an address cannot be listened on, the key file is bad.
+            PeerUnreachable: no initial peer answered; the message lists who was tried.
+            TransportError: the daemon did not start.
+        """
+        if config.identity_path is None:
+            identity = Identity.generate()
+        else:
+            identity = Identity.load_or_create(config.identity_path)
+        daemon = await Daemon.start(config, identity)
+        node = cls(config, identity, clock or SystemClock(), daemon)
+        try:
+            node.spawn(node._watch(), "p2pd watch")
+            node._addresses = await daemon.addresses(node.peer_id)
+            await node._join()
+        except BaseException:
+            await node.close()
+            raise
+        return node
+
+    async def __aenter__(self) -> SwarmNode:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    @property
+    def dht(self) -> DHTNode:
+        """The DHT node.
+
+        Raises:
+            TransportError: the node is not running.
+        """
+        if self._dht is None or self.stopped.is_set():
+            raise TransportError("this node is closed")
+        return self._dht
+
+    def addresses(self) -> tuple[str, ...]:
+        """Multiaddresses, with the peer id, at which others reach this node."""
+        return self._addresses
+
+    def tap(self, event: str, remote: PeerId, header: FrameHeader) -> None:
+        """Tell every tap of a frame."""
+        for tap in self.taps:
+            tap(event, remote, header)
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run `work` in a task that this node owns and cancels when it closes."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def connect(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+        """Make sure there is a connection to a peer, within `connect_timeout_s`.
+
+        Raises:
+            PeerUnreachable: there is none; with no usable address, peers were asked for one.
+        """
+        await self._daemon.connect(peer_id, addresses, self.config.connect_timeout_s)
+
+    async def open_socket(self, peer_id: PeerId, protocol: str) -> tuple[socket.socket, bytes]:
+        """Open a raw stream to a connected peer; the socket and any bytes that came already.
+
+        Raises:
+            PeerUnreachable: the peer is not connected or does not serve the protocol.
+        """
+        return await self._daemon.open_socket(peer_id, protocol)
+
+    async def add_protocol(self, protocol: str, handler: StreamHandler) -> None:
+        """Run `handler` in a task of this node for each incoming stream of `protocol`.
+
+        Raises:
+            ConfigError: the protocol has a handler already.
+            TransportError: the daemon does not answer.
+        """
+        if protocol in self.protocols:
+            raise ConfigError(f"protocol {protocol} has a handler already")
+        self.protocols[protocol] = handler
+
+        def accept(remote: PeerId, sock: socket.socket, head: bytes) -> None:
+            if not self._may_accept(remote):
+                sock.close()
+                logger.debug("refused a stream from %s: too many, or closing", short(remote))
+                return
+            stream = FrameStream(self, sock, remote, head)
+            self._num_incoming[remote] += 1
+            self.spawn(self._serve(handler, stream), f"{protocol} from {short(remote)}")
+
+        try:
+            await self._daemon.add_protocol(protocol, accept)
+        except BaseException:
+            del self.protocols[protocol]
+            raise
+
+    def _may_accept(self, remote: PeerId) -> bool:
+        if self._closing is not None or self._num_incoming.total() >= MAX_STREAMS:
+            return False
+        return self._num_incoming[remote] < MAX_STREAMS_PER_PEER
+
+    async def _serve(self, handler: StreamHandler, stream: FrameStream) -> None:
+        try:
+            await handler(stream)
+        finally:
+            stream.abort()
+            self._num_incoming[stream.remote] -= 1
+            if not self._num_incoming[stream.remote]:
+                del self._num_incoming[stream.remote]
+
+    async def _watch(self) -> None:
+        code = await self._daemon.wait()
+        if self._closing is None:
+            self.stopped.set()
+            logger.error("the libp2p daemon ended (code %s); this node is off the network", code)
+
+    async def _join(self) -> None:
+        places: dict[PeerId, list[str]] = {}
+        for text in self.config.initial_peers:
+            peer_id = multiaddr.parse_peer(text).peer_id
+            if peer_id is not None and peer_id != self.peer_id:
+                places.setdefault(peer_id, []).append(text)
+        outcomes = await asyncio.gather(
+            *(self.connect(peer_id, addresses) for peer_id, addresses in places.items()),
+            return_exceptions=True,
+        )
+        failed = [error for error in outcomes if isinstance(error, BaseException)]
+        if failed and len(failed) == len(places):
+            tried = "; ".join(str(error) for error in failed)
+            raise PeerUnreachable(
+                f"no initial peer answered ({', '.join(self.config.initial_peers)}): {tried}"
+            )
+        self._dht = await dht.create(
+            self._daemon.p2p, self.peer_id, self.records, self.config.client_mode
+        )
+        await dht.bootstrap(self._dht, places, required=bool(places))
+        if places:
+            self.spawn(self._keep_joined(places), "keep joined")
+
+    async def _keep_joined(self, places: dict[PeerId, list[str]]) -> None:
+        """Greet initial peers that the DHT has lost sight of, so that a broken network heals."""
+        while True:
+            await asyncio.sleep(_REJOIN_PERIOD_S)
+            lost = {
+                peer_id: addresses
+                for peer_id, addresses in places.items()
+                if not dht.knows(self.dht, peer_id)
+            }
+            await asyncio.gather(
+                *(self.connect(peer_id, addresses) for peer_id, addresses in lost.items()),
+                return_exceptions=True,
+            )
+            await dht.bootstrap(self.dht, lost, required=False)
+
+    async def close(self) -> None:
+        """Leave the swarm: end every stream, task and process of this node. Idempotent."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self.stopped.set()
+        for stream in list(self.streams):
+            stream.abort()
+        tasks = [task for task in self._tasks if task is not self._closing]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._dht is not None:
+            self._dht.is_alive = False
+        await self._daemon.close()

@@ -1,0 +1,317 @@
+"""The data path: persistent byte streams between two peers, carrying frames (`wire/frame.py`).
+
+A stream is a libp2p stream that the daemon hands over as a unix socket. This module takes the
+socket out of asyncio's stream classes and reads and writes it directly: a payload is received into
+the buffer that the caller gets, an 8 MiB one is sent without being copied, `send` returns when the
+kernel has everything (so backpressure reaches the caller), and frames that arrived before a broken
+connection are still read.
+
+The remote peer id comes from libp2p's handshake, never from a frame. Nothing here looks into a
+payload, retries, or times a send; a header is checked before its payload is allocated, and memory
+grows with what arrives, not with what is announced. A stream to the node itself is a socket pair
+in this process, because libp2p does not dial itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from planetserve.errors import HopTimeout, PeerUnreachable, RemoteProtocolError, StreamClosed
+from planetserve.types import PeerId
+from planetserve.wire.frame import HEADER_BYTES, FrameHeader
+
+if TYPE_CHECKING:
+    from planetserve.swarm.node import SwarmNode
+
+logger = logging.getLogger(__name__)
+
+_READ_BYTES = 256 * 1024
+_MAX_BUFFERS_PER_CALL = 64
+_LINGER_S = 1.0
+
+Buffer = bytes | bytearray | memoryview
+StreamHandler = Callable[["FrameStream"], Coroutine[Any, Any, None]]
+
+
+class FrameStream:
+    """One bidirectional stream of frames with one authenticated remote peer.
+
+    Any number of tasks may send; one may receive at a time. `receive` may be cancelled or time out
+    and be called again without losing a byte. After a `send` that failed or was cancelled half-way
+    nothing more can be sent, since the peer could not tell where the next frame starts; what the
+    peer had sent can still be received.
+    """
+
+    def __init__(self, node: SwarmNode, sock: socket.socket, remote: PeerId, head: bytes = b""):
+        sock.setblocking(False)
+        self.remote = remote
+        self._node = node
+        self._socket = sock
+        self._loop = asyncio.get_running_loop()
+        self._send_lock = asyncio.Lock()
+        self._ahead = bytearray(head)
+        self._header: FrameHeader | None = None
+        self._payload = bytearray()
+        self._num_active = 0
+        self._receiving = False
+        self._can_send = True
+        self._closed = False
+        node.streams.add(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be sent: closed here, or broken."""
+        return self._closed or not self._can_send
+
+    async def send(self, header: FrameHeader, payload: Buffer | Sequence[Buffer] = b"") -> None:
+        """Send one frame; return when the kernel has taken all of it.
+
+        Args:
+            header: its `payload_bytes` is filled in here.
+            payload: one buffer or several that are sent one after the other. They may be changed
+                again once this returns.
+
+        Raises:
+            StreamClosed: either end has closed the stream.
+            LocalProtocolError: the payload is over its cap or a header field is out of range.
+        """
+        if isinstance(payload, bytes | bytearray | memoryview):
+            payload = (payload,)
+        views = [memoryview(part).cast("B") for part in payload if len(part)]
+        header = dataclasses.replace(header, payload_bytes=sum(view.nbytes for view in views))
+        views.insert(0, memoryview(header.pack()))
+        async with self._send_lock:
+            await self._send_views(views)
+        self._node.tap("sent", self.remote, header)
+
+    async def _send_views(self, views: list[memoryview]) -> None:
+        if self.closed:
+            raise StreamClosed(f"the stream to {short(self.remote)} is closed")
+        first, offset = 0, 0
+        self._num_active += 1
+        try:
+            while first < len(views):
+                batch = [views[first][offset:], *views[first + 1 : first + _MAX_BUFFERS_PER_CALL]]
+                try:
+                    count = self._socket.sendmsg(batch)
+                except BlockingIOError:
+                    await self._writable()
+                    continue
+                offset += count
+                while first < len(views) and offset >= views[first].nbytes:
+                    offset -= views[first].nbytes
+                    first += 1
+        except OSError as error:
+            raise StreamClosed(f"the stream to {short(self.remote)} broke in sending") from error
+        finally:
+            if first < len(views) and (first or offset):
+                self._stop_sending()
+            self._release()
+
+    async def receive(self, timeout_s: float | None = None) -> tuple[FrameHeader, bytearray]:
+        """The next frame. The payload is the caller's to keep.
+
+        Raises:
+            StreamClosed: the stream ended, or was closed here.
+            HopTimeout: no whole frame within `timeout_s`; calling again goes on where it stopped.
+            RemoteProtocolError: a bad header; the stream is closed.
+        """
+        if self._closed or self._receiving:
+            what = "closed" if self._closed else "being received from by another task"
+            raise StreamClosed(f"the stream from {short(self.remote)} is {what}")
+        self._receiving = True
+        self._num_active += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                header, payload = await self._receive_frame()
+        except TimeoutError:
+            raise HopTimeout(f"no frame from {short(self.remote)} in {timeout_s:g} s") from None
+        except (OSError, EOFError) as error:
+            self.abort()
+            raise StreamClosed(f"{short(self.remote)} closed the stream") from error
+        except RemoteProtocolError:
+            self.abort()
+            raise
+        finally:
+            self._receiving = False
+            self._release()
+        self._node.tap("received", self.remote, header)
+        return header, payload
+
+    async def _receive_frame(self) -> tuple[FrameHeader, bytearray]:
+        while self._header is None:
+            if len(self._ahead) >= HEADER_BYTES:
+                self._header = FrameHeader.unpack(memoryview(self._ahead)[:HEADER_BYTES])
+                end = HEADER_BYTES + self._header.payload_bytes
+                self._payload = self._ahead[HEADER_BYTES:end]
+                del self._ahead[:end]
+            else:
+                await self._read_into(self._ahead, _READ_BYTES)
+        header = self._header
+        while len(self._payload) < header.payload_bytes:
+            await self._read_into(self._payload, header.payload_bytes - len(self._payload))
+        payload, self._payload, self._header = self._payload, bytearray(), None
+        return header, payload
+
+    async def _read_into(self, buffer: bytearray, limit: int) -> None:
+        """Append up to `limit` received bytes to `buffer`.
+
+        Waiting and reading are separate steps, so that a cancellation never loses what was read.
+        """
+        waited = False
+        while True:
+            try:
+                piece = self._socket.recv(min(limit, _READ_BYTES))
+                break
+            except BlockingIOError:
+                await self._readable()
+                waited = True
+        if not piece:
+            raise EOFError
+        buffer += piece
+        if not waited:
+            # A peer that sends faster than this node reads must not keep the event loop to itself.
+            await asyncio.sleep(0)
+
+    async def _readable(self) -> None:
+        ready = self._loop.create_future()
+        self._loop.add_reader(self._socket, _resolve, ready)
+        try:
+            await ready
+        finally:
+            self._loop.remove_reader(self._socket)
+
+    async def _writable(self) -> None:
+        ready = self._loop.create_future()
+        self._loop.add_writer(self._socket, _resolve, ready)
+        try:
+            await ready
+        finally:
+            self._loop.remove_writer(self._socket)
+
+    async def close(self) -> None:
+        """Close this end; frames already sent still arrive. Idempotent, never raises."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            # Closing a socket with unread input resets the stream, which may overtake what was
+            # just sent (the frame that says why). So: say "no more", read on a moment, then close.
+            if not self._receiving and not self._send_lock.locked():
+                await self._linger()
+        finally:
+            self.abort()
+
+    async def _linger(self) -> None:
+        self._stop_sending()
+        self._num_active += 1
+        try:
+            async with asyncio.timeout(_LINGER_S):
+                while True:
+                    await self._read_into(bytearray(), _READ_BYTES)
+        except (OSError, EOFError):
+            pass
+        finally:
+            self._num_active -= 1
+
+    def _stop_sending(self) -> None:
+        self._can_send = False
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def abort(self) -> None:
+        """Close this end now, whatever is still on its way, and wake the tasks that wait on it."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._num_active += 1
+        self._release()
+
+    def _release(self) -> None:
+        # The loop may still watch the descriptor while another task waits on it.
+        self._num_active -= 1
+        if self._closed and not self._num_active:
+            self._socket.close()
+            self._node.streams.discard(self)
+
+    def __repr__(self) -> str:
+        return f"FrameStream({short(self.remote)}, {'closed' if self.closed else 'open'})"
+
+
+async def open_stream(
+    node: SwarmNode, peer_id: PeerId, addresses: Sequence[str], protocol: str, timeout_s: float
+) -> FrameStream:
+    """Connect to a peer, unless connected already, and open a stream of `protocol` to it.
+
+    Args:
+        node: the running node.
+        peer_id: who must be at the other end; libp2p's handshake proves it.
+        addresses: where to dial it; malformed ones and ones of other peers are ignored. With none
+            the node asks the peers it knows.
+        protocol: what the peer registered with `serve_streams`.
+        timeout_s: for connecting and opening together.
+
+    Raises:
+        PeerUnreachable: no connection in time, or the peer does not serve the protocol.
+    """
+    if peer_id == node.peer_id:
+        return _open_to_self(node, protocol)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await node.connect(peer_id, addresses)
+            sock, head = await node.open_socket(peer_id, protocol)
+    except TimeoutError:
+        raise PeerUnreachable(f"{short(peer_id)} did not answer in {timeout_s:g} s") from None
+    return FrameStream(node, sock, peer_id, head)
+
+
+async def serve_streams(node: SwarmNode, protocol: str, handler: StreamHandler) -> None:
+    """Call `handler` in a task of its own for every stream of `protocol` that a peer opens.
+
+    The node owns these tasks and cancels them when it closes. The stream is closed when the handler
+    returns or fails; a failure is logged by its class name only, since its text may hold what the
+    peer sent.
+
+    Raises:
+        TransportError: the daemon does not answer.
+    """
+
+    async def serve(stream: FrameStream) -> None:
+        try:
+            await handler(stream)
+        except StreamClosed:
+            logger.debug("stream of %s from %s ended", protocol, short(stream.remote))
+        except Exception as error:  # noqa: BLE001  one stream's failure is not the node's
+            logger.warning(
+                "stream of %s from %s failed: %s",
+                protocol, short(stream.remote), type(error).__name__,
+            )  # fmt: skip
+        finally:
+            await stream.close()
+
+    await node.add_protocol(protocol, serve)
+
+
+def short(peer_id: PeerId) -> str:
+    """The end of a peer id, for logs and messages."""
+    return f"…{peer_id[-6:]}"
+
+
+def _open_to_self(node: SwarmNode, protocol: str) -> FrameStream:
+    handler = node.protocols.get(protocol)
+    if handler is None:
+        raise PeerUnreachable(f"this node does not serve {protocol}")
+    near, far = socket.socketpair()
+    node.spawn(handler(FrameStream(node, far, node.peer_id)), f"{protocol} to itself")
+    return FrameStream(node, near, node.peer_id)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

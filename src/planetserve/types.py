@@ -1,0 +1,142 @@
+"""Plain values that every package shares: spans, hops, chains, what a server says of itself.
+
+Frozen and slotted; standard library only. Block spans are half-open, `[start, end)`, everywhere.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from planetserve.errors import ConfigError
+
+PeerId = str
+"""A libp2p peer id in base58; for the Ed25519 keys used here it contains the public key."""
+
+CLIENT = "client"
+"""The name of the client's end of the ring wherever a peer id could stand."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BlockSpan:
+    """Decoder blocks `[start, end)` of one model.
+
+    Raises:
+        ConfigError: the span is empty, negative or reversed.
+    """
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.end <= self.start:
+            raise ConfigError(
+                f"block span {self.start}:{self.end} is empty or reversed; "
+                "give START:END with 0 <= START < END, for example 0:8"
+            )
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end}"
+
+    def __contains__(self, block: object) -> bool:
+        return isinstance(block, int) and self.start <= block < self.end
+
+    def covers(self, other: BlockSpan) -> bool:
+        """Whether every block of `other` is in this span."""
+        return self.start <= other.start and other.end <= self.end
+
+    @classmethod
+    def parse(cls, text: str) -> BlockSpan:
+        """Read `"a:b"`.
+
+        Raises:
+            ConfigError: the text is not two integers with one colon between them, or no span.
+        """
+        parts = text.strip().split(":")
+        if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+            raise ConfigError(
+                f"--block_indices {text!r} is not START:END; "
+                "give two block numbers, for example --block_indices 0:8"
+            )
+        return cls(int(parts[0]), int(parts[1]))
+
+
+class ServerState(enum.Enum):
+    """What a server announces of its life."""
+
+    JOINING = "joining"
+    ONLINE = "online"
+    DRAINING = "draining"
+    OFFLINE = "offline"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What one server announces of itself; the body of its signed directory record."""
+
+    peer_id: PeerId
+    model: str
+    """Directory prefix of the model: servers of one configuration meet under it."""
+    fingerprint: str
+    """Identifies the weights (revision) being served; unequal fingerprints never share a chain."""
+    span: BlockSpan
+    num_blocks: int
+    """Blocks of the whole model."""
+    state: ServerState
+    dtype: str
+    """Torch dtype name of weights and activations: float32, bfloat16 or float16."""
+    addresses: tuple[str, ...]
+    """Multiaddresses with the peer id, ready to dial."""
+    decode_ms_per_block: float
+    """Time one decode step of one sequence spends in one block, on the current load."""
+    tokens_per_s_per_block: float
+    """Tokens per second through one block when batched or prefilling."""
+    network_bytes_per_s: float
+    free_cache_tokens: int
+    max_session_tokens: int
+    """Longest sequence a session may hold here (`--inference_max_length`)."""
+    quant_type: str = "none"
+    version: str = "0"
+    public_name: str = ""
+    next_rtt_ms: Mapping[PeerId, float] = field(default_factory=dict)
+    """Measured round-trip times to servers that may come next in a chain."""
+    announced_at_s: float = 0.0
+    """Unix time of the announcement; the newest record of a peer wins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One server's part of a chain: it runs blocks `[start, end)`."""
+
+    peer_id: PeerId
+    start: int
+    end: int
+
+    @property
+    def span(self) -> BlockSpan:
+        return BlockSpan(self.start, self.end)
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end} via …{self.peer_id[-6:]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Hops that tile `[0, num_blocks)` in order. `latency_ms` is the planner's prediction for one token."""
+
+    hops: tuple[Hop, ...]
+    latency_ms: float = 0.0
+    throughput_tokens_per_s: float = 0.0
+
+    def __iter__(self) -> Iterator[Hop]:
+        return iter(self.hops)
+
+    def __len__(self) -> int:
+        return len(self.hops)
+
+    def __str__(self) -> str:
+        return " => ".join(str(hop) for hop in self.hops)

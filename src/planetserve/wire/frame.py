@@ -1,0 +1,168 @@
+"""The one frame that crosses a peer boundary: a fixed header, then a payload of known length.
+
+Sans-I/O: bytes in, values out. A reader first takes `HEADER_BYTES`, calls `FrameHeader.unpack`,
+which checks every field and the payload cap *before* anything is allocated, then reads exactly
+`payload_bytes`. Control frames carry strict JSON (`wire/messages.py`), STEP frames carry a row
+table and one raw tensor (`wire/step.py`).
+
+The header is fixed-size and complete on purpose: it is the associated data of an encrypted payload
+and what a receipt commits to.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import struct
+from dataclasses import dataclass
+
+from planetserve.errors import LocalProtocolError, RemoteProtocolError
+
+VERSION = 1
+MAX_CONTROL_BYTES = 64 * 1024
+MAX_STEP_BYTES = 8 * 1024 * 1024
+MAX_DIMS = 4
+SESSION_BYTES = 16
+
+_HEADER = struct.Struct(">BBH16sHBBIQIIIHHBBBB4IHHI")
+HEADER_BYTES = _HEADER.size
+
+
+class FrameType(enum.IntEnum):
+    """What a frame carries."""
+
+    OPEN = 1
+    OPENED = 2
+    HELLO = 3
+    STEP = 4
+    ERROR = 5
+    CLOSE = 6
+    PING = 7
+    PONG = 8
+    READY = 9
+
+
+FLAG_KEEP_LAST = 1
+"""On a STEP frame: the client needs only the last token of each row slice back."""
+
+
+class Direction(enum.IntEnum):
+    """Which way along the ring a frame travels."""
+
+    FORWARD = 0
+    BACKWARD = 1
+
+
+class WireDtype(enum.IntEnum):
+    """Element types a STEP payload may have, with their width in bytes."""
+
+    NONE = 0
+    FLOAT32 = 1
+    FLOAT16 = 2
+    BFLOAT16 = 3
+
+    @property
+    def itemsize(self) -> int:
+        return {WireDtype.NONE: 0, WireDtype.FLOAT32: 4}.get(self, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHeader:
+    """Everything about a frame but its payload. Integers are unsigned and bounded by their width.
+
+    `edge` counts the ring's edges from the client: edge 0 enters the first hop. `sequence` is the
+    next number of its (edge, direction, epoch). `step` numbers the client's steps, `chunk` of
+    `num_chunks` the pieces of one step, `position` is the first row's start in its KV cache,
+    `num_tokens` the tokens of all rows together.
+    """
+
+    type: FrameType
+    session: bytes = bytes(SESSION_BYTES)
+    edge: int = 0
+    direction: Direction = Direction.FORWARD
+    epoch: int = 0
+    sequence: int = 0
+    step: int = 0
+    position: int = 0
+    num_tokens: int = 0
+    span_start: int = 0
+    span_end: int = 0
+    dtype: WireDtype = WireDtype.NONE
+    codec: int = 0
+    shape: tuple[int, ...] = ()
+    chunk: int = 0
+    num_chunks: int = 1
+    payload_bytes: int = 0
+    flags: int = 0
+
+    def pack(self) -> bytes:
+        """The header's `HEADER_BYTES` bytes.
+
+        Raises:
+            LocalProtocolError: a field does not fit its width or the payload passes its cap.
+        """
+        if self.payload_bytes > payload_cap(self.type):
+            raise LocalProtocolError(
+                f"{self.type.name} payload of {self.payload_bytes} bytes is over the cap of "
+                f"{payload_cap(self.type)}"
+            )
+        if len(self.shape) > MAX_DIMS:
+            raise LocalProtocolError(f"a tensor of {len(self.shape)} dimensions cannot be sent")
+        if len(self.session) != SESSION_BYTES:
+            raise LocalProtocolError(f"a session id has {SESSION_BYTES} bytes")
+        shape = self.shape + (0,) * (MAX_DIMS - len(self.shape))
+        try:
+            return _HEADER.pack(
+                VERSION, self.type, self.flags, self.session, self.edge, self.direction, 0,
+                self.epoch, self.sequence, self.step, self.position, self.num_tokens,
+                self.span_start, self.span_end, self.dtype, self.codec, len(self.shape), 0,
+                *shape, self.chunk, self.num_chunks, self.payload_bytes,
+            )  # fmt: skip
+        except struct.error as error:
+            raise LocalProtocolError(f"a frame field is out of range: {error}") from error
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray | memoryview) -> FrameHeader:
+        """Parse and check a header.
+
+        Raises:
+            RemoteProtocolError: wrong length, version, type, dtype, shape, chunk or payload size.
+        """
+        if len(data) != HEADER_BYTES:
+            raise RemoteProtocolError(f"a frame header has {HEADER_BYTES} bytes, got {len(data)}")
+        (
+            version, kind, flags, session, edge, direction, zero1, epoch, sequence, step, position,
+            num_tokens, span_start, span_end, dtype, codec, num_dims, zero2,
+            dim0, dim1, dim2, dim3, chunk, num_chunks, payload_bytes,
+        ) = _HEADER.unpack(data)  # fmt: skip
+        if version != VERSION:
+            raise RemoteProtocolError(f"frame version {version}, this node speaks {VERSION}")
+        try:
+            frame_type, wire_dtype = FrameType(kind), WireDtype(dtype)
+            way = Direction(direction)
+        except ValueError as error:
+            raise RemoteProtocolError(f"bad frame header: {error}") from error
+        if num_dims > MAX_DIMS or zero1 or zero2 or codec or flags & ~FLAG_KEEP_LAST:
+            raise RemoteProtocolError("bad frame header: dimensions, codec, flags or padding")
+        if chunk >= num_chunks:
+            raise RemoteProtocolError(f"bad frame header: chunk {chunk} of {num_chunks}")
+        if payload_bytes > payload_cap(frame_type):
+            raise RemoteProtocolError(
+                f"{frame_type.name} payload of {payload_bytes} bytes is over the cap"
+            )
+        dims = (dim0, dim1, dim2, dim3)
+        shape = dims[:num_dims]
+        if any(dims[num_dims:]):
+            # What is accepted packs to the same bytes again: they are what a seal covers.
+            raise RemoteProtocolError("bad frame header: a length for a dimension that is not there")
+        if math.prod(shape) * wire_dtype.itemsize > payload_bytes and shape:
+            raise RemoteProtocolError("bad frame header: the tensor is longer than the payload")
+        return cls(
+            frame_type, session, edge, way, epoch, sequence, step, position, num_tokens,
+            span_start, span_end, wire_dtype, codec, shape, chunk, num_chunks, payload_bytes, flags,
+        )  # fmt: skip
+
+
+def payload_cap(kind: FrameType) -> int:
+    """Largest payload a frame of this type may have, in bytes."""
+    return MAX_STEP_BYTES if kind is FrameType.STEP else MAX_CONTROL_BYTES

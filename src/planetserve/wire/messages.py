@@ -1,0 +1,118 @@
+"""Control messages: strict JSON in the payload of OPEN, OPENED, HELLO, ERROR and CLOSE frames.
+
+Every field is bounded, unknown fields are refused, and nothing is coerced. `decode` is the only
+way from bytes to a message.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from planetserve.errors import CapacityError, PlanetServeError, RemoteProtocolError
+from planetserve.wire.step import MAX_POSITION, MAX_ROWS
+
+ShortText = Annotated[str, Field(max_length=256)]
+PeerText = Annotated[str, Field(min_length=1, max_length=128)]
+Block = Annotated[int, Field(ge=0, le=65535)]
+PrintableLine = Annotated[str, Field(max_length=512, pattern=r"^\P{C}*$")]
+"""Text that people will see: no line breaks, escape sequences or other control characters."""
+
+
+class Message(BaseModel):
+    """Base of all control messages."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    def encode(self) -> bytes:
+        """Compact JSON."""
+        return self.model_dump_json().encode()
+
+
+class NextHop(Message):
+    """Where a hop pushes its outputs, and up to which block the next hop runs."""
+
+    peer_id: PeerText
+    end: Block
+    addresses: Annotated[list[ShortText], Field(max_length=16)]
+
+
+class OpenSession(Message):
+    """Client -> hop: hold rows of KV cache for blocks `[start, end)` and join the ring.
+
+    `previous` is the peer whose frames this hop accepts ("client" for the first hop), `next` the
+    peer it pushes to (None for the last hop, which answers the client on this stream). `edge` is
+    the edge that enters this hop.
+    """
+
+    model: ShortText
+    fingerprint: ShortText
+    dtype: Literal["float32", "float16", "bfloat16"]
+    start: Block
+    end: Block
+    num_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)]
+    max_length: Annotated[int, Field(ge=1, le=MAX_POSITION)]
+    edge: Annotated[int, Field(ge=0, le=1023)]
+    epoch: Annotated[int, Field(ge=0, le=2**31)]
+    previous: PeerText
+    next: NextHop | None
+
+
+class SessionOpened(Message):
+    """Hop -> client: the session is admitted. Chunks of a step hold at most `max_chunk_tokens`."""
+
+    max_chunk_tokens: Annotated[int, Field(ge=1, le=MAX_POSITION)]
+    chunkable: bool
+    free_cache_tokens: Annotated[int, Field(ge=0)]
+
+
+class PushHello(Message):
+    """Hop -> next hop: this stream carries the named session's edge."""
+
+    edge: Annotated[int, Field(ge=1, le=1023)]
+    epoch: Annotated[int, Field(ge=0, le=2**31)]
+
+
+class ErrorReply(Message):
+    """Any node -> client or upstream: why a session failed. `peer_id` is who noticed."""
+
+    code: Annotated[str, Field(max_length=32)]
+    message: PrintableLine
+    retry_after_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    blamed_peer: Annotated[str, Field(max_length=128)] = ""
+
+
+M = TypeVar("M", bound=Message)
+
+
+def decode(cls: type[M], payload: bytes | bytearray | memoryview) -> M:
+    """Parse a control payload.
+
+    Raises:
+        RemoteProtocolError: not JSON, too deep, or not exactly the fields of `cls`.
+    """
+    try:
+        value = json.loads(bytes(payload))
+    except (ValueError, RecursionError) as error:
+        raise RemoteProtocolError(f"{cls.__name__}: not JSON") from error
+    try:
+        return cls.model_validate(value)
+    except ValidationError as error:
+        # A name that the peer made up must not reach logs.
+        named = {str(item["loc"][0]) if item["loc"] else "" for item in error.errors()}
+        fields = sorted(named & cls.model_fields.keys()) or ["(unknown)"]
+        raise RemoteProtocolError(f"{cls.__name__}: bad fields {', '.join(fields)}") from error
+
+
+def error_reply(error: PlanetServeError, blamed_peer: str = "") -> ErrorReply:
+    """What a peer may learn about `error`: its code, its text cut to size, when to come back."""
+    retry_after_s = error.retry_after_s if isinstance(error, CapacityError) else 0.0
+    line = "".join(char if char.isprintable() else " " for char in str(error)[:512])
+    return ErrorReply(
+        code=error.code,
+        message=line,
+        retry_after_s=min(retry_after_s, 3600.0),
+        blamed_peer=blamed_peer,
+    )

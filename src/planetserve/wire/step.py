@@ -1,0 +1,184 @@
+"""The payload of a STEP frame: which tokens of which rows, and their hidden states.
+
+A session has `num_rows` rows, one per sequence of its batch or beam. A step names, for some rows,
+where their new tokens start and how many there are; the hidden states of all of them follow,
+row after row, as one `[num_tokens, hidden]` tensor. A row whose start lies before the end of its KV
+cache is truncated first (rollback). `reorder` (beam search) is applied before that: row `i`
+continues what row `reorder[i]` held.
+
+Layout, big-endian: u8 flags (1 = positions follow, 2 = reorder follows) | u8 0 | u16 number of row
+slices | per slice u16 row, u32 start, u32 number of tokens | [u16 number of rows, u16 each:
+reorder] | [i32 per token: rotary positions] | zero bytes up to a multiple of 8 | raw tensor bytes.
+Positions are absent when each token's position equals its place in the KV cache.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planetserve.errors import LocalProtocolError, RemoteProtocolError
+
+MAX_ROWS = 1024
+MAX_POSITION = 1 << 24
+
+_PREFIX = struct.Struct(">BBH")
+_SLICE = struct.Struct(">HII")
+_HAS_POSITIONS = 1
+_HAS_REORDER = 2
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RowSlice:
+    """New tokens `[start, start + num_tokens)` of one row."""
+
+    row: int
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepTable:
+    """A step without its hidden states. `positions` has one entry per token, or is None."""
+
+    rows: tuple[RowSlice, ...]
+    positions: tuple[int, ...] | None = None
+    reorder: tuple[int, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.num_tokens for piece in self.rows)
+
+    def last_tokens(self) -> list[int]:
+        """Index, among the step's tokens, of the last token of each row slice."""
+        indices, total = [], 0
+        for piece in self.rows:
+            total += piece.num_tokens
+            indices.append(total - 1)
+        return indices
+
+    def split(self, max_tokens: int) -> tuple[StepTable, ...]:
+        """Cut into consecutive tables of at most `max_tokens` tokens; the first keeps `reorder`."""
+        if self.num_tokens <= max_tokens:
+            return (self,)
+        pieces: list[list[RowSlice]] = [[]]
+        room = max_tokens
+        for piece in self.rows:
+            start = piece.start
+            while start < piece.end:
+                if not room:
+                    pieces.append([])
+                    room = max_tokens
+                taken = min(room, piece.end - start)
+                pieces[-1].append(RowSlice(piece.row, start, taken))
+                start += taken
+                room -= taken
+        tables, offset = [], 0
+        for index, rows in enumerate(pieces):
+            count = sum(piece.num_tokens for piece in rows)
+            positions = self.positions and self.positions[offset : offset + count]
+            tables.append(StepTable(tuple(rows), positions, None if index else self.reorder))
+            offset += count
+        return tuple(tables)
+
+    @staticmethod
+    def merge(tables: Sequence[StepTable]) -> StepTable:
+        """The inverse of `split`."""
+        rows: list[RowSlice] = []
+        for table in tables:
+            for piece in table.rows:
+                if rows and rows[-1].row == piece.row and rows[-1].end == piece.start:
+                    last = rows.pop()
+                    piece = RowSlice(last.row, last.start, last.num_tokens + piece.num_tokens)
+                rows.append(piece)
+        positions = None
+        if all(table.positions is not None for table in tables):
+            positions = tuple(p for table in tables for p in table.positions or ())
+        return StepTable(tuple(rows), positions, tables[0].reorder)
+
+    def pack(self) -> bytes:
+        """The table's bytes, which the tensor's bytes follow.
+
+        Raises:
+            LocalProtocolError: a number does not fit.
+        """
+        flags = (self.positions is not None) * _HAS_POSITIONS
+        flags |= (self.reorder is not None) * _HAS_REORDER
+        try:
+            parts = [_PREFIX.pack(flags, 0, len(self.rows))]
+            parts += [_SLICE.pack(piece.row, piece.start, piece.num_tokens) for piece in self.rows]
+            if self.reorder is not None:
+                count = len(self.reorder)
+                parts.append(struct.pack(f">H{count}H", count, *self.reorder))
+            if self.positions is not None:
+                parts.append(struct.pack(f">{len(self.positions)}i", *self.positions))
+        except struct.error as error:
+            raise LocalProtocolError(f"a step field is out of range: {error}") from error
+        packed = b"".join(parts)
+        return packed + bytes(-len(packed) % _ALIGNMENT)
+
+    @classmethod
+    def unpack(
+        cls, payload: bytes | bytearray | memoryview, num_rows: int, num_tokens: int
+    ) -> tuple[StepTable, int]:
+        """Parse the table at the start of `payload`.
+
+        Args:
+            payload: the whole STEP payload.
+            num_rows: rows the session was opened with; every row number must be below it.
+            num_tokens: what the frame's header says; the slices must add up to it.
+
+        Returns:
+            The table and the offset at which the tensor's bytes start.
+
+        Raises:
+            RemoteProtocolError: truncated, row out of range or named twice, too many tokens.
+        """
+        view = memoryview(payload)
+        try:
+            flags, zero, count = _PREFIX.unpack_from(view, 0)
+            offset = _PREFIX.size
+            if flags & ~(_HAS_POSITIONS | _HAS_REORDER) or zero or count > num_rows:
+                raise RemoteProtocolError("bad step: flags or number of rows")
+            rows = []
+            for _ in range(count):
+                rows.append(RowSlice(*_SLICE.unpack_from(view, offset)))
+                offset += _SLICE.size
+            reorder = None
+            if flags & _HAS_REORDER:
+                (length,) = struct.unpack_from(">H", view, offset)
+                if length != num_rows:
+                    raise RemoteProtocolError("bad step: reorder must name every row")
+                reorder = struct.unpack_from(f">{length}H", view, offset + 2)
+                offset += 2 + 2 * length
+            positions = None
+            if flags & _HAS_POSITIONS:
+                if 4 * num_tokens > len(view) - offset:
+                    raise RemoteProtocolError("bad step: positions are cut short")
+                positions = struct.unpack_from(f">{num_tokens}i", view, offset)
+                offset += 4 * num_tokens
+        except struct.error as error:
+            raise RemoteProtocolError("bad step: cut short") from error
+        table = cls(tuple(rows), positions, reorder)
+        _check(table, num_rows, num_tokens)
+        return table, offset + -offset % _ALIGNMENT
+
+
+def _check(table: StepTable, num_rows: int, num_tokens: int) -> None:
+    seen = {piece.row for piece in table.rows}
+    if len(seen) != len(table.rows) or any(row >= num_rows for row in seen):
+        raise RemoteProtocolError("bad step: a row is unknown or named twice")
+    if any(not 0 < piece.num_tokens <= piece.end <= MAX_POSITION for piece in table.rows):
+        raise RemoteProtocolError("bad step: an empty row, or one past the largest position")
+    if table.num_tokens != num_tokens:
+        raise RemoteProtocolError("bad step: rows and header disagree on the number of tokens")
+    if table.reorder is not None and any(row >= num_rows for row in table.reorder):
+        raise RemoteProtocolError("bad step: reorder names an unknown row")
+    if table.positions is not None and not all(0 <= p <= MAX_POSITION for p in table.positions):
+        raise RemoteProtocolError("bad step: a position is out of range")

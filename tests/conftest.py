@@ -1,0 +1,18 @@
+"""Settings shared by all tests: one thread per process, nothing from outside, steady examples."""
+
+from __future__ import annotations
+
+import os
+
+# Set before any library reads them. The suite shares few cores with the servers that it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+
+# Slow machines must not fail a property for being slow, and a run must be repeatable.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, max_examples=60, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("suite")

@@ -1,0 +1,85 @@
+"""The shortest path is the shortest of all chains, on swarms small enough to list them all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from brute_force import all_chains, random_snapshot
+
+from planetserve.errors import ConfigError
+from planetserve.routing.cost import check_chain
+from planetserve.routing.optimizers.shortest_path import ShortestPath
+from planetserve.routing.request import ChainRequest
+from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 0.01])
+def test_equals_brute_force(scale: float) -> None:
+    rng = np.random.default_rng(int(scale * 100))
+    for _ in range(170):
+        num_servers, num_blocks = int(rng.integers(1, 7)), int(rng.integers(1, 9))
+        snapshot = random_snapshot(rng, num_servers, num_blocks, scale)
+        chain = ShortestPath().plan(snapshot, ChainRequest())
+        _, latency, throughput = all_chains(snapshot)
+        best = int(latency.argmin())
+        check_chain(snapshot, chain)
+        assert chain.latency_ms == pytest.approx(latency[best], rel=1e-12)
+        assert chain.throughput_tokens_per_s == pytest.approx(throughput[best], rel=1e-12)
+
+
+def test_leaves_a_server_and_comes_back() -> None:
+    snapshot = SwarmSnapshot(
+        num_blocks=6,
+        activation_bytes_per_token=0,
+        hop_overhead_ms=0.0,
+        default_rtt_ms=1.0,
+        servers=(
+            ServerPoint("base", 0, 6, 5.0, 1e3, 1e6, 10),
+            ServerPoint("quick", 2, 4, 0.1, 1e3, 1e6, 10),
+        ),
+    )
+    chain = ShortestPath().plan(snapshot, ChainRequest())
+    assert [(hop.peer_id, hop.start, hop.end) for hop in chain] == [
+        ("base", 0, 2),
+        ("quick", 2, 4),
+        ("base", 4, 6),
+    ]
+
+
+def test_a_detour_is_taken_when_it_beats_the_direct_link() -> None:
+    # a -> c directly costs 200 ms; through b, which holds the same blocks as c, it costs 2 + 2
+    snapshot = SwarmSnapshot(
+        num_blocks=3,
+        activation_bytes_per_token=0,
+        hop_overhead_ms=0.0,
+        default_rtt_ms=1.0,
+        servers=(
+            ServerPoint("a", 0, 1, 1.0, 1e3, 1e6, 10),
+            ServerPoint("b", 1, 2, 9.0, 1e3, 1e6, 10),
+            ServerPoint("c", 1, 3, 1.0, 1e3, 1e6, 10),
+        ),
+        rtt_ms={"a": {"b": 4.0, "c": 400.0}, "b": {"c": 4.0}},
+    )
+    chain = ShortestPath().plan(snapshot, ChainRequest())
+    assert [hop.peer_id for hop in chain] == ["a", "b", "c"]
+
+
+def test_same_snapshot_same_chain() -> None:
+    snapshot = random_snapshot(np.random.default_rng(4), num_servers=40, num_blocks=24)
+    chains = {ShortestPath().plan(snapshot, ChainRequest()) for _ in range(3)}
+    assert len(chains) == 1
+
+
+def test_spread_gives_different_chains_within_its_bound() -> None:
+    snapshot = random_snapshot(np.random.default_rng(5), num_servers=60, num_blocks=24, scale=0.2)
+    best = ShortestPath().plan(snapshot, ChainRequest()).latency_ms
+    chains = [ShortestPath(spread=0.2, seed=s).plan(snapshot, ChainRequest()) for s in range(30)]
+    assert len({chain.hops for chain in chains}) > 5
+    for chain in chains:
+        check_chain(snapshot, chain)
+        assert best <= chain.latency_ms <= best * 1.2
+
+
+def test_spread_must_be_a_fraction() -> None:
+    with pytest.raises(ConfigError, match="spread"):
+        ShortestPath(spread=1.5)

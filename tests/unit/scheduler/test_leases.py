@@ -1,0 +1,98 @@
+"""Admission by pages: what is promised adds up, refusals are immediate and say when to return."""
+
+from __future__ import annotations
+
+import pytest
+
+from planetserve.errors import CacheExhausted, ConfigError, SessionError
+from planetserve.scheduler.leases import Leases
+
+
+class ManualClock:
+    def __init__(self):
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def unix(self) -> float:
+        return self.now_s
+
+
+def test_a_session_leases_whole_pages_per_row():
+    leases = Leases(10, 16, ManualClock())
+    leases.open(b"a", "peer", num_rows=2, max_length=17)
+    assert leases.leased_pages == 4
+    assert leases.free_tokens == 96
+
+
+def test_refuses_what_does_not_fit_and_admits_it_after_a_close():
+    leases = Leases(4, 16, ManualClock())
+    leases.open(b"a", "peer", 1, 48)
+    with pytest.raises(CacheExhausted) as refusal:
+        leases.open(b"b", "peer", 1, 32)
+    assert refusal.value.retry_after_s > 0
+    leases.close(b"a")
+    leases.open(b"b", "peer", 1, 32)
+    assert b"b" in leases
+    assert len(leases) == 1
+
+
+def test_retry_after_follows_how_long_sessions_live():
+    clock = ManualClock()
+    leases = Leases(1, 16, clock)
+    hints = []
+    for _ in range(2):
+        for _ in range(40):
+            leases.open(b"a", "peer", 1, 1)
+            clock.now_s += 40.0 if hints else 2.0
+            leases.close(b"a")
+        leases.open(b"b", "peer", 1, 1)
+        with pytest.raises(CacheExhausted) as refusal:
+            leases.open(b"c", "peer", 1, 1)
+        hints.append(refusal.value.retry_after_s)
+        leases.close(b"b")
+    assert hints[0] == pytest.approx(2.0, rel=0.2)
+    assert hints[1] > 20
+
+
+def test_a_session_grows_while_pages_are_unleased():
+    leases = Leases(6, 16, ManualClock())
+    leases.open(b"a", "peer", 2, 16)
+    leases.ensure(b"a", 40)
+    assert leases.leased_pages == 6
+    leases.ensure(b"a", 48)
+    with pytest.raises(CacheExhausted):
+        leases.ensure(b"a", 49)
+    assert leases.leased_pages == 6
+    leases.close(b"a")
+    assert leases.leased_pages == 0
+
+
+def test_one_peer_cannot_lease_more_than_its_share():
+    leases = Leases(8, 16, ManualClock(), max_peer_share=0.5)
+    leases.open(b"a", "greedy", 1, 64)
+    with pytest.raises(CacheExhausted, match="one peer"):
+        leases.open(b"b", "greedy", 1, 16)
+    with pytest.raises(CacheExhausted, match="one peer"):
+        leases.ensure(b"a", 65)
+    leases.open(b"c", "modest", 1, 64)
+
+
+def test_opening_twice_is_an_error_and_closing_twice_is_not():
+    leases = Leases(8, 16, ManualClock())
+    leases.open(b"a", "peer", 1, 16)
+    with pytest.raises(SessionError):
+        leases.open(b"a", "peer", 1, 16)
+    leases.close(b"a")
+    leases.close(b"a")
+    assert leases.leased_pages == 0
+    with pytest.raises(SessionError):
+        leases.ensure(b"a", 1)
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ConfigError):
+        Leases(0, 16, ManualClock())
+    with pytest.raises(ConfigError):
+        Leases(1, 16, ManualClock(), max_peer_share=0.0)

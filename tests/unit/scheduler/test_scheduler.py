@@ -1,0 +1,329 @@
+"""Scheduler: batches respect the budget, order and positions; pages return to zero."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from planetserve.errors import ConfigError, SessionError
+from planetserve.scheduler.batch import ScheduledBatch, WorkItem
+from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from planetserve.wire.step import RowSlice
+
+PAGE_SIZE = 4
+
+
+def make(**options) -> Scheduler:
+    settings = {"num_pages": 64, "page_size": PAGE_SIZE, "max_batch_tokens": 32}
+    return Scheduler(SchedulerConfig(**{**settings, **options}))
+
+
+def step(item_id: int, session: bytes, *rows: tuple[int, int, int], reorder=None) -> WorkItem:
+    return WorkItem(item_id, session, tuple(RowSlice(*row) for row in rows), reorder)
+
+
+def run(scheduler: Scheduler) -> tuple[ScheduledBatch, tuple[int, ...]]:
+    batch = scheduler.schedule()
+    scheduler.check_integrity()
+    return batch, scheduler.commit(batch)
+
+
+def test_decode_steps_of_all_sessions_share_one_batch():
+    scheduler = make()
+    for i in range(5):
+        scheduler.open(bytes([i]), 1)
+        scheduler.add(step(i, bytes([i]), (0, 0, 1)))
+    batch, finished = run(scheduler)
+    assert batch.num_tokens == 5
+    assert finished == (0, 1, 2, 3, 4)
+    assert not scheduler.has_work
+
+
+def test_a_long_prompt_is_spread_over_ticks_and_never_stalls_decoding():
+    scheduler = make(max_batch_tokens=16, max_decode_tokens=2)
+    scheduler.open(b"long", 1)
+    scheduler.open(b"fast", 1)
+    scheduler.add(step(0, b"long", (0, 0, 60)))
+    done = {}
+    position = 0
+    for tick in range(20):
+        scheduler.add(step(100 + tick, b"fast", (0, position, 1)))
+        position += 1
+        batch, finished = run(scheduler)
+        assert batch.num_tokens <= 16
+        assert 100 + tick in finished
+        done.update(dict.fromkeys(finished, tick))
+        if 0 in done:
+            break
+    assert done[0] == 3
+
+
+def test_pieces_of_a_split_item_cover_it_exactly():
+    scheduler = make(max_batch_tokens=8)
+    scheduler.open(b"s", 2)
+    scheduler.add(step(1, b"s", (0, 0, 11), (1, 0, 7)))
+    seen = []
+    finished = ()
+    while scheduler.has_work:
+        batch, finished = run(scheduler)
+        for piece in batch.pieces:
+            assert len(piece.slots) == piece.num_tokens
+            seen += [(piece.sequence_id, piece.start + i) for i in range(piece.num_tokens)]
+            assert piece.offset + piece.num_tokens <= 18
+    assert finished == (1,)
+    assert seen == [(0, i) for i in range(11)] + [(1, i) for i in range(7)]
+
+
+def test_a_step_before_the_end_rolls_back():
+    scheduler = make()
+    scheduler.open(b"s", 1)
+    scheduler.add(step(1, b"s", (0, 0, 12)))
+    run(scheduler)
+    assert scheduler.num_used_pages == 3
+    scheduler.add(step(2, b"s", (0, 5, 1)))
+    batch, _ = run(scheduler)
+    assert batch.pieces[0].start == 5
+    assert scheduler.num_used_pages == 2
+
+
+def test_a_step_after_the_end_is_refused_and_the_session_goes_on():
+    scheduler = make()
+    scheduler.open(b"s", 1)
+    scheduler.add(step(1, b"s", (0, 0, 3)))
+    with pytest.raises(SessionError, match="holds 3 tokens"):
+        scheduler.add(step(2, b"s", (0, 4, 1)))
+    scheduler.add(step(3, b"s", (0, 3, 1)))
+    finished = run(scheduler)[1] + run(scheduler)[1]
+    assert finished == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "reorder"),
+    [
+        ([], None),
+        ([(2, 0, 1)], None),
+        ([(0, 0, 0)], None),
+        ([(0, 0, 1), (0, 1, 1)], None),
+        ([(0, 0, 1)], (0,)),
+        ([(0, 0, 1)], (0, 2)),
+    ],
+)
+def test_malformed_steps_are_session_errors(rows, reorder):
+    scheduler = make()
+    scheduler.open(b"s", 2)
+    with pytest.raises(SessionError):
+        scheduler.add(step(1, b"s", *rows, reorder=reorder))
+    assert not scheduler.has_work
+
+
+def test_unknown_and_doubly_opened_sessions_are_errors():
+    scheduler = make()
+    with pytest.raises(SessionError):
+        scheduler.add(step(1, b"s", (0, 0, 1)))
+    scheduler.open(b"s", 1)
+    with pytest.raises(SessionError):
+        scheduler.open(b"s", 1)
+
+
+def test_reorder_forks_the_rows_that_are_used_twice():
+    scheduler = make()
+    scheduler.open(b"s", 3)
+    scheduler.add(step(1, b"s", (0, 0, 5), (1, 0, 5), (2, 0, 5)))
+    first, _ = run(scheduler)
+    ids = [piece.sequence_id for piece in first.pieces]
+    scheduler.add(step(2, b"s", (0, 5, 1), (1, 5, 1), (2, 5, 1), reorder=(1, 1, 0)))
+    batch, _ = run(scheduler)
+    assert batch.released == (ids[2],)
+    assert [piece.sequence_id for piece in batch.pieces[1:]] == [ids[1], ids[0]]
+    assert batch.forks == ((batch.pieces[0].sequence_id, ids[1]),)
+    assert len(batch.copies) == 1
+    scheduler.close(b"s")
+    assert scheduler.num_used_pages == 0
+
+
+def test_closing_drops_the_queue_and_reports_it():
+    scheduler = make(max_batch_tokens=8)
+    scheduler.open(b"s", 1)
+    scheduler.add(step(1, b"s", (0, 0, 20)))
+    scheduler.add(step(2, b"s", (0, 20, 1)))
+    batch = scheduler.schedule()
+    assert scheduler.num_queued_tokens == 13
+    assert scheduler.close(b"s") == (1, 2)
+    assert scheduler.commit(batch) == ()
+    assert scheduler.num_queued_tokens == 0
+    assert scheduler.num_used_pages == 0
+    assert scheduler.schedule().released == (0,)
+    assert scheduler.close(b"s") == ()
+
+
+def test_a_model_that_cannot_be_chunked_gets_whole_steps():
+    scheduler = make(max_batch_tokens=8, chunkable=False)
+    scheduler.open(b"a", 1)
+    scheduler.open(b"b", 1)
+    scheduler.add(step(1, b"a", (0, 0, 50)))
+    scheduler.add(step(2, b"b", (0, 0, 40)))
+    sizes = []
+    while scheduler.has_work:
+        batch, _ = run(scheduler)
+        sizes.append([piece.num_tokens for piece in batch.pieces])
+    assert sorted(sizes) == [[40], [50]]
+
+
+def test_a_model_that_cannot_roll_back_can_start_again():
+    scheduler = make(can_rollback=False)
+    scheduler.open(b"s", 1)
+    scheduler.add(step(1, b"s", (0, 0, 5)))
+    with pytest.raises(SessionError, match="cannot roll back"):
+        scheduler.add(step(2, b"s", (0, 4, 1)))
+    scheduler.add(step(3, b"s", (0, 0, 2)))
+    run(scheduler)
+    assert run(scheduler)[1] == (3,)
+
+
+def test_prefill_advances_while_decoding_fills_the_budget():
+    scheduler = make(max_batch_tokens=8, max_decode_tokens=1)
+    scheduler.open(b"p", 1)
+    scheduler.add(step(0, b"p", (0, 0, 4)))
+    for i in range(1, 20):
+        scheduler.open(bytes([i]), 1)
+    for tick in range(4):
+        for i in range(1, 20):
+            scheduler.add(step(100 * i + tick, bytes([i]), (0, tick, 1)))
+    finished = [item_id for _ in range(4) for item_id in run(scheduler)[1]]
+    assert 0 in finished
+
+
+def test_config_is_checked():
+    with pytest.raises(ConfigError, match="policy"):
+        SchedulerConfig(num_pages=4, policy="lottery")
+    with pytest.raises(ConfigError, match="max_batch_tokens"):
+        SchedulerConfig(num_pages=4, max_batch_tokens=2)
+    with pytest.raises(ConfigError, match="num_pages"):
+        SchedulerConfig(num_pages=0)
+
+
+class RandomServing(RuleBasedStateMachine):
+    """Sessions come, send steps with rollbacks and reorders, and vanish, in random order.
+
+    A dictionary of slots stands in for the KV tensors: each token is written as its (row history)
+    value, and after each batch every piece must read its whole past through its page table.
+    """
+
+    MAX_LENGTH = 24
+    NUM_ROWS = 2
+    MAX_SESSIONS = 4
+
+    def __init__(self):
+        super().__init__()
+        pages = -(-self.MAX_LENGTH // PAGE_SIZE) * self.NUM_ROWS * self.MAX_SESSIONS
+        self.scheduler = make(num_pages=pages, max_batch_tokens=8, max_decode_tokens=2)
+        self.sessions: dict[bytes, list[list[int]]] = {}
+        self.tokens: dict[int, list[list[int]]] = {}
+        self.expected: dict[int, list[list[int]]] = {}
+        self.items: dict[int, WorkItem] = {}
+        self.finished: dict[bytes, list[int]] = {}
+        self.slots: dict[int, int] = {}
+        self.next_id = 0
+
+    @precondition(lambda self: len(self.sessions) < self.MAX_SESSIONS)
+    @rule()
+    def open(self):
+        session_id = self.next_id.to_bytes(4)
+        self.next_id += 1
+        self.scheduler.open(session_id, self.NUM_ROWS)
+        self.sessions[session_id] = [[] for _ in range(self.NUM_ROWS)]
+        self.finished[session_id] = []
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data())
+    def add(self, data):
+        session_id = data.draw(st.sampled_from(sorted(self.sessions)))
+        rows = self.sessions[session_id]
+        reorder = None
+        if data.draw(st.booleans()):
+            reorder = tuple(
+                data.draw(st.integers(0, self.NUM_ROWS - 1)) for _ in range(self.NUM_ROWS)
+            )
+            rows = [rows[source][:] for source in reorder]
+        slices = []
+        for row in range(self.NUM_ROWS):
+            start = data.draw(st.integers(max(0, len(rows[row]) - 3), len(rows[row])))
+            count = min(data.draw(st.integers(0, 14)), self.MAX_LENGTH - start)
+            if count:
+                slices.append(RowSlice(row, start, count))
+                first = self.next_id * 1000 + row * 100
+                rows[row] = rows[row][:start] + [first + i for i in range(count)]
+        if not slices:
+            return
+        item = WorkItem(self.next_id, session_id, tuple(slices), reorder)
+        self.next_id += 1
+        self.scheduler.add(item)
+        self.items[item.item_id] = item
+        self.sessions[session_id] = rows
+        self.expected[item.item_id] = [rows[piece.row][: piece.end] for piece in slices]
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data())
+    def close(self, data):
+        session_id = data.draw(st.sampled_from(sorted(self.sessions)))
+        self.scheduler.close(session_id)
+        del self.sessions[session_id]
+
+    @rule()
+    def tick(self):
+        batch = self.scheduler.schedule()
+        assert batch.num_tokens <= 8
+        contents = [
+            (target, [self.slots.get(source * PAGE_SIZE + i) for i in range(PAGE_SIZE)])
+            for source, target in batch.copies
+        ]
+        for target, content in contents:
+            for i, value in enumerate(content):
+                self.slots[target * PAGE_SIZE + i] = value
+        for page in batch.cleared_pages:
+            for i in range(PAGE_SIZE):
+                self.slots[page * PAGE_SIZE + i] = -1
+        used = set()
+        for piece in batch.pieces:
+            expected = self._expected(piece)
+            for i, slot in enumerate(piece.slots):
+                assert slot not in used
+                used.add(slot)
+                self.slots[slot] = expected[piece.start + i]
+        for piece in batch.pieces:
+            read = [
+                self.slots[piece.pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE]
+                for i in range(piece.end)
+            ]
+            assert read == self._expected(piece)[: piece.end]
+        for item_id in self.scheduler.commit(batch):
+            self.finished[self.items[item_id].session_id].append(item_id)
+
+    def _expected(self, piece) -> list[int]:
+        item = self.items[piece.item_id]
+        before = 0
+        for index, row_slice in enumerate(item.rows):
+            if piece.offset < before + row_slice.num_tokens:
+                return self.expected[piece.item_id][index]
+            before += row_slice.num_tokens
+        raise AssertionError("a piece outside its item")
+
+    @invariant()
+    def pages_are_accounted_for(self):
+        self.scheduler.check_integrity()
+
+    def teardown(self):
+        while self.scheduler.has_work:
+            self.tick()
+        for session_id in self.sessions:
+            own = [i for i, item in self.items.items() if item.session_id == session_id]
+            assert self.finished[session_id] == own
+            self.scheduler.close(session_id)
+        assert self.scheduler.num_used_pages == 0
+        assert self.scheduler.num_queued_tokens == 0
+
+
+TestRandomServing = RandomServing.TestCase
+TestRandomServing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,272 @@
+"""Command lines: spelling, YAML, messages and exit codes; ready files and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from planetserve import __version__, cli, run_server
+from planetserve.errors import CapacityError, ConfigError, PlanetServeError
+from planetserve.types import BlockSpan
+
+
+def parse(line: str) -> object:
+    return run_server.parse(line.split())
+
+
+def exit_code(main: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.run("prog", main)  # type: ignore[arg-type]
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_flags_fill_the_configuration() -> None:
+    config = run_server.parse(
+        "demo --block_indices 2:5 --initial_peers /a /b --port 31337 --throughput 12.5 "
+        "--torch_dtype bfloat16 --update_period 30".split()
+    )
+    assert config.model == "demo"
+    assert config.block_indices == BlockSpan(2, 5)
+    assert config.initial_peers == ("/a", "/b")
+    assert (config.port, config.throughput, config.update_period) == (31337, 12.5, 30.0)
+    assert config.torch_dtype == "bfloat16"
+    assert config.step_timeout == 300
+
+
+def test_dashes_and_underscores_are_the_same() -> None:
+    dashed = parse("demo --num-blocks=2 --new-swarm --attn-cache-tokens 64")
+    assert dashed == parse("demo --num_blocks 2 --new_swarm --attn_cache_tokens=64")
+
+
+def test_dashes_in_values_stay() -> None:
+    assert run_server.parse("a-b_c --num_blocks 2 --new_swarm --public-name=x-y".split()).model == (
+        "a-b_c"
+    )
+
+
+def test_petals_name_of_the_model() -> None:
+    line = "--converted_model_name_or_path demo --num_blocks 2 --new_swarm"
+    assert run_server.parse(line.split()).model == "demo"
+    with pytest.raises(ConfigError, match="exclude each other"):
+        parse(f"other {line}")
+
+
+@pytest.mark.parametrize("name", sorted(run_server.IGNORED_FLAGS))
+def test_petals_flags_without_effect_are_accepted_with_a_warning(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = "demo --num_blocks 2 --new_swarm"
+    value = "1" if run_server.IGNORED_FLAGS[name][0] else ""
+    with caplog.at_level(logging.WARNING):
+        assert parse(f"--{name} {value} {plain}") == parse(plain)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        f"--{name} has no effect"
+    ]
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text("model: demo\nnum_blocks: 2\nnew-swarm: true\nport: 1\npage_size: 8\n")
+    config = run_server.parse(["-c", str(path), "--port", "2"])
+    assert (config.model, config.num_blocks, config.port, config.page_size) == ("demo", 2, 2, 8)
+    assert config.new_swarm
+
+
+def test_a_flag_replaces_the_files_half_of_an_exclusive_pair(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text("model: demo\nnum_blocks: 2\nnew_swarm: true\n")
+    config = run_server.parse(["--config", str(path), "--block_indices", "0:3"])
+    assert (config.num_blocks, config.block_indices) == (None, BlockSpan(0, 3))
+    config = run_server.parse(["--config", str(path), "--initial_peers", "/a"])
+    assert (config.new_swarm, config.initial_peers) == (False, ("/a",))
+
+
+def test_no_configuration_file_is_read_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yml").write_text("port: 99\n")
+    monkeypatch.chdir(tmp_path)
+    assert run_server.parse("demo --num_blocks 1 --new_swarm".split()).port == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "no model given"),
+        ("demo", "say which blocks to serve"),
+        ("--initial_peers /a demo --num_blocks 1", "before the flags"),
+        ("demo --num_blocks", "argument --num_blocks: expected one argument"),
+        ("demo --num_blocks two --new_swarm", "num_blocks='two' is not a whole number"),
+        ("demo --num_blocks 1.5 --new_swarm", "num_blocks=1.5 is not a whole number"),
+        ("demo --num_blocks 1 --new_swarm=x", "--new_swarm: ignored explicit argument"),
+        ("demo --block_indexes 0:1", "unknown argument '--block_indexes'; did you mean "),
+        ("demo --num 1 --new_swarm", "unknown argument '--num'"),
+        ("demo extra --num_blocks 1 --new_swarm", "unknown argument 'extra'"),
+        ("demo --initial_peers --num_blocks 1", "--initial_peers: expected at least one argument"),
+        ("demo --block_indices 5:2 --new_swarm", "empty or reversed"),
+        ("demo --block_indices 0:1 --num_blocks 1 --new_swarm", "say which blocks to serve"),
+        ("demo --num_blocks 1 --new_swarm -c nowhere.yaml", "cannot read nowhere.yaml"),
+    ],
+)
+def test_bad_lines_are_refused_in_one_line(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(lambda: parse(line)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("prog: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_a_bad_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text("model: demo\nnum_blokcs: 2\n")
+    with pytest.raises(ConfigError, match=r"server\.yaml: unknown setting 'num_blokcs'; did you"):
+        run_server.parse(["-c", str(path)])
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> object:
+        def main() -> None:
+            raise error
+
+        return main
+
+    assert exit_code(lambda: None) == 0
+    assert exit_code(fail(ConfigError("a\nb"))) == 2
+    assert exit_code(fail(CapacityError("full"))) == 1
+    assert exit_code(fail(PlanetServeError("odd"))) == 1
+    assert exit_code(fail(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == ("prog: error: a b\nprog: error: full\nprog: error: odd\n")
+    with pytest.raises(ZeroDivisionError):
+        cli.run("prog", fail(ZeroDivisionError()))  # type: ignore[arg-type]
+
+
+def test_help_names_every_flag_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for names in run_server.GROUPS.values():
+        for name in names:
+            assert ("MODEL" if name == "model" else f"--{name} ") in text
+    assert "(default: 512)" in text
+    assert "--num_handlers" not in text
+    assert text.count("python -m planetserve.run_server demo --block_indices") == 2
+
+
+def test_every_setting_of_the_server_has_a_flag() -> None:
+    flags = [name for names in run_server.GROUPS.values() for name in names]
+    assert sorted(flags) == sorted(run_server.ServerConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no command given; choose one of: serve, dht, demo"),
+        (["serv"], "unknown command 'serv'; did you mean 'serve'?"),
+        (["--frob"], "unknown argument '--frob'"),
+        (["serve", "--frob"], "unknown argument '--frob'"),
+    ],
+)
+def test_the_umbrella_refuses_what_it_does_not_know(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("planetserve: error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_the_umbrella_hands_over_to_every_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert cli.COMMANDS[command][0] in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--version"], ["serve", "--version"]):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert capsys.readouterr().out.strip() == __version__
+
+
+def test_a_ready_file_is_whole_json(tmp_path: Path) -> None:
+    path = tmp_path / "ready.json"
+    path.write_text("old")
+    cli.write_ready_file(path, "12D3Koo", ["/ip4/127.0.0.1/tcp/1/p2p/12D3Koo"], span="0:3")
+    assert json.loads(path.read_text()) == {
+        "pid": os.getpid(),
+        "peer_id": "12D3Koo",
+        "addresses": ["/ip4/127.0.0.1/tcp/1/p2p/12D3Koo"],
+        "span": "0:3",
+    }
+    assert os.listdir(tmp_path) == ["ready.json"]
+
+
+def test_a_ready_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot write --ready_file .*: No such file"):
+        cli.write_ready_file(tmp_path / "absent" / "ready.json", "id", [])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="cannot write --ready_file"):
+        cli.write_ready_file(tmp_path / "folder", "id", [])
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_main_to_stop(number: signal.Signals) -> None:
+    seen = []
+
+    async def main(stop: asyncio.Event) -> None:
+        os.kill(os.getpid(), number)
+        await stop.wait()
+        seen.append("drained")
+
+    cli.run_until_signalled(main)
+    assert seen == ["drained"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_does_not_wait_for_the_drain() -> None:
+    async def main(stop: asyncio.Event) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await stop.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        cli.run_until_signalled(main)
+
+
+def test_errors_of_main_come_through() -> None:
+    async def main(_: asyncio.Event) -> None:
+        raise CapacityError("full")
+
+    with pytest.raises(CapacityError, match="full"):
+        cli.run_until_signalled(main)
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "planetserve.run_server", "demo"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("python -m planetserve.run_server: error: say which blocks")
+    assert done.stderr.count("\n") == 1

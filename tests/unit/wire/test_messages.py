@@ -1,0 +1,201 @@
+"""Control messages: strict, bounded, and silent about what a stranger wrote."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planetserve.errors import (
+    CacheExhausted,
+    CapacityError,
+    ConfigError,
+    PlanetServeError,
+    RemoteProtocolError,
+    error_from_code,
+)
+from planetserve.wire.frame import MAX_CONTROL_BYTES
+from planetserve.wire.messages import (
+    ErrorReply,
+    Message,
+    NextHop,
+    OpenSession,
+    PushHello,
+    SessionOpened,
+    decode,
+    error_reply,
+)
+
+PEER = "12D3KooWJ8iDoJ7GxGTzhbPVFMQnbSq8VjLnDpvhvPhUzkRvEQXA"
+OPEN = OpenSession(
+    model="demo-3f2a",
+    fingerprint="f" * 16,
+    dtype="float32",
+    start=0,
+    end=4,
+    num_rows=1,
+    max_length=128,
+    edge=0,
+    epoch=0,
+    previous="client",
+    next=NextHop(peer_id=PEER, addresses=[f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}"], end=8),
+)
+MESSAGES: list[Message] = [
+    OPEN,
+    OPEN.model_copy(update={"next": None}),
+    SessionOpened(max_chunk_tokens=64, chunkable=True, free_cache_tokens=0),
+    PushHello(edge=1, epoch=0),
+    ErrorReply(code="capacity", message="full", retry_after_s=1.5, blamed_peer=PEER),
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+
+
+def changed(message: Message, /, **changes: object) -> bytes:
+    return json.dumps({**json.loads(message.encode()), **changes}).encode()
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_round_trip(message: Message) -> None:
+    encoded = message.encode()
+    assert len(encoded) < MAX_CONTROL_BYTES
+    assert decode(type(message), encoded) == message
+    assert decode(type(message), memoryview(bytearray(encoded))) == message
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_an_extra_field_is_refused_without_repeating_its_name(message: Message) -> None:
+    with pytest.raises(RemoteProtocolError, match=r"bad fields \(unknown\)$"):
+        decode(type(message), changed(message, **{"\x1b[31m\nforged log line": 1}))
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_every_required_field_is_required(message: Message) -> None:
+    full = json.loads(message.encode())
+    for name, field in type(message).model_fields.items():
+        if field.is_required():
+            rest = {key: value for key, value in full.items() if key != name}
+            with pytest.raises(RemoteProtocolError, match=f"bad fields {name}$"):
+                decode(type(message), json.dumps(rest).encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "x" * 257),
+        ("model", 5),
+        ("dtype", "float64"),
+        ("start", -1),
+        ("start", "0"),
+        ("start", 0.0),
+        ("start", True),
+        ("end", 65536),
+        ("num_rows", 0),
+        ("num_rows", 1025),
+        ("max_length", 0),
+        ("max_length", 2**24 + 1),
+        ("edge", 1024),
+        ("epoch", 2**31 + 1),
+        ("previous", ""),
+        ("previous", "x" * 129),
+        ("next", {"peer_id": PEER}),
+        ("next", {"peer_id": PEER, "end": 8, "addresses": ["a"] * 17}),
+        ("next", {"peer_id": PEER, "end": 8, "addresses": ["a" * 257]}),
+        ("next", {"peer_id": PEER, "end": 65536, "addresses": []}),
+        ("next", {"peer_id": PEER, "end": 8, "addresses": [], "more": 1}),
+    ],
+)
+def test_fields_are_bounded_and_nothing_is_coerced(field: str, value: object) -> None:
+    with pytest.raises(RemoteProtocolError, match=f"OpenSession: bad fields {field}$"):
+        decode(OpenSession, changed(OPEN, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\xff\xfe",
+        b"{",
+        b'{"edge": 1} trailing',
+        b"[" * MAX_CONTROL_BYTES,
+        b'{"a":' * (MAX_CONTROL_BYTES // 5),
+        b"9" * MAX_CONTROL_BYTES,
+    ],
+)
+def test_bytes_that_are_not_json(payload: bytes) -> None:
+    with pytest.raises(RemoteProtocolError, match="PushHello: not JSON"):
+        decode(PushHello, payload)
+
+
+@pytest.mark.parametrize("payload", [b"null", b"[]", b"1", b'"edge"', b"NaN"])
+def test_json_that_is_not_an_object(payload: bytes) -> None:
+    with pytest.raises(RemoteProtocolError, match="PushHello: bad fields"):
+        decode(PushHello, payload)
+
+
+def decode_hostile(cls: type[Message], payload: bytes) -> None:
+    """Decode; a message must survive a round trip, a refusal must be fit for a log."""
+    complaint = ""
+    try:
+        found = decode(cls, payload)
+    except RemoteProtocolError as error:
+        complaint = str(error)
+    else:
+        assert decode(cls, found.encode()) == found
+    assert not complaint or complaint.isprintable()
+    assert len(complaint) < 300
+
+
+@given(st.sampled_from(MESSAGES).map(type), JSON)
+def test_any_json_is_a_message_or_a_protocol_error(cls: type[Message], value: object) -> None:
+    decode_hostile(cls, json.dumps(value).encode())
+
+
+@given(st.data())
+def test_one_strange_value_is_a_message_or_a_protocol_error(data: st.DataObject) -> None:
+    message = data.draw(st.sampled_from(MESSAGES))
+    name = data.draw(st.sampled_from(sorted(type(message).model_fields)))
+    decode_hostile(type(message), changed(message, **{name: data.draw(JSON)}))
+
+
+@pytest.mark.parametrize(
+    "text", ["two\nlines", "\x1b[2J", "bell\x07", "turned \u202e round", "\x9b"]
+)
+def test_an_error_text_that_could_forge_output_is_refused(text: str) -> None:
+    payload = json.dumps({"code": "remote", "message": text}).encode()
+    with pytest.raises(RemoteProtocolError, match="bad fields message"):
+        decode(ErrorReply, payload)
+
+
+@pytest.mark.parametrize("value", [-1, 3601, "1"])
+def test_retry_after_is_bounded(value: object) -> None:
+    payload = json.dumps({"code": "capacity", "message": "", "retry_after_s": value}).encode()
+    with pytest.raises(RemoteProtocolError, match="bad fields retry_after_s"):
+        decode(ErrorReply, payload)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_retry_after_is_a_number(number: str) -> None:
+    payload = f'{{"code": "capacity", "message": "", "retry_after_s": {number}}}'.encode()
+    with pytest.raises(RemoteProtocolError, match="bad fields retry_after_s"):
+        decode(ErrorReply, payload)
+
+
+def test_an_error_crosses_with_its_code_text_and_waiting_time() -> None:
+    reply = decode(ErrorReply, error_reply(CacheExhausted("no pages", 2.5), PEER).encode())
+    rebuilt = error_from_code(reply.code, reply.message, reply.retry_after_s)
+    assert type(rebuilt) is CacheExhausted
+    assert (str(rebuilt), rebuilt.retry_after_s, reply.blamed_peer) == ("no pages", 2.5, PEER)
+
+
+@given(st.text(max_size=2000), st.floats(0, 1e9))
+def test_any_error_of_ours_makes_a_reply_that_a_peer_accepts(text: str, wait_s: float) -> None:
+    errors: list[PlanetServeError] = [ConfigError(text), CapacityError(text, wait_s)]
+    for error in errors:
+        reply = error_reply(error)
+        assert decode(ErrorReply, reply.encode()) == reply

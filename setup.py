@@ -38,7 +38,6 @@ setup(
         "safetensors>=0.4.3",
     ],
     extras_require={
-        "nsga2": ["pymoo>=0.6.1"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.15",
@@ -59,7 +58,6 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: System :: Distributed Computing",
     ],

@@ -143,7 +143,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    _quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="planetserve-demo-") as folder:
         children = Children(Path(folder))
         try:
@@ -190,12 +189,14 @@ def _start_swarm(
     console: Console, children: Children, model: str
 ) -> tuple[list[str], dict[str, str]]:
     """Start every process; returns the bootstrap peer's addresses and peer id -> server name."""
-    from planetserve.model.checkpoint import Checkpoint
-
     with console.status("starting a bootstrap peer"):
         bootstrap = children.start(
             "bootstrap peer", "planetserve.run_dht", "--host_maddrs", LOOPBACK
         )
+        # It starts while these imports, the slow part, run here.
+        from planetserve.model.checkpoint import Checkpoint
+
+        _quiet_transformers()
         spans = split_blocks(Checkpoint.open(model).num_blocks, NUM_SERVERS)
         peers = bootstrap.wait_ready()["addresses"]
     console.print(f"bootstrap peer, process {bootstrap.process.pid}")

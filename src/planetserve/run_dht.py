@@ -1,4 +1,4 @@
-"""`python -m planetserve.run_dht`: a bootstrap peer, through which servers and clients join a swarm.
+"""`python -m planetserve.run_dht`: a bootstrap peer, through which others join a swarm.
 
 It keeps a share of the directory and introduces peers to each other; it holds no model and sees no
 activations. Several of them, each given the others as `--initial_peers`, survive the loss of one.

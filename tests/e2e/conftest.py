@@ -21,7 +21,7 @@ SPANS = ("0:2", "2:5", "4:6")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 6-block random Llama with grouped-query attention, float32."""
     folder = tmp_path_factory.mktemp("llama")
-    make_tiny_checkpoint(folder, "llama", seed=1, num_layers=6)
+    make_tiny_checkpoint(folder, "llama", seed=1, num_hidden_layers=6)
     return folder
 
 

@@ -27,7 +27,7 @@ from planetserve.testing.swarm import LocalSwarm
 @pytest.fixture(scope="module")
 def other_revision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("revision")
-    make_tiny_checkpoint(folder, "llama", seed=2, num_layers=6)
+    make_tiny_checkpoint(folder, "llama", seed=2, num_hidden_layers=6)
     return folder
 
 
@@ -63,7 +63,7 @@ def test_server_with_another_revision(swarm: LocalSwarm, other_revision: Path) -
 def test_client_with_another_model(
     swarm: LocalSwarm, tmp_path: Path, prompt: torch.Tensor
 ) -> None:
-    make_tiny_checkpoint(tmp_path, "gpt2", seed=2, num_layers=6)
+    make_tiny_checkpoint(tmp_path, "gpt2", seed=2)
     with _load(tmp_path, swarm) as model, pytest.raises(ModelMismatchError, match="serves llama-"):
         model.generate(prompt, max_new_tokens=1)
 
@@ -84,7 +84,7 @@ def test_sequence_longer_than_the_servers_take(
 @pytest.mark.parametrize(
     ("model", "options", "error", "message"),
     [
-        ("/nowhere/model", {}, ModelError, "/nowhere/model"),
+        ("/nowhere/model", {"initial_peers": ["x"]}, ModelError, "/nowhere/model"),
         (None, {}, ConfigError, "initial_peers"),
         (None, {"initial_peer": ["x"]}, ConfigError, "did you mean 'initial_peers'"),
         (None, {"initial_peers": ["nonsense"]}, ConfigError, "nonsense"),

@@ -1,4 +1,4 @@
-"""One direction of one edge of the ring in one epoch: frames sealed by one end, opened by the other.
+"""One direction of one edge of the ring in one epoch: one end seals frames, the other opens them.
 
 A frame's packed header is the associated data of its payload, so no field of it can be changed, and
 its sequence number must be the very next one, so no frame can be dropped, repeated or moved. The
@@ -6,8 +6,8 @@ first frame that does not open ends the opener for good. Time is passed in; noth
 
 AES-256-GCM (RFC 5116, 5.2). Nonce: 4 bytes from the key derivation, then the sequence number (RFC
 5116, 3.2), so it repeats only if one secret makes two sealers of the same direction: make one, and
-deal a new secret instead of a second. Key and salt: HKDF-SHA256 (RFC 5869) over the edge secret. A
-key is used for far less than the bounds of RFC 9001 B.1 and of draft-irtf-cfrg-aead-limits allow.
+deal a new secret instead of a second. Key and salt: HKDF-SHA256 (RFC 5869) over the edge secret.
+The limits of a key keep an attacker's advantage under 2**-64 (draft-irtf-cfrg-aead-limits, 5.1.1).
 
 GCM does not commit to its key: what both ends sign of a frame is `digest_plaintext`, never a
 ciphertext.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from typing import Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -33,7 +34,7 @@ from planetserve.crypto.secrets import (
     wipe,
 )
 from planetserve.errors import DecryptionFailed, LocalProtocolError, RekeyNeeded
-from planetserve.wire.frame import MAX_DIMS, MAX_STEP_BYTES, Direction, FrameHeader
+from planetserve.wire.frame import MAX_DIMS, MAX_STEP_BYTES, SESSION_BYTES, Direction, FrameHeader
 
 MAX_FRAMES = 1 << 20
 MAX_BYTES = 64 << 30
@@ -48,6 +49,26 @@ _EDGE = struct.Struct(">16sHIB")
 _DIGEST = struct.Struct(f">16sHIIHIHHBB{MAX_DIMS}I")
 
 Buffer = bytes | bytearray | memoryview
+
+
+class Sealer(Protocol):
+    """What a sender of frames needs of its end of an edge; see `EdgeSealer`."""
+
+    def seal(
+        self, header: FrameHeader, parts: Sequence[Buffer], now_s: float
+    ) -> tuple[FrameHeader, Buffer | Sequence[Buffer]]: ...
+
+    def needs_rekey(self, now_s: float) -> bool: ...
+
+    def erase(self) -> None: ...
+
+
+class Opener(Protocol):
+    """What a receiver of frames needs of its end of an edge; see `EdgeOpener`."""
+
+    def open(self, header: FrameHeader, payload: bytearray) -> bytearray: ...
+
+    def erase(self) -> None: ...
 
 
 class EdgeSealer:
@@ -106,7 +127,7 @@ class EdgeSealer:
             or now_s - self._since_s >= MAX_AGE_S
         ):
             raise RekeyNeeded("the key of this edge is used up; go on in a new epoch")
-        header = _numbered(header, sequence, num_bytes + TAG_BYTES)
+        header = numbered(header, sequence, num_bytes + TAG_BYTES)
         associated = header.pack()
         # Advanced before the nonce is used: no failure can make it serve twice.
         self._sequence = sequence + 1
@@ -213,12 +234,25 @@ def digest_plaintext(header: FrameHeader, parts: Sequence[Buffer]) -> bytes:
     return digest.digest()
 
 
+def numbered(header: FrameHeader, sequence: int, payload_bytes: int) -> FrameHeader:
+    """The same header with these two fields filled in."""
+    # `dataclasses.replace` takes three times as long, as long as encrypting 16 KiB.
+    return FrameHeader(
+        header.type, header.session, header.edge, header.direction, header.epoch, sequence,
+        header.step, header.position, header.num_tokens, header.span_start, header.span_end,
+        header.dtype, header.codec, header.shape, header.chunk, header.num_chunks,
+        payload_bytes, header.flags,
+    )  # fmt: skip
+
+
 def _derive(
     edge_secret: bytes | bytearray, session_id: bytes, edge: int, epoch: int, direction: Direction
 ) -> tuple[AESGCM, bytes]:
     """The cipher of one direction and the first four bytes of its nonces."""
-    if len(edge_secret) != SECRET_BYTES:
-        raise LocalProtocolError(f"an edge secret has {SECRET_BYTES} bytes")
+    if len(edge_secret) != SECRET_BYTES or len(session_id) != SESSION_BYTES:
+        raise LocalProtocolError(
+            f"an edge secret has {SECRET_BYTES} bytes and a session id {SESSION_BYTES}"
+        )
     try:
         info = _EDGE_INFO + _EDGE.pack(session_id, edge, epoch, direction)
     except struct.error as error:
@@ -229,13 +263,3 @@ def _derive(
     salt = bytes(material[KEY_BYTES:])
     wipe(material)
     return aead, salt
-
-
-def _numbered(header: FrameHeader, sequence: int, payload_bytes: int) -> FrameHeader:
-    # `dataclasses.replace` takes three times as long, as long as encrypting 16 KiB.
-    return FrameHeader(
-        header.type, header.session, header.edge, header.direction, header.epoch, sequence,
-        header.step, header.position, header.num_tokens, header.span_start, header.span_end,
-        header.dtype, header.codec, header.shape, header.chunk, header.num_chunks,
-        payload_bytes, header.flags,
-    )  # fmt: skip

@@ -5,12 +5,12 @@ with its own (the answer) and an Ed25519 signature over the transcript: session,
 the exact bytes of OPEN, and both ephemeral keys. Whoever changes any of it on the way ends the
 handshake. Both sides then hold the same `ChannelSecret`.
 
-Only the hop is authenticated here. Who the client is, the hop knows from its libp2p connection; that
-the client holds the secret is shown by the first deal. Ephemeral keys serve once and are dropped, so
-a stolen identity key opens no earlier session.
+Only the hop is authenticated here. Who the client is, the hop knows from its libp2p connection;
+that the client holds the secret is shown by the first deal. Ephemeral keys serve once and are
+dropped, so a stolen identity key opens no earlier session.
 
-X25519: RFC 7748, 6.1. HKDF: RFC 5869. Ed25519: RFC 8032. Sans-I/O; the client's ring and the server's
-handler carry the bytes.
+X25519: RFC 7748, 6.1. HKDF: RFC 5869. Ed25519: RFC 8032. Sans-I/O: the client's ring and the
+server's handler carry the bytes.
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ class ClientHandshake:
     """
 
     def __init__(self, session_id: bytes, edge: int, hop_peer_id: PeerId):
-        if len(session_id) != SESSION_BYTES:
-            raise LocalProtocolError(f"a session id has {SESSION_BYTES} bytes")
         self._session_id = session_id
         self._edge = edge
         self._hop_peer_id = hop_peer_id
@@ -64,7 +62,8 @@ class ClientHandshake:
 
         Raises:
             HandshakeFailed: the answer is not that of `hop_peer_id` to this very OPEN.
-            LocalProtocolError: the handshake has been finished already.
+            LocalProtocolError: the handshake has been finished already, or the session id or edge
+                is out of range.
         """
         key, self._key = self._key, None
         if key is None:
@@ -109,8 +108,12 @@ def answer_open(
 def _transcript(
     session_id: bytes, edge: int, peer_id: PeerId, open_payload: bytes, offer: bytes, answer: bytes
 ) -> bytes:
-    """SHA-256 over everything both sides must have seen alike; every part has one possible length
-    or is preceded by its own."""
+    """SHA-256 over what both sides must have seen alike; nothing of it can be cut elsewhere.
+
+    The label, numbers and keys have fixed lengths, peer id and payload are preceded by theirs.
+    """
+    if len(session_id) != SESSION_BYTES:
+        raise LocalProtocolError(f"a session id has {SESSION_BYTES} bytes")
     peer = peer_id.encode()
     try:
         head = struct.pack(">16sHH", session_id, edge, len(peer)) + peer

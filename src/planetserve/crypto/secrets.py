@@ -1,4 +1,4 @@
-"""What a client and a hop share for one session, and the edge secrets that the client deals with it.
+"""What a client and a hop share for one session, and the edge secrets that the client deals.
 
 A `ChannelSecret` comes out of a handshake and never leaves the process. The client draws one secret
 per edge of the ring and seals to each hop the two that the hop needs: of the edge that enters it
@@ -6,10 +6,10 @@ and of the edge that leaves it. Hops never agree on keys with each other, so rep
 deal under the next epoch. Bytes in, bytes out: this module neither sends nor keeps time.
 
 Messages of a channel are opened in the order in which they were sealed, each once; the first that
-fails closes the channel. Secrets live in bytearrays that `wipe` and `erase` overwrite. Python gives
-no more than that: what `os.urandom` and the key exchange return is immutable and stays in freed
-memory until it is reused, and OpenSSL clears its copies of the keys on its own when their objects
-are dropped.
+fails closes the channel. Secrets are held in bytearrays and overwritten as soon as keys have been
+derived from them; `erase` drops the keys, of which only OpenSSL has copies, and it clears those.
+Python allows no more: what `os.urandom` and the key exchange return is immutable and stays in freed
+memory until that is used again.
 
 AES-256-GCM as in RFC 5116 section 5.2, nonces as in its section 3.2: 4 fixed bytes, then a counter.
 """
@@ -31,11 +31,12 @@ SECRET_BYTES = 32
 TAG_BYTES = 16
 KEY_BYTES = 32
 SALT_BYTES = 4
-DEAL_BYTES = 4 + 2 * SECRET_BYTES + TAG_BYTES
 
 _CHANNEL_INFO = b"planetserve/1 channel"
 _DEAL_CONTEXT = b"planetserve/1 deal"
 _DEAL = struct.Struct(">I32s32s")
+DEAL_BYTES = _DEAL.size + TAG_BYTES
+"""Length of a sealed deal."""
 
 
 def new_edge_secret() -> bytearray:
@@ -58,14 +59,14 @@ class ChannelSecret:
     """One end of the protected channel between a client and a hop.
 
     Args:
-        secret: `SECRET_BYTES` from the handshake; taken over, and overwritten by `erase`.
+        secret: `SECRET_BYTES` from the handshake; overwritten here.
         sends: the direction of what this end seals: FORWARD at the client, BACKWARD at the hop.
     """
 
     def __init__(self, secret: bytearray, sends: Direction):
-        self._secret = secret
         self._outgoing = _Cipher(secret, sends)
         self._incoming = _Cipher(secret, Direction(1 - sends))
+        wipe(secret)
         self.dealt_epoch = -1
         """The latest epoch that was dealt through this end; deals only go up."""
 
@@ -91,8 +92,7 @@ class ChannelSecret:
             raise
 
     def erase(self) -> None:
-        """Overwrite the secret and drop the keys. Idempotent."""
-        wipe(self._secret)
+        """Drop the keys: nothing more can be sealed or opened. Idempotent."""
         self._outgoing.erase()
         self._incoming.erase()
 
@@ -139,11 +139,8 @@ def open_deal(
     """
     plaintext = channel.open(blob, _DEAL_CONTEXT)
     try:
-        if len(plaintext) != _DEAL.size:
-            channel.erase()
-            raise decryption_failed()
         epoch = int.from_bytes(plaintext[:4], "big")
-        if epoch <= channel.dealt_epoch:
+        if len(plaintext) != _DEAL.size or epoch <= channel.dealt_epoch:
             channel.erase()
             raise decryption_failed()
         channel.dealt_epoch = epoch

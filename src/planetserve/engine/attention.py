@@ -54,8 +54,11 @@ class AttentionOptions:
 class AttentionBackend(Protocol):
     """Computes attention of new tokens over pages that already hold their keys and values."""
 
-    def max_grouped_context(self, device: torch.device) -> int:
-        """Longest context worth gathering to serve several sequences in one call."""
+    def max_grouped_context(self, device: torch.device, key_bytes: int) -> int:
+        """Longest context, in tokens, worth gathering to serve several sequences in one call.
+
+        `key_bytes` is what one token's keys take in the widest layer.
+        """
         ...
 
     def attend(

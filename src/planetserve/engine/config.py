@@ -41,7 +41,8 @@ class EngineConfig:
                 f"attn_cache_tokens {self.attn_cache_tokens} is less than one page of "
                 f"{self.page_size} tokens; give more"
             )
-        if min(self.inference_max_length, self.max_queued_steps, self.num_threads or 1) < 1:
+        num_threads = 1 if self.num_threads is None else self.num_threads
+        if min(self.inference_max_length, self.max_queued_steps, num_threads) < 1:
             raise ConfigError(
                 "inference_max_length, max_queued_steps and num_threads must be at least 1"
             )

@@ -92,7 +92,7 @@ class Engine:
         span = span or self.runner.span
         if not self.runner.span.covers(span):
             raise RemoteProtocolError(
-                f"blocks {span} are not within {self.runner.span}, served here"
+                f"blocks {span} are not all served here: {self.runner.span} are"
             )
         self._check_length(max_length)
         if self._is_closed:

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _PAGE_SIZE = 4
 _NUM_PAGES = 16
+_MAX_GROUPED_CONTEXT = 8
+"""In the middle of the script's lengths, so that both grouped and single calls are tried."""
 _SEED = 20240731
 
 _FLOAT32_TOLERANCE = 1e-4
@@ -100,7 +102,7 @@ def _try_ragged(
     expected: list[torch.Tensor],
     backend: attention.AttentionBackend,
 ) -> str | None:
-    ragged = RaggedRunner(blocks, _NUM_PAGES, _PAGE_SIZE, backend)
+    ragged = RaggedRunner(blocks, _NUM_PAGES, _PAGE_SIZE, backend, _MAX_GROUPED_CONTEXT)
     actual = []
     for step in steps:
         try:

@@ -23,11 +23,17 @@ class RaggedRunner:
     """A span over `num_pages` pages. The span's attention must be set to `attention.NAME`."""
 
     def __init__(
-        self, blocks: SpanBlocks, num_pages: int, page_size: int, backend: AttentionBackend
+        self,
+        blocks: SpanBlocks,
+        num_pages: int,
+        page_size: int,
+        backend: AttentionBackend,
+        max_grouped_context: int,
     ):
         register()
         self._blocks = blocks
         self._backend = backend
+        self._max_grouped_context = max_grouped_context
         self._cache = PagedKvCache(len(blocks.span), num_pages, page_size)
         self.layers_seen: list[int] = []
         """The layers that attended in the last pass, in order, counted from the span's first."""
@@ -53,7 +59,7 @@ class RaggedRunner:
             pieces,
             self._cache.page_size,
             self._cache.null_page,
-            self._backend.max_grouped_context(hidden_TD.device),
+            self._max_grouped_context,
             hidden_TD.device,
         )
         ragged = RaggedPass(geometry, self._cache, self._backend, self._blocks.span.start)

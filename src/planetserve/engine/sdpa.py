@@ -17,8 +17,8 @@ from planetserve.engine.attention import AttentionOptions
 from planetserve.engine.kv_cache import LayerPages
 from planetserve.engine.ragged import Group, RaggedBatch
 
-_CPU_GROUPED_CONTEXT = 64
-"""On a CPU, reading in place beats gathering from about this many tokens on (measured)."""
+_CPU_GROUPED_KEY_BYTES = 64 * 1024
+"""On a CPU, reading in place beats gathering once a sequence's keys pass this size (measured)."""
 _MAX_LOGITS = 1 << 25
 """Explicit products are cut along the queries so that no more logits than this exist at once."""
 
@@ -26,8 +26,8 @@ _MAX_LOGITS = 1 << 25
 class SdpaBackend:
     """The reference backend."""
 
-    def max_grouped_context(self, device: torch.device) -> int:
-        return _CPU_GROUPED_CONTEXT if device.type == "cpu" else 1 << 30
+    def max_grouped_context(self, device: torch.device, key_bytes: int) -> int:
+        return _CPU_GROUPED_KEY_BYTES // key_bytes if device.type == "cpu" else 1 << 30
 
     def attend(
         self,

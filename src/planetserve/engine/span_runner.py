@@ -53,8 +53,9 @@ class SpanRunner:
         self.hidden_size: int = blocks.base.config.hidden_size
         self.num_pages = num_pages
         self.page_size = page_size
+        shapes = blocks.kv_shapes()
         self.bytes_per_token = self.dtype.itemsize * sum(
-            shape.num_heads * (shape.key_dim + shape.value_dim) for shape in blocks.kv_shapes()
+            shape.num_heads * (shape.key_dim + shape.value_dim) for shape in shapes
         )
         """KV cache bytes of one token in all blocks."""
         self.chunkable = not blocks.rotary_depends_on_length
@@ -67,7 +68,9 @@ class SpanRunner:
         self._runner: RaggedRunner | PlainRunner
         if reason is None:
             blocks.set_attention(attention.NAME)
-            self._runner = RaggedRunner(blocks, num_pages, page_size, backend)
+            key_bytes = self.dtype.itemsize * max(s.num_heads * s.key_dim for s in shapes)
+            limit = backend.max_grouped_context(self.device, key_bytes)
+            self._runner = RaggedRunner(blocks, num_pages, page_size, backend, limit)
         else:
             logger.info(
                 "%s %s runs one sequence per pass: %s", blocks.model_name, blocks.span, reason

@@ -103,13 +103,22 @@ class Worker:
         if self._config.num_threads is not None:
             torch.set_num_threads(self._config.num_threads)
         with torch.inference_mode():
-            while (commands := self._wait_for_work()) is not None:
-                for step in (*commands, self._tick, self._publish):
-                    try:
-                        step()
-                    except Exception:  # a bug here must not silence every other session
-                        logger.exception("the engine failed; sessions with steps are dropped")
-                        self._drop_busy_sessions()
+            while self._turn():
+                pass
+
+    def _turn(self) -> bool:
+        """Wait for work, carry out commands, run one batch; False when the engine is closing."""
+        # A function of its own, so that nothing of the last turn is held while waiting.
+        commands = self._wait_for_work()
+        if commands is None:
+            return False
+        for step in (*commands, self._tick, self._publish):
+            try:
+                step()
+            except Exception:  # a bug here must not silence every other session
+                logger.exception("the engine failed; sessions with steps are dropped")
+                self._drop_busy_sessions()
+        return True
 
     def _wait_for_work(self) -> deque[Callable[[], None]] | None:
         """New commands, once there are any or steps to run; None when the engine is closing."""

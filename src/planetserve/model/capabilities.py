@@ -58,14 +58,17 @@ def refusal(config: PretrainedConfig) -> str | None:
 
 def has_recurrent_layers(config: PretrainedConfig) -> bool:
     """Whether any layer keeps a recurrent or convolutional state (Mamba, linear attention)."""
-    kinds = _cache_kinds(config)
-    return kinds is None or any(issubclass(k, LinearAttentionCacheLayerMixin) for k in kinds)
+    kinds = _cache_kinds(config) or []
+    return any(issubclass(kind, LinearAttentionCacheLayerMixin) for kind in kinds)
 
 
 def _cache_refusal(config: PretrainedConfig) -> str | None:
     if has_recurrent_layers(config):
         return "some of its layers keep a recurrent state, which cannot be paged or rolled back"
-    special = [kind for kind in _cache_kinds(config) or () if kind not in _PLAIN_LAYERS]
+    kinds = _cache_kinds(config)
+    if kinds is None:
+        return "transformers has no cache of plain keys and values for its layers"
+    special = [kind for kind in kinds if kind not in _PLAIN_LAYERS]
     if any(issubclass(kind, DummyLayer) for kind in special):
         return "some of its layers have no keys and values of their own"
     if special:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from planetserve.errors import ConfigError, ModelError
@@ -294,13 +295,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_config(source: FileSource, raw: Mapping[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
         import transformers
 
         model_type = raw.get("model_type")
         if model_type is None:
             raise ModelError(f"{source.name}: config.json names no model_type") from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
             f"{source.name}: transformers {transformers.__version__} cannot read the configuration "
             f"of model type {model_type!r}: {reason}"

@@ -62,6 +62,8 @@ def load_client_half(
     generation_config = checkpoint.generation_config()
     if generation_config is not None:
         model.generation_config = generation_config
+    # Some checkpoints switch the cache off, which would send the whole text for every token.
+    model.config.use_cache = model.generation_config.use_cache = True
     _hook(decoder, remote, on_call)
     return model
 

@@ -26,16 +26,14 @@ class Family:
     client half has to build one although no layer will read it."""
 
 
-_NO_CACHE = "transformers runs it without a cache of keys and values"
-_BIDIRECTIONAL = "it is an encoder with a language-modelling head, not a decoder"
+_RECURRENT = "its layers keep a recurrent state, which cannot be paged or rolled back"
 
 FAMILIES: Mapping[str, Family] = {
     "nanochat": Family(norm_calls_before_layers=1),
     "mpt": Family(needs_masks=True),
-    "openai-gpt": Family(refused=_NO_CACHE),
-    "recurrent_gemma": Family(refused=_NO_CACHE),
-    "rwkv": Family(refused="its layers keep a recurrent state, which cannot be paged"),
-    "xlstm": Family(refused="its layers keep a recurrent state, which cannot be paged"),
+    "openai-gpt": Family(refused="transformers runs it without a cache of keys and values"),
+    "rwkv": Family(refused=_RECURRENT),
+    "xlstm": Family(refused=_RECURRENT),
 }
 
 

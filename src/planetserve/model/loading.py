@@ -50,7 +50,7 @@ def build_skeleton(
                 config, dtype=dtype, trust_remote_code=False, **options
             )
     except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{checkpoint.name}: transformers cannot build it: {reason}") from error
     model.eval()
     model.requires_grad_(False)

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_NETWORK_BYTES_PER_S = 12_500_000.0
 """Announced as this server's link rate: 100 Mbit/s, a usual home downlink."""
 DRAIN_TIMEOUT_S = 30.0
+_UNMEASURED_MS = 1000.0
+"""Announced per block while the span is still loading: nobody should plan on it."""
 
 
 class Server:
@@ -95,7 +97,9 @@ class Server:
     def info(self) -> ServerInfo:
         """What this server announces now."""
         stats = self.engine.stats() if hasattr(self, "engine") else None
-        tokens_per_s = stats.tokens_per_s_per_block if stats else 1.0
+        decode_ms = (stats and stats.decode_ms_per_block) or _UNMEASURED_MS
+        # Without a large batch so far, one token at a time is what is known.
+        tokens_per_s = (stats and stats.tokens_per_s_per_block) or 1000.0 / decode_ms
         if self.config.throughput != "auto":
             tokens_per_s = float(self.config.throughput)
         return ServerInfo(
@@ -107,7 +111,7 @@ class Server:
             state=self.state,
             dtype=dtype_name(self._dtype),
             addresses=self.node.addresses(),
-            decode_ms_per_block=stats.decode_ms_per_block if stats else 1000.0,
+            decode_ms_per_block=decode_ms,
             tokens_per_s_per_block=tokens_per_s,
             network_bytes_per_s=DEFAULT_NETWORK_BYTES_PER_S,
             free_cache_tokens=stats.free_cache_tokens if stats else 0,

@@ -257,21 +257,22 @@ async def bootstrap(dht: DHTNode, peers: Collection[PeerId], required: bool) -> 
         ConfigError: `required`, and a peer refuses this node (its clock differs, for one).
         PeerUnreachable: `required`, and none of the peers takes part in the DHT.
     """
-    num_answers = 0
-    for peer_id in peers:
-        try:
-            node_id = await dht.protocol.call_ping(
-                PeerID.from_base58(peer_id), validate=True, strict=True
-            )
-            num_answers += node_id is not None
-        except ValidationError as error:
+    answers = await asyncio.gather(
+        *(
+            dht.protocol.call_ping(PeerID.from_base58(peer_id), validate=True, strict=True)
+            for peer_id in peers
+        ),
+        return_exceptions=True,
+    )
+    for peer_id, answer in zip(peers, answers, strict=True):
+        if isinstance(answer, ValidationError):
             if required:
-                raise ConfigError(f"initial peer {peer_id} refuses this node: {error}") from None
-            logger.warning("peer %s refuses this node: %s", peer_id, error)
-    if required and not num_answers:
-        raise PeerUnreachable(f"no initial peer takes part in the DHT ({', '.join(peers)})")
-    if num_answers:
+                raise ConfigError(f"initial peer {peer_id} refuses this node: {answer}")
+            logger.warning("peer %s refuses this node: %s", peer_id, answer)
+    if any(isinstance(answer, DHTID) for answer in answers):
         await dht.find_nearest_nodes([dht.node_id])
+    elif required:
+        raise PeerUnreachable(f"no initial peer takes part in the DHT ({', '.join(peers)})")
 
 
 def knows(dht: DHTNode, peer_id: PeerId) -> bool:

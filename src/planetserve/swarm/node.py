@@ -11,13 +11,16 @@ Works in any running loop, in the main thread (server) or in another one (client
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from hivemind.dht.node import DHTNode
 
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 MAX_STREAMS = 4096
 """Incoming streams that are held at once; further ones are closed unheard."""
 MAX_STREAMS_PER_PEER = 1024
+MAX_LARGE_FRAMES_PER_PEER = 8
+"""Frames over 64 KiB that are received from one peer at once; a peer's further ones wait."""
 
 _EVERYWHERE = ("/ip4/0.0.0.0/tcp/{port}", "/ip6/::/tcp/{port}")
 _REJOIN_PERIOD_S = 10.0
@@ -132,10 +137,12 @@ class SwarmNode:
         self.stopped = asyncio.Event()
         """Set once the node no longer works: it was closed, or its daemon died."""
         self._daemon = daemon
+        self._resources = contextlib.ExitStack()
         self._dht: DHTNode | None = None
         self._addresses: tuple[str, ...] = ()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._num_incoming: Counter[PeerId] = Counter()
+        self._large_slots: WeakValueDictionary[PeerId, asyncio.Semaphore] = WeakValueDictionary()
         self._closing: asyncio.Task[None] | None = None
 
     @classmethod
@@ -147,12 +154,16 @@ class SwarmNode:
             PeerUnreachable: no initial peer answered; the message lists who was tried.
             TransportError: the daemon did not start.
         """
+        resources = contextlib.ExitStack()
         if config.identity_path is None:
             identity = Identity.generate()
         else:
             identity = Identity.load_or_create(config.identity_path)
-        daemon = await Daemon.start(config, identity)
-        node = cls(config, identity, clock or SystemClock(), daemon)
+            resources.enter_context(_claimed(Path(config.identity_path)))
+        with resources:
+            daemon = await Daemon.start(config, identity)
+            node = cls(config, identity, clock or SystemClock(), daemon)
+            node._resources = resources.pop_all()
         try:
             node.spawn(node._watch(), "p2pd watch")
             node._addresses = await daemon.addresses(node.peer_id)
@@ -188,11 +199,24 @@ class SwarmNode:
         for tap in self.taps:
             tap(event, remote, header)
 
+    def large_slots(self, remote: PeerId) -> asyncio.Semaphore:
+        """What bounds the memory that one peer's half-received frames take."""
+        slots = self._large_slots.get(remote)
+        if slots is None:
+            slots = self._large_slots[remote] = asyncio.Semaphore(MAX_LARGE_FRAMES_PER_PEER)
+        return slots
+
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run `work` in a task that this node owns and cancels when it closes."""
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            logger.error("task %r failed: %s", task.get_name(), type(error).__name__)
 
     async def connect(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
         """Make sure there is a connection to a peer, within `connect_timeout_s`.
@@ -283,16 +307,16 @@ class SwarmNode:
         """Greet initial peers that the DHT has lost sight of, so that a broken network heals."""
         while True:
             await asyncio.sleep(_REJOIN_PERIOD_S)
-            lost = {
-                peer_id: addresses
-                for peer_id, addresses in places.items()
-                if not dht.knows(self.dht, peer_id)
-            }
-            await asyncio.gather(
-                *(self.connect(peer_id, addresses) for peer_id, addresses in lost.items()),
+            if self.stopped.is_set():
+                return
+            lost = [peer_id for peer_id in places if not dht.knows(self.dht, peer_id)]
+            outcomes = await asyncio.gather(
+                *(self.connect(peer_id, places[peer_id]) for peer_id in lost),
                 return_exceptions=True,
             )
-            await dht.bootstrap(self.dht, lost, required=False)
+            found = [peer for peer, outcome in zip(lost, outcomes, strict=True) if outcome is None]
+            if found and not self.stopped.is_set():
+                await dht.bootstrap(self.dht, found, required=False)
 
     async def close(self) -> None:
         """Leave the swarm: end every stream, task and process of this node. Idempotent."""
@@ -311,3 +335,18 @@ class SwarmNode:
         if self._dht is not None:
             self._dht.is_alive = False
         await self._daemon.close()
+        self._resources.close()
+
+
+@contextlib.contextmanager
+def _claimed(key_file: Path) -> Iterator[None]:
+    """Hold a lock on the key file: two nodes of one peer id would cut each other off."""
+    with key_file.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"identity file {key_file} is used by another running node; "
+                "give each node an --identity_path of its own"
+            ) from None
+        yield

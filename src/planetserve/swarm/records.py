@@ -56,7 +56,7 @@ class Envelope(BaseModel):
 
     model_config = STRICT
 
-    v: Literal[1]
+    v: Annotated[int, Field(ge=1, le=1)]
     body: str
     sig: Annotated[str, Field(max_length=2 * SIGNATURE_BYTES)]
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 256 * 1024
+_LARGE_BYTES = 64 * 1024
 _MAX_BUFFERS_PER_CALL = 64
 _LINGER_S = 1.0
 
@@ -58,6 +59,8 @@ class FrameStream:
         self._ahead = bytearray(head)
         self._header: FrameHeader | None = None
         self._payload = bytearray()
+        self._large_slots = node.large_slots(remote)
+        self._holds_slot = False
         self._num_active = 0
         self._receiving = False
         self._can_send = True
@@ -154,10 +157,19 @@ class FrameStream:
             else:
                 await self._read_into(self._ahead, _READ_BYTES)
         header = self._header
+        if header.payload_bytes > _LARGE_BYTES and not self._holds_slot:
+            await self._large_slots.acquire()
+            self._holds_slot = True
         while len(self._payload) < header.payload_bytes:
             await self._read_into(self._payload, header.payload_bytes - len(self._payload))
         payload, self._payload, self._header = self._payload, bytearray(), None
+        self._free_slot()
         return header, payload
+
+    def _free_slot(self) -> None:
+        if self._holds_slot:
+            self._holds_slot = False
+            self._large_slots.release()
 
     async def _read_into(self, buffer: bytearray, limit: int) -> None:
         """Append up to `limit` received bytes to `buffer`.
@@ -237,6 +249,7 @@ class FrameStream:
         # The loop may still watch the descriptor while another task waits on it.
         self._num_active -= 1
         if self._closed and not self._num_active:
+            self._free_slot()
             self._socket.close()
             self._node.streams.discard(self)
 

@@ -2,8 +2,8 @@
 
 A tiny model is a real one: the family's own class and configuration with small sizes, and weights
 random and large enough that a wrong layer, a lost position or a shifted mask changes the logits
-visibly. `SERVABLE_FAMILIES` and `REFUSED_FAMILIES` name what is tested; several names can be
-variants of one model type. No network is used.
+visibly and that greedy tokens vary. `SERVABLE_FAMILIES` and `REFUSED_FAMILIES` name what is tested;
+several names can be variants of one model type. No network is used.
 """
 
 from __future__ import annotations
@@ -24,14 +24,27 @@ NUM_BLOCKS = 4
 WINDOW = 5
 """Sliding window of the families that have one: shorter than any sequence worth testing."""
 
+
+@dataclass(frozen=True, slots=True)
+class TinyFamily:
+    """A model type and what its tiny configuration sets besides the common sizes."""
+
+    model_type: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str | None = None
+    """Words that the reason for refusing it contains; None for a family that can be served."""
+
+
 # What a field is called differs between families; a family takes those it knows.
 _SIZES: Mapping[str, Any] = {
-    **dict.fromkeys(("vocab_size",), VOCAB_SIZE),
+    "vocab_size": VOCAB_SIZE,
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 32),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), NUM_BLOCKS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "attention_heads"), 4),
+    "num_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 8,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 128),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
     "num_experts_per_tok": 2,
@@ -42,7 +55,6 @@ _SIZES: Mapping[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_HEAD_8 = {"head_dim": 8}
 _MHA = {"num_key_value_heads": 4}
 _MLA = {
     **_MHA,
@@ -51,8 +63,10 @@ _MLA = {
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
+    "head_dim": 4,
 }
-_MLA_MOE = {**_MLA, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16}
+_MLA_MOE = {**_MLA, "n_group": 2, "topk_group": 1}
+_ALTERNATING = ["sliding_attention", "full_attention"] * (NUM_BLOCKS // 2)
 _DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -75,84 +89,95 @@ _LONG_ROPE = {
     "long_factor": [1.5, 2.0, 3.0, 4.0],
     "original_max_position_embeddings": 8,
 }
-_ALTERNATING = ["sliding_attention", "full_attention"] * (NUM_BLOCKS // 2)
 
+_PLAIN_NAMES = """
+    afmoe apertus arcee aria_text biogpt bitnet bloom cohere cohere2 ctrl cwm diffllama doge
+    ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma2 glm glm4 glm4_moe gpt2
+    gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss granite granitemoe granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 jais2 jetmoe llama minimax_m2
+    ministral ministral3 mistral mixtral mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon
+    phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
+    vaultgemma xglm
+"""
+"""Model types whose tiny form needs nothing but the common sizes."""
 
-@dataclass(frozen=True, slots=True)
-class TinyFamily:
-    """A model type and what its tiny configuration sets besides the common sizes."""
-
-    model_type: str
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    refusal: str | None = None
-    """Words that the reason for refusing it contains; None for a family that can be served."""
-
-
-def _servable() -> dict[str, TinyFamily]:
-    plain = (
-        "afmoe apertus arcee biogpt bitnet bloom codegen cohere cohere2 cwm diffllama doge "
-        "ernie4_5 ernie4_5_moe exaone4 flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe "
-        "gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granitemoe "
-        "granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax jais2 jetmoe llama "
-        "llama4_text minimax_m2 ministral ministral3 mistral mixtral mpt nanochat nemotron olmo "
-        "olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss "
-        "smollm3 solar_open stablelm starcoder2 vaultgemma xglm"
-    )
-    found = {name: TinyFamily(name, _OVERRIDES.get(name, {})) for name in plain.split()}
-    found |= {name: TinyFamily(model_type, extra) for name, (model_type, extra) in _VARIANTS.items()}
-    return found
-
-
-_OVERRIDES: Mapping[str, Mapping[str, Any]] = {
-    "codegen": {"rotary_dim": 8},
-    "gptj": {"rotary_dim": 4},
-    "gemma": {**_HEAD_8, "num_key_value_heads": 1},
-    "gemma2": {**_HEAD_8, "query_pre_attn_scalar": 8},
-    "gemma3_text": {**_HEAD_8, "query_pre_attn_scalar": 8, "layer_types": _ALTERNATING},
-    "gpt_neo": {
-        "num_heads": 4,
-        "attention_types": [[["global", "local"], NUM_BLOCKS // 2]],
-        "window_size": WINDOW,
-    },
-    "gpt_oss": {**_HEAD_8},
-}
-
-_VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "llama_mha": ("llama", _MHA),
-    "llama_mqa_tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "llama_odd_heads": ("llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10}),
-    "llama_bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama_llama3_rope": ("llama", {"rope_parameters": _LLAMA3_ROPE}),
-    "llama_yarn_rope": ("llama", {"rope_parameters": _YARN_ROPE}),
-    "llama_dynamic_rope": (
-        "llama", {"rope_parameters": _DYNAMIC_ROPE, "max_position_embeddings": 8},
+_VARIANTS: Mapping[str, TinyFamily] = {
+    "codegen": TinyFamily("codegen", {"rotary_dim": 4}),
+    "deepseek_v2": TinyFamily("deepseek_v2", {**_MLA_MOE, "first_k_dense_replace": 1}),
+    "deepseek_v3": TinyFamily("deepseek_v3", {**_MLA_MOE, "first_k_dense_replace": 2}),
+    "dots1": TinyFamily("dots1", {**_MHA, "n_shared_experts": 1, "first_k_dense_replace": 1}),
+    "falcon_alibi": TinyFamily("falcon", {"alibi": True, "new_decoder_architecture": False}),
+    "falcon_mqa": TinyFamily("falcon", {"alibi": False, "multi_query": True}),
+    "falcon_new": TinyFamily("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gemma": TinyFamily("gemma", {"num_key_value_heads": 1}),
+    "gemma3_text": TinyFamily("gemma3_text", {"layer_types": _ALTERNATING}),
+    "glm4_moe_lite": TinyFamily(
+        "glm4_moe_lite", {**_MLA_MOE, "mlp_layer_types": ["dense"] + ["sparse"] * (NUM_BLOCKS - 1)}
     ),
-    "phi3_longrope": ("phi3", {"rope_parameters": _LONG_ROPE}),
-    "falcon_alibi": ("falcon", {"alibi": True, "new_decoder_architecture": False}),
-    "falcon_mqa": ("falcon", {"alibi": False, "multi_query": True, "parallel_attn": True}),
-    "falcon_new": (
-        "falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "gpt_neo": TinyFamily(
+        "gpt_neo",
+        {"attention_types": [[["global", "local"], NUM_BLOCKS // 2]], "window_size": WINDOW},
     ),
-    "deepseek_v2": ("deepseek_v2", {**_MLA_MOE, "first_k_dense_replace": 1}),
-    "deepseek_v3": ("deepseek_v3", {**_MLA_MOE, "first_k_dense_replace": 2}),
-    "dots1": ("dots1", {**_MHA, "n_shared_experts": 1, "first_k_dense_replace": 1}),
-    "qwen2_sliding": (
-        "qwen2", {"use_sliding_window": True, "layer_types": _ALTERNATING},
+    "gptj": TinyFamily("gptj", {"rotary_dim": 4}),
+    "llama4_text": TinyFamily("llama4_text", {"attention_chunk_size": 6, "intermediate_size_mlp": 48}),
+    "llama_bias": TinyFamily("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama_dynamic_rope": TinyFamily(
+        "llama", {"rope_parameters": _DYNAMIC_ROPE, "max_position_embeddings": 8}
     ),
-    "opt_post_norm_width": ("opt", {"word_embed_proj_dim": 16}),
-    "llama_one_block": ("llama", {"num_hidden_layers": 1}),
+    "llama_llama3_rope": TinyFamily("llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama_mha": TinyFamily("llama", _MHA),
+    "llama_mqa_tied": TinyFamily(
+        "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}
+    ),
+    "llama_odd_heads": TinyFamily(
+        "llama",
+        {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 14},
+    ),
+    "llama_one_block": TinyFamily("llama", {"num_hidden_layers": 1}),
+    "llama_yarn_rope": TinyFamily("llama", {"rope_parameters": _YARN_ROPE}),
+    "opt_narrow_embedding": TinyFamily("opt", {"word_embed_proj_dim": 16}),
+    "phi3_longrope": TinyFamily("phi3", {"rope_parameters": _LONG_ROPE}),
+    "qwen2_sliding": TinyFamily(
+        "qwen2", {"use_sliding_window": True, "layer_types": _ALTERNATING}
+    ),
+    "youtu": TinyFamily("youtu", _MLA),
 }
 
 _REFUSED: Mapping[str, TinyFamily] = {
-    "mamba": TinyFamily("mamba", {}, "recurrent"),
-    "falcon_mamba": TinyFamily("falcon_mamba", {}, "recurrent"),
-    "qwen3_next": TinyFamily("qwen3_next", {}, "recurrent"),
-    "minimax": TinyFamily("minimax", {}, "recurrent"),
+    "bamba": TinyFamily("bamba", refusal="recurrent"),
+    "bart": TinyFamily("bart", refusal="encoder-decoder"),
+    "deepseek_v32": TinyFamily("deepseek_v32", refusal="more than keys and values"),
+    "falcon_h1": TinyFamily("falcon_h1", refusal="recurrent"),
+    "falcon_mamba": TinyFamily("falcon_mamba", refusal="recurrent"),
+    "gemma3": TinyFamily("gemma3", refusal="images or audio"),
+    "gemma3n_text": TinyFamily("gemma3n_text", refusal="share keys and values"),
+    "gemma4_text": TinyFamily("gemma4_text", refusal="token embeddings of their own"),
+    "granitemoehybrid": TinyFamily("granitemoehybrid", refusal="recurrent"),
+    "jamba": TinyFamily("jamba", refusal="recurrent"),
+    "kimi_linear": TinyFamily("kimi_linear", refusal="recurrent"),
+    "lfm2": TinyFamily(
+        "lfm2", {"layer_types": ["conv", "full_attention"] * 16}, refusal="recurrent"
+    ),
+    "mamba": TinyFamily("mamba", refusal="recurrent"),
+    "mamba2": TinyFamily("mamba2", refusal="recurrent"),
+    "minimax": TinyFamily("minimax", refusal="recurrent"),
+    "nemotron_h": TinyFamily("nemotron_h", refusal="recurrent"),
+    "olmo_hybrid": TinyFamily("olmo_hybrid", refusal="recurrent"),
+    "openai-gpt": TinyFamily("openai-gpt", refusal="without a cache"),
+    "qwen3_next": TinyFamily("qwen3_next", refusal="recurrent"),
+    "recurrent_gemma": TinyFamily("recurrent_gemma", refusal="recurrent"),
+    "rwkv": TinyFamily("rwkv", refusal="recurrent"),
+    "zamba": TinyFamily("zamba", refusal="recurrent"),
+    "zamba2": TinyFamily("zamba2", refusal="recurrent"),
 }
 
-FAMILIES: Mapping[str, TinyFamily] = {**_servable(), **_REFUSED}
-SERVABLE_FAMILIES: tuple[str, ...] = tuple(n for n, f in FAMILIES.items() if f.refusal is None)
-REFUSED_FAMILIES: tuple[str, ...] = tuple(n for n, f in FAMILIES.items() if f.refusal is not None)
+FAMILIES: Mapping[str, TinyFamily] = {
+    **{name: TinyFamily(name) for name in _PLAIN_NAMES.split()},
+    **_VARIANTS,
+    **_REFUSED,
+}
+SERVABLE_FAMILIES = tuple(sorted(n for n, f in FAMILIES.items() if f.refusal is None))
+REFUSED_FAMILIES = tuple(sorted(n for n, f in FAMILIES.items() if f.refusal is not None))
 
 
 def make_tiny_checkpoint(
@@ -165,6 +190,9 @@ def make_tiny_checkpoint(
 ) -> Path:
     """Write a tiny random checkpoint and return its folder.
 
+    Of a refused family only the configuration is written, in its own default sizes; no more of it
+    is ever read.
+
     Args:
         folder: created if need be.
         family: a name in `FAMILIES`.
@@ -176,6 +204,9 @@ def make_tiny_checkpoint(
         ConfigError: unknown family.
     """
     config = tiny_config(family, **overrides)
+    if FAMILIES[family].refusal is not None:
+        config.save_pretrained(folder)
+        return Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -191,7 +222,7 @@ def make_tiny_checkpoint(
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
-    """The configuration of a tiny model.
+    """The configuration of a tiny model; a refused family gets its own default sizes.
 
     Raises:
         ConfigError: unknown family.
@@ -199,19 +230,28 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     if family not in FAMILIES:
         raise ConfigError(f"unknown family {family!r}; choose one of: {', '.join(FAMILIES)}")
     entry = FAMILIES[family]
-    known = dir(AutoConfig.for_model(entry.model_type))
-    sizes = {name: value for name, value in _SIZES.items() if name in known}
-    return AutoConfig.for_model(entry.model_type, **{**sizes, **entry.overrides, **overrides})
+    values = {**entry.overrides, **overrides}
+    if entry.refusal is None:
+        default = AutoConfig.for_model(entry.model_type)
+        values = {name: v for name, v in _SIZES.items() if _has_field(default, name)} | values
+    return AutoConfig.for_model(entry.model_type, **values)
+
+
+def _has_field(config: PretrainedConfig, name: str) -> bool:
+    return hasattr(config, name) and not isinstance(getattr(type(config), name, None), property)
 
 
 @torch.no_grad()
 def _randomize(model: torch.nn.Module) -> None:
-    """Weights that make every layer matter: matrices of gain about one, uneven norms and biases."""
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if not value.is_floating_point() or (name.rpartition(".")[0], "inv_freq") == name:
-            continue
-        if isinstance(value, torch.nn.Parameter):
+    """Weights that make every layer matter: matrices of gain above one, uneven norms and biases.
+
+    Embeddings are small, so that the layers outweigh them and a tied head does not just repeat the
+    last token.
+    """
+    for module in model.modules():
+        std = 0.05 if isinstance(module, torch.nn.Embedding) else 0.35
+        for value in module.parameters(recurse=False):
             if value.ndim >= 2:
-                value.normal_(0.0, 0.2)
+                value.normal_(0.0, std)
             else:
                 value.add_(torch.randn_like(value), alpha=0.2)

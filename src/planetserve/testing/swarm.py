@@ -103,10 +103,11 @@ class LocalSwarm:
             "host_maddrs": LOOPBACK,
             "torch_dtype": "float32",
             "num_threads": 1,
+            "model": self.model,
             **self.options,
             **options,
         }
-        config = ServerConfig(model=self.model, initial_peers=self.initial_peers, **settings)
+        config = ServerConfig(initial_peers=self.initial_peers, **settings)
         server = await Server.start(config)
         name = server.node.peer_id
 

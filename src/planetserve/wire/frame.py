@@ -154,7 +154,7 @@ class FrameHeader:
         shape = dims[:num_dims]
         if any(dims[num_dims:]):
             # What is accepted packs to the same bytes again: they are what a seal covers.
-            raise RemoteProtocolError("bad frame header: a length for a dimension that is not there")
+            raise RemoteProtocolError("bad frame header: the length of an absent dimension")
         if math.prod(shape) * wire_dtype.itemsize > payload_bytes and shape:
             raise RemoteProtocolError("bad frame header: the tensor is longer than the payload")
         return cls(

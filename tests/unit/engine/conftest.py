@@ -1,4 +1,4 @@
-"""Shared by the engine's tests: one thread for torch, and tiny models loaded once per session."""
+"""Tiny models for the engine's tests, each made once per run."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import load_span, make_model
-from transformers import PreTrainedModel
+from tiny_models import OVERRIDES, Tiny
+from transformers import AutoModelForCausalLM
 
-from planetserve.model.skeleton import SpanBlocks
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+from planetserve.testing.checkpoints import make_tiny_checkpoint
 
 
 @pytest.fixture(scope="session")
-def tiny(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], tuple[PreTrainedModel, SpanBlocks]]:
-    """`tiny(family)`: the model in plain transformers and a freshly loaded span of it."""
-    models: dict[str, PreTrainedModel] = {}
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """`tiny(family)`, made once."""
+    made: dict[str, Tiny] = {}
 
-    def load(family: str) -> tuple[PreTrainedModel, SpanBlocks]:
-        if family not in models:
-            models[family] = make_model(family)
-        folder = tmp_path_factory.mktemp(family)
-        return models[family], load_span(models[family], folder, torch.float32)
+    def make(family: str) -> Tiny:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            make_tiny_checkpoint(folder, family, **OVERRIDES.get(family, {}))
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            made[family] = Tiny(model, folder)
+        return made[family]
 
-    return load
+    return make

@@ -1,0 +1,89 @@
+"""A client half and server spans joined in one process: the whole idea without the network.
+
+`LocalChain` runs a checkpoint's client half with `SpanBlocks` in the place of the swarm, each hop
+with a cache of its own. Tests compare its logits with the local model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from planetserve.model.checkpoint import Checkpoint
+from planetserve.model.client_half import load_client_half
+from planetserve.model.skeleton import SpanBlocks
+from planetserve.types import BlockSpan
+
+
+class LengthCache(DynamicCache):
+    """A cache that knows how many tokens there are and holds none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.num_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.num_tokens + query_length, 0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalHop:
+    """One server of the chain and the part of its blocks that the chain uses."""
+
+    blocks: SpanBlocks
+    span: BlockSpan
+
+
+class LocalChain:
+    """The model spread over `hops` of one process.
+
+    Args:
+        checkpoint: what to load.
+        hops: `(span a server loads, part of it the chain runs)`, tiling the model.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        hops: Sequence[tuple[BlockSpan, BlockSpan]],
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.hops = [
+            LocalHop(SpanBlocks.load(checkpoint, loaded, dtype), used) for loaded, used in hops
+        ]
+        self.model = load_client_half(checkpoint, dtype, "cpu", self._remote, self._on_call)
+        self.calls: list[dict[str, Any]] = []
+        """Arguments of the base model, as `on_call` saw them."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new sequence."""
+        self.length = LengthCache()
+        self._caches = [hop.blocks.make_cache(hop.span) for hop in self.hops]
+        self.calls = []
+
+    @torch.inference_mode()
+    def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Append tokens to the sequence; returns their logits `[B, T, vocabulary]`."""
+        output = self.model(input_ids_BT, past_key_values=self.length, use_cache=True)
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def _on_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        self.calls.append(kwargs)
+        return kwargs
+
+    def _remote(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        start = self.length.num_tokens
+        self.length.num_tokens += hidden_BTD.shape[1]
+        positions = torch.arange(start, self.length.num_tokens).expand(hidden_BTD.shape[0], -1)
+        for hop, cache in zip(self.hops, self._caches, strict=True):
+            hidden_BTD = hop.blocks.run(hidden_BTD, positions, cache, span=hop.span)
+        return hidden_BTD

@@ -1,0 +1,320 @@
+"""The directory over real nodes: announcing, looking up, and what hostile peers cannot do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import time
+
+import msgpack
+import pytest
+from announcement import make_info
+from conftest import StartNode
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
+
+from planetserve.clock import SystemClock
+from planetserve.crypto.identity import Identity, peer_id_bytes
+from planetserve.errors import ConfigError, TransportError
+from planetserve.swarm import dht, records
+from planetserve.swarm.directory import Directory
+from planetserve.swarm.node import SwarmNode
+from planetserve.types import ServerState
+
+CLOCK = SystemClock()
+MODEL = "tiny"
+
+
+async def start_nodes(start_node: StartNode, count: int) -> list[SwarmNode]:
+    first = await start_node()
+    return [first, *[await start_node(first) for _ in range(count - 1)]]
+
+
+def signed(identity: Identity, ttl_s: float = 60.0) -> tuple[records.ServerBody, bytes]:
+    now = time.time()
+    body = records.server_body(make_info(identity), now, now + ttl_s)
+    return body, records.sign(identity, body)
+
+
+def wrapped(envelope: bytes) -> bytes:
+    return bytes(msgpack.packb(envelope))
+
+
+async def test_two_nodes_see_each_other(start_node: StartNode) -> None:
+    alice, bob = await start_nodes(start_node, 2)
+    info = make_info(alice.identity, next_rtt_ms={bob.peer_id: 3.5})
+    await Directory(alice, CLOCK).announce(info, ttl_s=60)
+    (found,) = await Directory(bob, CLOCK).lookup(MODEL)
+    assert found == dataclasses.replace(info, announced_at_s=found.announced_at_s)
+    assert abs(found.announced_at_s - time.time()) < 60
+    assert await Directory(bob, CLOCK).lookup("other") == []
+
+
+async def test_five_servers_and_a_client(start_node: StartNode) -> None:
+    servers = await start_nodes(start_node, 5)
+    client = await start_node(servers[0], client_mode=True)
+    directories = [Directory(server, CLOCK) for server in servers]
+    for server, directory in zip(servers, directories, strict=True):
+        await directory.announce(make_info(server.identity), ttl_s=60)
+    view = Directory(client, CLOCK)
+    assert {info.peer_id for info in await view.lookup(MODEL)} == {s.peer_id for s in servers}
+
+    newer = make_info(servers[1].identity, free_cache_tokens=7)
+    await directories[1].announce(newer, ttl_s=30)
+    await directories[2].withdraw(make_info(servers[2].identity))
+    found = {info.peer_id: info for info in await view.lookup(MODEL)}
+    assert len(found) == 5
+    assert found[servers[1].peer_id].free_cache_tokens == 7
+    assert found[servers[2].peer_id].state is ServerState.OFFLINE
+    assert found[servers[3].peer_id].state is ServerState.ONLINE
+
+    models = await view.models()
+    assert list(models) == [MODEL]
+    assert (models[MODEL].num_blocks, models[MODEL].dtype) == (8, "float32")
+    index = await dht.get(client.dht, [records.MODELS_KEY], timeout_s=10)
+    assert len(index[records.MODELS_KEY]) == 4, "the fifth server sees four vouchers and adds none"
+    assert not view.rejected
+
+
+async def test_a_record_ends(start_node: StartNode) -> None:
+    alice, bob = await start_nodes(start_node, 2)
+    await Directory(alice, CLOCK).announce(make_info(alice.identity), ttl_s=1.0)
+    view = Directory(bob, CLOCK)
+    async with asyncio.timeout(20):
+        while await view.lookup(MODEL):
+            await asyncio.sleep(0.1)
+
+
+async def test_bad_announcements_are_local_errors(start_node: StartNode) -> None:
+    node = await start_node()
+    directory = Directory(node, CLOCK)
+    for ttl_s in (0.0, 601.0, math.nan):
+        with pytest.raises(ConfigError, match="a record lives up to 600 s"):
+            await directory.announce(make_info(node.identity), ttl_s)
+    with pytest.raises(ConfigError, match="free_cache_tokens"):
+        await directory.announce(make_info(node.identity, free_cache_tokens=-1), 60)
+
+
+async def test_a_closed_node_has_no_directory(start_node: StartNode) -> None:
+    node = await start_node()
+    await node.close()
+    with pytest.raises(TransportError, match="closed"):
+        await Directory(node, CLOCK).lookup(MODEL)
+
+
+class TestHostileStores:
+    """Raw stores, as a modified node would send them."""
+
+    @pytest.fixture
+    async def victim(self, start_node: StartNode) -> SwarmNode:
+        return await start_node()
+
+    @pytest.fixture
+    async def attacker(self, start_node: StartNode, victim: SwarmNode) -> SwarmNode:
+        return await start_node(victim)
+
+    async def store(
+        self,
+        attacker: SwarmNode,
+        victim: SwarmNode,
+        key: bytes,
+        subkey: bytes,
+        value: bytes,
+        expires_at_s: float,
+        in_cache: bool = False,
+    ) -> bool:
+        request = dht_pb2.StoreRequest(
+            keys=[DHTID.generate(key).to_bytes()],
+            subkeys=[subkey],
+            values=[value],
+            expiration_time=[expires_at_s],
+            in_cache=[in_cache],
+        )
+        stub = attacker.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))
+        response = await stub.rpc_store(request, timeout=5.0)
+        return bool(response.store_ok[0])
+
+    async def test_a_good_record_is_taken(self, attacker: SwarmNode, victim: SwarmNode) -> None:
+        identity = Identity.generate()
+        body, envelope = signed(identity)
+        subkey = bytes(msgpack.packb(identity.peer_id))
+        ends = body.expires_at_s
+        assert await self.store(
+            attacker, victim, body.dht_key(), subkey, wrapped(envelope), ends
+        )
+        (found,) = await Directory(victim, CLOCK).lookup(MODEL)
+        assert found.peer_id == identity.peer_id
+
+    async def test_bad_records_are_refused_and_counted(
+        self, attacker: SwarmNode, victim: SwarmNode
+    ) -> None:
+        identity, other = Identity.generate(), Identity.generate()
+        body, envelope = signed(identity)
+        key, ends = body.dht_key(), body.expires_at_s
+        mine, theirs = (bytes(msgpack.packb(who.peer_id)) for who in (identity, other))
+        good = wrapped(envelope)
+        far = time.time() + 31e6
+        deep = b"\x91" * 900 + b"\xc0"
+        attempts = [
+            (key, mine, wrapped(envelope.replace(b"4096", b"4097")), ends),
+            (key, theirs, good, ends),
+            (b"elsewhere", mine, good, ends),
+            (key, mine, good, far),
+            (key, mine, wrapped(bytes(5000)), ends),
+            (key, mine, b"\xc4\x03\x00\x00\x00", ends),
+            (key, mine, b"", ends),
+            (key, mine, deep, ends),
+            (key, deep, good, ends),
+            (key, b"\x01", good, ends),
+            (key, msgpack.packb(None), good, ends),  # a plain value, without a subkey
+        ]
+        for attempt in attempts:
+            assert not await self.store(attacker, victim, *attempt)
+        assert len(victim.dht.protocol.storage) == 0
+        rejected = Directory(victim, CLOCK).rejected
+        assert rejected["bad signature"] == 1
+        assert rejected["wrong owner"] == 1
+        assert rejected["wrong key"] == 1
+        assert rejected["altered expiry"] == 1
+        assert rejected.total() == len(attempts)
+
+    async def test_of_a_dictionary_only_the_good_records_are_taken(
+        self, attacker: SwarmNode, victim: SwarmNode
+    ) -> None:
+        identity = Identity.generate()
+        body, envelope = signed(identity)
+        poisoned = DictionaryDHTValue()
+        poisoned.store(identity.peer_id, wrapped(envelope), body.expires_at_s)
+        poisoned.store(Identity.generate().peer_id, wrapped(envelope), body.expires_at_s)
+        poisoned.store("x", b"junk", time.time() + 1e6)
+        data = attacker.dht.protocol.serializer.dumps(poisoned)
+        assert await self.store(attacker, victim, body.dht_key(), b"", data, body.expires_at_s)
+        (found,) = await Directory(victim, CLOCK).lookup(MODEL)
+        assert found.peer_id == identity.peer_id
+
+    async def test_nothing_is_cached_for_others(
+        self, attacker: SwarmNode, victim: SwarmNode
+    ) -> None:
+        identity = Identity.generate()
+        body, envelope = signed(identity)
+        subkey, value = bytes(msgpack.packb(identity.peer_id)), wrapped(envelope)
+        with pytest.raises(Exception, match="cache"):
+            await self.store(
+                attacker, victim, body.dht_key(), subkey, value, body.expires_at_s, in_cache=True
+            )
+
+    async def test_a_long_request_is_refused(self, attacker: SwarmNode, victim: SwarmNode) -> None:
+        stub = attacker.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))
+        with pytest.raises(Exception, match="too many keys"):
+            await stub.rpc_find(dht_pb2.FindRequest(keys=[bytes(20)] * 17), timeout=5.0)
+
+    async def test_nobody_chooses_a_place(self, attacker: SwarmNode, victim: SwarmNode) -> None:
+        near = DHTID.generate(records.server_key(MODEL, 0))
+        info = dht_pb2.NodeInfo(node_id=near.to_bytes())
+        stub = attacker.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))
+        await stub.rpc_ping(dht_pb2.PingRequest(peer=info), timeout=5.0)
+        await asyncio.sleep(0.05)
+        table = victim.dht.protocol.routing_table
+        assert near not in table
+        assert dht.knows(victim.dht, attacker.peer_id)
+        own_place = DHTID.generate(peer_id_bytes(attacker.peer_id))
+        assert table[PeerID.from_base58(attacker.peer_id)] == own_place
+
+
+async def test_an_answer_with_poison_does_not_hide_the_rest(
+    start_node: StartNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One keeper of the key adds junk that never ends, another one is honest."""
+    hostile, honest = await start_nodes(start_node, 2)
+    client = await start_node(honest, client_mode=True)
+    await Directory(honest, CLOCK).announce(make_info(honest.identity), ttl_s=60)
+
+    async def poisoned(
+        request: dht_pb2.FindRequest, context: object
+    ) -> dht_pb2.FindResponse:
+        junk = DictionaryDHTValue()
+        with junk.freeze():
+            junk.store(Identity.generate().peer_id, b"junk", time.time() + 1e9)
+            value = hostile.dht.protocol.serializer.dumps(junk)
+        response = dht_pb2.FindResponse(peer=hostile.dht.protocol.node_info)
+        for _ in request.keys:
+            result = response.results.add()
+            result.type, result.value = dht_pb2.FOUND_DICTIONARY, value
+            result.expiration_time = math.inf
+            result.nearest_node_ids.append(bytes(20))
+            result.nearest_peer_ids.append(peer_id_bytes(Identity.generate().peer_id))
+        return response
+
+    monkeypatch.setattr(hostile.dht.protocol, "rpc_find", poisoned)
+    # The handlers were registered at start, so replace them in the daemon's table too.
+    control = hostile._daemon._client.control
+    name = "PlanetServeDHT.rpc_find"
+    assert name in control.unary_handlers
+
+    async def handler(data: bytes, remote: PeerID) -> bytes:
+        answer = await poisoned(dht_pb2.FindRequest.FromString(data), None)
+        return bytes(answer.SerializeToString())
+
+    monkeypatch.setitem(control.unary_handlers, name, handler)
+    view = Directory(client, CLOCK)
+    found = await view.lookup(MODEL)
+    assert [info.peer_id for info in found] == [honest.peer_id]
+    assert view.rejected["malformed"] > 0
+
+
+class TestBoundedStorage:
+    """The limits, on the storage alone."""
+
+    def test_a_key_holds_so_many_records(self) -> None:
+        storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
+        for number in range(dht.MAX_RECORDS_PER_KEY):
+            assert storage.store(key, b"v", ends, subkey=f"{number}")
+        assert not storage.store(key, b"v", ends, subkey="one more")
+        assert storage.store(key, b"w", ends + 1, subkey="7"), "known owners may renew"
+        assert storage.get(key).value.get("7").value == b"w"
+
+    def test_an_owner_has_so_many_records(self) -> None:
+        storage, ends = dht.BoundedStorage(), time.time() + 60
+        taken = [storage.store(DHTID(n), b"v", ends, subkey="me") for n in range(20)]
+        assert sum(taken) == dht.MAX_RECORDS_PER_OWNER
+        assert storage.store(DHTID(19), b"v", ends, subkey="other")
+
+    def test_there_are_so_many_keys(self) -> None:
+        storage, ends = dht.BoundedStorage(), time.time() + 60
+        for number in range(dht.MAX_KEYS):
+            assert storage.store(DHTID(number), b"v", ends, subkey=f"{number}")
+        assert not storage.store(DHTID(dht.MAX_KEYS), b"v", ends, subkey="one more")
+
+    def test_renewing_does_not_grow_it(self) -> None:
+        storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
+        for number in range(1000):
+            assert storage.store(key, b"v", ends + number, subkey="me")
+        assert len(storage.expiration_heap) < 50
+        assert len(storage.data[key].value.expiration_heap) < 50
+
+    def test_an_older_record_does_not_replace_a_newer_one(self) -> None:
+        storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
+        assert storage.store(key, b"new", ends, subkey="me")
+        assert not storage.store(key, b"old", ends - 1, subkey="me")
+        assert storage.store(key, b"new", ends, subkey="me"), "the same again is no failure"
+        assert storage.get(key).value.get("me").value == b"new"
+
+    def test_what_it_returns_is_a_copy(self) -> None:
+        storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
+        storage.store(key, b"v", ends, subkey="me")
+        storage.get(key).value.store("forged", b"v", ends)
+        assert storage.get(key).value.get("forged") is None
+
+    def test_plain_values_are_not_stored(self) -> None:
+        storage = dht.BoundedStorage()
+        assert not storage.store(DHTID(1), b"v", time.time() + 60)
+        assert storage.get(DHTID(1)) is None
+
+
+def test_the_node_uses_our_protocol() -> None:
+    """`DHTNode.create` must find the bounded protocol under the name that it looks up."""
+    assert DHTNode.create.__func__.__globals__["DHTProtocol"] is dht.PlanetServeDHT

@@ -1,0 +1,107 @@
+"""The load-time probe: it lets through what is right and finds what is not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tiny_models import SPAN
+
+from planetserve.engine import attention
+from planetserve.engine.probe import agree, why_not_ragged
+from planetserve.engine.ragged import Visibility
+from planetserve.engine.sdpa import SdpaBackend
+from planetserve.engine.span_runner import SpanRunner
+from planetserve.errors import ConfigError
+
+
+class BlindToOptions(SdpaBackend):
+    """Attends as if some option had not been given."""
+
+    def __init__(self, **changed):
+        self.changed = changed
+
+    def attend(self, query, key, value, pages, batch, options):
+        fields = {name: getattr(options, name) for name in options.__dataclass_fields__}
+        options = attention.AttentionOptions(**{**fields, **self.changed})
+        return super().attend(query, key, value, pages, batch, options)
+
+
+class LeakyBackend(SdpaBackend):
+    """Lets the sequences of a batch see each other's tokens."""
+
+    def attend(self, query, key, value, pages, batch, options):
+        output = super().attend(query, key, value, pages, batch, options)
+        return output + 0.01 * output.mean(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "fits"),
+    [
+        ("llama", SdpaBackend(), True),
+        ("llama", LeakyBackend(), False),
+        ("llama", BlindToOptions(scaling=0.5), False),
+        ("mistral", SdpaBackend(), True),
+        ("mistral", BlindToOptions(visibility=Visibility()), False),
+        ("gemma2", SdpaBackend(), True),
+        ("gemma2", BlindToOptions(softcap=None), False),
+        ("gpt_oss", SdpaBackend(), True),
+        ("gpt_oss", BlindToOptions(sinks_H=None), False),
+        ("llama4_text", SdpaBackend(), True),
+        ("llama4_text", BlindToOptions(visibility=Visibility()), False),
+    ],
+)
+def test_a_wrong_attention_is_found(tiny, family, backend, fits):
+    blocks = tiny(family).load_span()
+    with torch.inference_mode():
+        reason = why_not_ragged(blocks, 32, torch.float32, torch.device("cpu"), backend)
+    assert (reason is None) == fits
+    assert blocks.base.config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("stablelm", "does not pass arguments on"),
+        ("bloom", "0 calls of the paged attention from 2 layers"),
+        ("llama_dynamic_rope", "longest position"),
+    ],
+)
+def test_the_log_says_why_a_span_runs_plainly(tiny, family, reason, caplog):
+    with caplog.at_level(logging.INFO, "planetserve.engine"):
+        runner = SpanRunner(tiny(family).load_span(), 4, 16)
+    assert not runner.is_ragged
+    assert reason in caplog.text
+    assert runner.chunkable == (family != "llama_dynamic_rope")
+
+
+def test_a_window_longer_than_the_probe_must_be_passed_as_an_argument(tiny):
+    blocks = tiny("llama").load_span()
+    for layer in blocks.layers:
+        layer.self_attn.config.sliding_window = 4096
+    with torch.inference_mode():
+        reason = why_not_ragged(blocks, 32, torch.float32, torch.device("cpu"), SdpaBackend())
+    assert "sliding_window=None" in reason
+
+
+def test_unknown_attention_arguments_are_refused(tiny):
+    module = tiny("llama").load_span().layers[0].self_attn
+    for arguments in ({"position_bias": torch.zeros(1)}, {"indices": [1]}, {"is_causal": False}):
+        with pytest.raises(attention.UnsupportedAttention):
+            attention._read_options(module, arguments)
+    assert attention._read_options(module, {"is_causal": True, "position_ids": torch.zeros(1)})
+
+
+def test_agreement_is_measured_against_what_the_span_adds():
+    hidden = torch.full((4, 8), 100.0)
+    expected = hidden + 1.0
+    assert agree(expected + 5e-5, expected, hidden)
+    assert not agree(expected + 1e-3, expected, hidden)
+
+
+def test_cache_bytes_and_unknown_backend(tiny):
+    blocks = tiny("llama").load_span()
+    assert SpanRunner(blocks, 4, 16).bytes_per_token == len(SPAN) * 2 * 2 * 8 * 4
+    with pytest.raises(ConfigError, match="sdpa"):
+        SpanRunner(blocks, 4, 16, attention_backend="magic")

@@ -28,7 +28,7 @@ setup(
         "transformers>=5.5,<6",
         "hivemind>=1.1.12,<2",
         "accelerate>=1.1",
-        "cryptography>=42",
+        "cryptography>=47",
         "huggingface_hub>=1.0",
         "jinja2>=3.1",
         "numpy>=1.26",

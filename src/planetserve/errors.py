@@ -4,14 +4,14 @@ PlanetServeError                  blame     retryable
 ├── ConfigError                   LOCAL     no    flags, YAML, arguments: says what to change
 │   └── ModelError                LOCAL     no    the model cannot be found, read or served
 ├── LocalProtocolError            LOCAL     no    we built a bad message
-├── RemoteProtocolError           REMOTE    no    the peer sent one
+├── RemoteProtocolError           REMOTE    yes   the peer sent one; another may not
 ├── TransportError                UNKNOWN   yes
 │   ├── PeerUnreachable           UNKNOWN   yes
 │   ├── HopTimeout                UNKNOWN   yes
 │   └── StreamClosed              UNKNOWN   yes
 ├── CryptoError                   UNKNOWN   no
-│   ├── HandshakeFailed           REMOTE    no    the peer did not prove who it is
-│   ├── DecryptionFailed          REMOTE    no    tampered, replayed, or sealed with another key
+│   ├── HandshakeFailed           REMOTE    yes   the peer did not prove who it is
+│   ├── DecryptionFailed          REMOTE    yes   tampered, replayed, or sealed with another key
 │   └── RekeyNeeded               LOCAL     yes   a key is used up; a new epoch has new ones
 ├── RemoteError                   REMOTE    yes   a server failed to run a step
 ├── NoChainAvailable              NOBODY    yes
@@ -22,9 +22,10 @@ PlanetServeError                  blame     retryable
 │   └── QueueFull                 NOBODY    yes
 └── SessionError                  LOCAL     no
     ├── SessionLengthError        LOCAL     no    more tokens than max_length
-    └── SessionClosed             LOCAL     no
+    ├── SessionClosed             LOCAL     no
+    └── SessionExpired            NOBODY    yes   idle or old; its history can be sent again
 
-The retry loop reads only `retryable`; reputation reads only `blame`, so a client's own bug can
+A retry goes to another chain, without the peer at fault. It reads only `retryable`; reputation reads only `blame`, so a client's own bug can
 never ban a server. `code` is what crosses the network; messages never do unless they are built
 from numbers the peer already knows.
 """
@@ -78,6 +79,7 @@ class RemoteProtocolError(PlanetServeError):
     """A peer sent something the protocol forbids."""
 
     blame = Blame.REMOTE
+    retryable = True
     code = "protocol"
 
 
@@ -117,6 +119,7 @@ class HandshakeFailed(CryptoError):
     """The peer did not prove its identity for this session. Another peer may."""
 
     blame = Blame.REMOTE
+    retryable = True
     code = "handshake"
 
 
@@ -124,6 +127,7 @@ class DecryptionFailed(CryptoError):
     """A sealed message was refused. The text is always the same: why is nobody's business."""
 
     blame = Blame.REMOTE
+    retryable = True
     code = "decryption"
 
 
@@ -209,6 +213,14 @@ class SessionClosed(SessionError):
     """The session or its model has been closed."""
 
     code = "session_closed"
+
+
+class SessionExpired(SessionError):
+    """A server ended a session that was idle or open for too long; another can be opened."""
+
+    blame = Blame.NOBODY
+    retryable = True
+    code = "session_expired"
 
 
 def error_from_code(code: str, message: str, retry_after_s: float = 1.0) -> PlanetServeError:

@@ -1,23 +1,23 @@
-"""Nodes on loopback that are closed when their test ends."""
+"""Nodes on loopback that are closed when their test ends.
+
+Tests of one module share an event loop, so that a module may share nodes among its tests.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest
+import pytest_asyncio
+from swarm_helpers import LOOPBACK, StartNode
 
 from planetserve.swarm.node import NodeConfig, SwarmNode
 
-LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
-StartNode = Callable[..., Awaitable[SwarmNode]]
-
-
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def start_node() -> AsyncIterator[StartNode]:
-    """`await start_node(join=other_node, ...)` starts a node on loopback."""
+    """Starts nodes: `await start_node(join=other_node, ...)`, options as of `NodeConfig`."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(join: SwarmNode | None = None, **options: Any) -> SwarmNode:

@@ -9,13 +9,13 @@ import time
 
 import msgpack
 import pytest
-from announcement import make_info
-from conftest import StartNode
+import pytest_asyncio
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
+from swarm_helpers import StartNode, make_info
 
 from planetserve.clock import SystemClock
 from planetserve.crypto.identity import Identity, peer_id_bytes
@@ -24,6 +24,8 @@ from planetserve.swarm import dht, records
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import SwarmNode
 from planetserve.types import ServerState
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CLOCK = SystemClock()
 MODEL = "tiny"
@@ -85,7 +87,7 @@ async def test_a_record_ends(start_node: StartNode) -> None:
     await Directory(alice, CLOCK).announce(make_info(alice.identity), ttl_s=1.0)
     view = Directory(bob, CLOCK)
     async with asyncio.timeout(20):
-        while await view.lookup(MODEL):
+        while await view.lookup(MODEL):  # noqa: ASYNC110  time itself gives no signal
             await asyncio.sleep(0.1)
 
 
@@ -109,11 +111,11 @@ async def test_a_closed_node_has_no_directory(start_node: StartNode) -> None:
 class TestHostileStores:
     """Raw stores, as a modified node would send them."""
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="module")
     async def victim(self, start_node: StartNode) -> SwarmNode:
         return await start_node()
 
-    @pytest.fixture
+    @pytest_asyncio.fixture(loop_scope="module")
     async def attacker(self, start_node: StartNode, victim: SwarmNode) -> SwarmNode:
         return await start_node(victim)
 
@@ -143,9 +145,7 @@ class TestHostileStores:
         body, envelope = signed(identity)
         subkey = bytes(msgpack.packb(identity.peer_id))
         ends = body.expires_at_s
-        assert await self.store(
-            attacker, victim, body.dht_key(), subkey, wrapped(envelope), ends
-        )
+        assert await self.store(attacker, victim, body.dht_key(), subkey, wrapped(envelope), ends)
         (found,) = await Directory(victim, CLOCK).lookup(MODEL)
         assert found.peer_id == identity.peer_id
 
@@ -233,33 +233,22 @@ async def test_an_answer_with_poison_does_not_hide_the_rest(
     client = await start_node(honest, client_mode=True)
     await Directory(honest, CLOCK).announce(make_info(honest.identity), ttl_s=60)
 
-    async def poisoned(
-        request: dht_pb2.FindRequest, context: object
-    ) -> dht_pb2.FindResponse:
+    async def poisoned(data: bytes, remote: PeerID) -> bytes:
         junk = DictionaryDHTValue()
-        with junk.freeze():
-            junk.store(Identity.generate().peer_id, b"junk", time.time() + 1e9)
-            value = hostile.dht.protocol.serializer.dumps(junk)
+        junk.store(Identity.generate().peer_id, b"junk", time.time() + 1e9)
         response = dht_pb2.FindResponse(peer=hostile.dht.protocol.node_info)
-        for _ in request.keys:
+        for _ in dht_pb2.FindRequest.FromString(data).keys:
             result = response.results.add()
-            result.type, result.value = dht_pb2.FOUND_DICTIONARY, value
+            result.type = dht_pb2.FOUND_DICTIONARY
+            result.value = hostile.dht.protocol.serializer.dumps(junk)
             result.expiration_time = math.inf
             result.nearest_node_ids.append(bytes(20))
             result.nearest_peer_ids.append(peer_id_bytes(Identity.generate().peer_id))
-        return response
+        return bytes(response.SerializeToString())
 
-    monkeypatch.setattr(hostile.dht.protocol, "rpc_find", poisoned)
-    # The handlers were registered at start, so replace them in the daemon's table too.
-    control = hostile._daemon._client.control
-    name = "PlanetServeDHT.rpc_find"
-    assert name in control.unary_handlers
-
-    async def handler(data: bytes, remote: PeerID) -> bytes:
-        answer = await poisoned(dht_pb2.FindRequest.FromString(data), None)
-        return bytes(answer.SerializeToString())
-
-    monkeypatch.setitem(control.unary_handlers, name, handler)
+    handlers = hostile._daemon.p2p._client.control.unary_handlers
+    assert "PlanetServeDHT.rpc_find" in handlers
+    monkeypatch.setitem(handlers, "PlanetServeDHT.rpc_find", poisoned)
     view = Directory(client, CLOCK)
     found = await view.lookup(MODEL)
     assert [info.peer_id for info in found] == [honest.peer_id]

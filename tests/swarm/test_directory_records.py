@@ -1,4 +1,4 @@
-"""Directory records without a network: what is signed, what is admitted, what is refused and why."""
+"""Directory records without a network: what is signed, what is admitted, what is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import pytest
-from announcement import make_info
+from swarm_helpers import make_info
 
 from planetserve.crypto.identity import Identity
 from planetserve.errors import ConfigError, LocalProtocolError, RemoteProtocolError
@@ -20,7 +20,7 @@ from planetserve.types import BlockSpan, ServerInfo, ServerState
 NOW = 1_700_000_000.0
 OWNER = Identity.generate()
 INFO = make_info(
-    OWNER, next_rtt_ms={Identity.generate().peer_id: 1.25}, public_name="Zoë's \"box\"", version="1"
+    OWNER, next_rtt_ms={Identity.generate().peer_id: 1.25}, public_name='Zoë\'s "box"', version="1"
 )
 
 
@@ -60,9 +60,7 @@ def resigned(identity: Identity = OWNER, **fields: Any) -> bytes:
 def enveloped(text: str, identity: Identity = OWNER) -> bytes:
     key = body_of().dht_key()
     signature = identity.sign(records._CONTEXT, records._signed(key, text))
-    return json.dumps(
-        {"v": 1, "body": text, "sig": base64.b64encode(signature).decode()}
-    ).encode()
+    return json.dumps({"v": 1, "body": text, "sig": base64.b64encode(signature).decode()}).encode()
 
 
 def test_a_server_record_keeps_every_field() -> None:

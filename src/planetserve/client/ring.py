@@ -10,11 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
+from planetserve.crypto.handshake import ClientHandshake
+from planetserve.crypto.secrets import ChannelSecret, new_edge_secret, seal_deal, wipe
 from planetserve.errors import (
     HopTimeout,
     PlanetServeError,
@@ -30,6 +34,7 @@ from planetserve.wire.frame import (
     FLAG_KEEP_LAST,
     HEADER_BYTES,
     MAX_STEP_BYTES,
+    Direction,
     FrameHeader,
     FrameType,
 )
@@ -39,6 +44,8 @@ from planetserve.wire.messages import (
     OpenSession,
     SessionOpened,
     decode,
+    from_text,
+    to_text,
 )
 from planetserve.wire.protocols import SESSION_PROTOCOL
 from planetserve.wire.step import StepTable
@@ -64,6 +71,9 @@ class RingSpec:
 class RingSession:
     """An open session on `chain`. Made by `open`; one step at a time."""
 
+    sealer_type: type[Sealer] = EdgeSealer
+    opener_type: type[Opener] = EdgeOpener
+
     def __init__(self, chain: Chain, spec: RingSpec):
         self.chain = chain
         self.session_id = os.urandom(16)
@@ -73,8 +83,8 @@ class RingSession:
         self._inbox: asyncio.Queue[tuple[FrameHeader, bytearray] | PlanetServeError] = (
             asyncio.Queue()
         )
-        self._sequence = 0
-        self._received = 0
+        self._sealer: Sealer
+        self._opener: Opener
         self._step = 0
         self._max_chunk_tokens = 1
 
@@ -103,10 +113,16 @@ class RingSession:
         if failures:
             await ring.close()
             raise failures[0]
-        replies = [item[1] for item in results if not isinstance(item, BaseException)]
+        opened = [item for item in results if not isinstance(item, BaseException)]
+        replies = [item[1] for item in opened]
         token_bytes = spec.hidden_size * spec.dtype.itemsize + _POSITION_BYTES
         by_bytes = (MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES) // token_bytes
         ring._max_chunk_tokens = max(1, min(by_bytes, *(r.max_chunk_tokens for r in replies)))
+        try:
+            await ring._deal([item[2] for item in opened])
+        except BaseException:
+            await ring.close()
+            raise
         ring._readers = [
             asyncio.create_task(ring._read(index, stream)) for index, stream in enumerate(streams)
         ]
@@ -147,6 +163,9 @@ class RingSession:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
         await asyncio.gather(*(self._close_hop(stream) for stream in self._streams))
+        if hasattr(self, "_sealer"):
+            self._sealer.erase()
+            self._opener.erase()
         self._readers, self._streams = [], []
 
     async def _close_hop(self, stream: FrameStream) -> None:
@@ -157,10 +176,11 @@ class RingSession:
 
     async def _open_hop(
         self, node: SwarmNode, servers: Mapping[PeerId, ServerInfo], index: int
-    ) -> tuple[FrameStream, SessionOpened]:
+    ) -> tuple[FrameStream, SessionOpened, ChannelSecret]:
         hops = self.chain.hops
         hop, info = hops[index], servers[hops[index].peer_id]
         following = hops[index + 1] if index + 1 < len(hops) else None
+        handshake = ClientHandshake(self.session_id, index, hop.peer_id)
         message = OpenSession(
             model=info.model,
             fingerprint=info.fingerprint,
@@ -178,7 +198,8 @@ class RingSession:
                 end=following.end,
                 addresses=list(servers[following.peer_id].addresses),
             ),
-        )
+            offer=to_text(handshake.offer),
+        ).encode()
         timeout_s = self._spec.connect_timeout_s
         try:
             stream = await open_stream(
@@ -186,19 +207,37 @@ class RingSession:
             )
             try:
                 header = FrameHeader(FrameType.OPEN, session=self.session_id, edge=index)
-                await stream.send(header, message.encode())
+                await stream.send(header, message)
                 answer, payload = await stream.receive(timeout_s)
                 if answer.type is FrameType.ERROR:
                     raise _remote_error(payload, hop.peer_id)
                 if answer.type is not FrameType.OPENED:
                     raise RemoteProtocolError(f"expected OPENED, got {answer.type.name}")
-                return stream, decode(SessionOpened, payload)
+                opened = decode(SessionOpened, payload)
+                answer_key, signature = from_text(opened.answer), from_text(opened.signature)
+                return stream, opened, handshake.finish(message, answer_key, signature)
             except BaseException:
                 await stream.close()
                 raise
         except PlanetServeError as error:
             error.peer_id = error.peer_id or hop.peer_id
             raise
+
+    async def _deal(self, channels: Sequence[ChannelSecret]) -> None:
+        """Give every hop the secrets of its two edges, and keep those of the ring's ends."""
+        secrets = [new_edge_secret() for _ in range(len(channels) + 1)]
+        edge, now_s = len(channels), time.monotonic()
+        forward = Direction.FORWARD
+        self._sealer = self.sealer_type(secrets[0], self.session_id, 0, 0, forward, now_s)
+        self._opener = self.opener_type(secrets[-1], self.session_id, edge, 0, forward)
+        try:
+            for index, channel in enumerate(channels):
+                blob = seal_deal(channel, 0, secrets[index], secrets[index + 1])
+                channel.erase()
+                header = FrameHeader(FrameType.DEAL, session=self.session_id, edge=index)
+                await self._streams[index].send(header, blob)
+        finally:
+            wipe(*secrets)
 
     async def _read(self, index: int, stream: FrameStream) -> None:
         peer_id = self.chain.hops[index].peer_id
@@ -240,7 +279,6 @@ class RingSession:
                 FrameType.STEP,
                 session=self.session_id,
                 edge=0,
-                sequence=self._sequence,
                 step=self._step,
                 position=table.rows[0].start,
                 num_tokens=count,
@@ -252,11 +290,11 @@ class RingSession:
                 num_chunks=len(tables),
                 flags=FLAG_KEEP_LAST if keep_last else 0,
             )
-            self._sequence += 1
             body = tensor_bytes(hidden_TD[offset : offset + count])
+            header, sealed = self._sealer.seal(header, [table.pack(), body], time.monotonic())
             try:
                 async with asyncio.timeout(self._spec.step_timeout_s):
-                    await self._streams[0].send(header, [table.pack(), body])
+                    await self._streams[0].send(header, sealed)
             except TimeoutError:
                 raise HopTimeout("the first hop does not take frames") from None
             except StreamClosed as error:
@@ -285,20 +323,17 @@ class RingSession:
         """The chunk's outputs, after everything the last hop said of them has been checked."""
         count = len(table.rows) if keep_last else table.num_tokens
         last = self.chain.hops[-1]
-        expected = (self._step, chunk, self._received, len(self.chain))
         shape = (count, self._spec.hidden_size)
-        got = (header.step, header.chunk, header.sequence, header.edge)
         try:
-            if header.session != self.session_id or got != expected or header.shape != shape:
+            plaintext = self._opener.open(header, payload)
+            if (header.step, header.chunk, header.shape) != (self._step, chunk, shape):
                 raise RemoteProtocolError("the last hop answered another step than was asked")
             if header.dtype is not wire_dtype(self._spec.dtype):
                 raise RemoteProtocolError("the last hop answered in another dtype")
-            output_TD = tensor_from_payload(payload, 0, header.dtype, header.shape)
-        except RemoteProtocolError as error:
+            return tensor_from_payload(plaintext, 0, header.dtype, header.shape)
+        except PlanetServeError as error:
             error.peer_id = last.peer_id
             raise
-        self._received += 1
-        return output_TD
 
 
 def _remote_error(payload: bytearray, peer_id: PeerId) -> PlanetServeError:

@@ -67,8 +67,8 @@ def _split(query_1HTD: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def _merge(output_BHTE: torch.Tensor) -> torch.Tensor:
-    """Outputs of a group as `[1, B * T, H, E]`."""
-    return output_BHTE.transpose(1, 2).flatten(0, 1)[None]
+    """Outputs of a group as `[1, B * T, H, E]`, contiguous: some families view them as rows."""
+    return output_BHTE.transpose(1, 2).flatten(0, 1)[None].contiguous()
 
 
 def _context(

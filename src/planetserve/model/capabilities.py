@@ -7,6 +7,7 @@ computed are declared in `families`.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import DynamicCache, PretrainedConfig
@@ -20,7 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from planetserve.errors import ModelError
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.families import family_of
+from planetserve.model.families import TESTED, family_of
+
+logger = logging.getLogger(__name__)
 
 
 def check_servable(checkpoint: Checkpoint) -> None:
@@ -33,6 +36,18 @@ def check_servable(checkpoint: Checkpoint) -> None:
     if reason is not None:
         raise ModelError(
             f"{checkpoint.name} ({checkpoint.config.model_type}) cannot be served: {reason}"
+        )
+
+
+def warn_if_untested(checkpoint: Checkpoint) -> None:
+    """Say so if nobody has compared this family's output with the local model's."""
+    model_type = checkpoint.config.model_type
+    if model_type not in TESTED:
+        logger.warning(
+            "%s: model type %s is not among the tested ones (docs/families.md); compare its output "
+            "with a local run before relying on it",
+            checkpoint.name,
+            model_type,
         )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from planetserve.errors import ModelError
-from planetserve.model.capabilities import check_servable
+from planetserve.model.capabilities import check_servable, warn_if_untested
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.decoder import Decoder, find_decoder
 from planetserve.model.families import family_of
@@ -50,6 +50,7 @@ def load_client_half(
         ModelError: the family cannot be served, or weights are missing or damaged.
     """
     check_servable(checkpoint)
+    warn_if_untested(checkpoint)
     model = build_skeleton(checkpoint, dtype)
     decoder = find_decoder(model)
     load_parameters(model, checkpoint, lambda name: decoder.layer_of(name) is None, dtype, device)

@@ -1,8 +1,8 @@
 """The few facts about model families that cannot be read off their structure, as data.
 
 Most families need no entry: both ends run the family's own Hugging Face code. An entry either
-corrects a guess of `decoder.find_decoder` or gives the reason why a family is refused. Which
-families are tested is listed in `planetserve.testing.checkpoints` and in docs/families.md.
+corrects a guess of `decoder.find_decoder` or gives the reason why a family is refused. A family
+outside `TESTED` is served with a warning. docs/families.md has the results.
 """
 
 from __future__ import annotations
@@ -35,6 +35,21 @@ FAMILIES: Mapping[str, Family] = {
     "rwkv": Family(refused=_RECURRENT),
     "xlstm": Family(refused=_RECURRENT),
 }
+
+
+TESTED = frozenset(
+    """
+    afmoe apertus arcee aria_text biogpt bitnet bloom codegen cohere cohere2 ctrl cwm deepseek_v2
+    deepseek_v3 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo
+    gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox
+    gpt_neox_japanese gpt_oss gptj granite granitemoe granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe hy_v3 hyperclovax internlm3 jais2 jetmoe llama llama4_text minimax_m2 ministral
+    ministral3 mistral mixtral mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3
+    phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
+    vaultgemma xglm youtu
+    """.split()
+)
+"""Model types whose output is compared with the local model's in the project's tests."""
 
 
 def family_of(model_type: str) -> Family:

@@ -22,7 +22,11 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from planetserve.errors import ConfigError, ModelError
-from planetserve.model.capabilities import check_servable, rotary_depends_on_length
+from planetserve.model.capabilities import (
+    check_servable,
+    rotary_depends_on_length,
+    warn_if_untested,
+)
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.decoder import Decoder, find_decoder
 from planetserve.model.loading import (
@@ -164,6 +168,7 @@ class SpanBlocks:
                 f"--block_indices {span} is out of range: {checkpoint.name} has "
                 f"{checkpoint.num_blocks} blocks, so END is at most {checkpoint.num_blocks}"
             )
+        warn_if_untested(checkpoint)
         model = build_skeleton(checkpoint, dtype)
         decoder = find_decoder(model)
         load_parameters(

@@ -12,6 +12,7 @@ import contextlib
 import logging
 from dataclasses import dataclass
 
+from planetserve.crypto.handshake import answer_open
 from planetserve.engine.engine import Engine
 from planetserve.errors import (
     CapacityError,
@@ -19,14 +20,22 @@ from planetserve.errors import (
     PlanetServeError,
     QueueFull,
     RemoteProtocolError,
-    SessionClosed,
+    SessionExpired,
 )
 from planetserve.server.session import ServerSession
 from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.streams import FrameStream, serve_streams
 from planetserve.types import CLIENT, BlockSpan
 from planetserve.wire.frame import FrameHeader, FrameType
-from planetserve.wire.messages import OpenSession, PushHello, SessionOpened, decode, error_reply
+from planetserve.wire.messages import (
+    OpenSession,
+    PushHello,
+    SessionOpened,
+    decode,
+    error_reply,
+    from_text,
+    to_text,
+)
 from planetserve.wire.protocols import PUSH_PROTOCOL, SESSION_PROTOCOL
 
 logger = logging.getLogger(__name__)
@@ -91,17 +100,12 @@ class SessionHandler:
         header, payload = await stream.receive(_FIRST_FRAME_TIMEOUT_S)
         key = (header.session, header.edge)
         try:
-            session = self._admit(stream, header, payload)
+            session, opened = self._admit(stream, header, payload)
         except PlanetServeError as error:
             reply = FrameHeader(FrameType.ERROR, session=header.session, edge=header.edge)
             await stream.send(reply, error_reply(error).encode())
             return
         try:
-            opened = SessionOpened(
-                max_chunk_tokens=self._limits.max_chunk_tokens,
-                chunkable=self._engine.runner.chunkable,
-                free_cache_tokens=self._engine.stats().free_cache_tokens,
-            )
             answer = FrameHeader(FrameType.OPENED, session=header.session, edge=header.edge)
             await stream.send(answer, opened.encode())
             await self._run(session)
@@ -120,9 +124,9 @@ class SessionHandler:
                 await asyncio.wait([running], timeout=_CHECK_PERIOD_S)
                 now_s = loop.time()
                 if now_s - session.last_frame_s > self._limits.step_timeout_s:
-                    session.fail(SessionClosed("no step within the server's step timeout"))
+                    session.fail(SessionExpired("no step within the server's step timeout"))
                 if now_s - opened_s > self._limits.session_timeout_s:
-                    session.fail(SessionClosed("the session passed the server's age limit"))
+                    session.fail(SessionExpired("the session passed the server's age limit"))
             running.result()
         finally:
             running.cancel()
@@ -130,12 +134,19 @@ class SessionHandler:
 
     def _admit(
         self, stream: FrameStream, header: FrameHeader, payload: bytearray
-    ) -> ServerSession:
+    ) -> tuple[ServerSession, SessionOpened]:
         if header.type is not FrameType.OPEN:
             raise RemoteProtocolError(f"expected OPEN, got {header.type.name}")
         message = decode(OpenSession, payload)
         self._check(message, header)
         key = (header.session, message.edge)
+        answer, signature, channel = answer_open(
+            self._node.identity,
+            header.session,
+            message.edge,
+            bytes(payload),
+            from_text(message.offer),
+        )
         engine_key = header.session + message.edge.to_bytes(2, "big")
         self._engine.open_session(
             engine_key,
@@ -151,6 +162,7 @@ class SessionHandler:
             header.session,
             message,
             stream,
+            channel,
             self._model.max_session_tokens * message.num_rows,
         )
         self._sessions[key] = session
@@ -158,7 +170,14 @@ class SessionHandler:
         waiting = self._waiting.pop(key, None)
         if waiting is not None and not waiting.done():
             waiting.set_result(session)
-        return session
+        opened = SessionOpened(
+            max_chunk_tokens=self._limits.max_chunk_tokens,
+            chunkable=self._engine.runner.chunkable,
+            free_cache_tokens=self._engine.stats().free_cache_tokens,
+            answer=to_text(answer),
+            signature=to_text(signature),
+        )
+        return session, opened
 
     def _check(self, message: OpenSession, header: FrameHeader) -> None:
         model = self._model

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
+from planetserve.crypto.secrets import ChannelSecret, open_deal, wipe
 from planetserve.engine.engine import Engine
 from planetserve.errors import (
     PlanetServeError,
@@ -28,6 +30,7 @@ from planetserve.swarm.streams import FrameStream, open_stream
 from planetserve.tensors import tensor_bytes, tensor_from_payload
 from planetserve.wire.frame import (
     FLAG_KEEP_LAST,
+    Direction,
     FrameHeader,
     FrameType,
     WireDtype,
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 MAX_STEPS_IN_FLIGHT = 8
 _UPSTREAM_GRACE_S = 0.5
+_DEAL_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 5.0
 _WIRE_DTYPES = {
     "float32": (WireDtype.FLOAT32, torch.float32),
@@ -59,11 +63,17 @@ class _Pending:
 class ServerSession:
     """A session between its OPEN and its end.
 
+    Activations are opened and sealed with keys of this session's two edges only.
+
     Args:
         key: names the session in the engine; unique in this process.
         control: the client's stream.
+        channel: this hop's end of the handshake, through which the client deals edge secrets.
         max_step_tokens: largest step that is assembled when prefills cannot be chunked.
     """
+
+    sealer_type: type[Sealer] = EdgeSealer
+    opener_type: type[Opener] = EdgeOpener
 
     def __init__(
         self,
@@ -73,6 +83,7 @@ class ServerSession:
         session_id: bytes,
         message: OpenSession,
         control: FrameStream,
+        channel: ChannelSecret,
         max_step_tokens: int,
     ):
         self.key = key
@@ -87,8 +98,10 @@ class ServerSession:
         self._held: list[tuple[FrameHeader, StepTable, torch.Tensor]] = []
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._attached = message.edge == 0
-        self._next_sequence = 0
-        self._sent = 0
+        self._channel = channel
+        self._sealer: Sealer
+        self._opener: Opener
+        self._dealt = asyncio.Event()
         self.last_frame_s = 0.0
         """Monotonic time of the latest frame; the handler's idle check reads it."""
 
@@ -109,6 +122,7 @@ class ServerSession:
                 task.cancel()
             self._failure.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._erase()
         if error is not None:
             await self._report(error)
 
@@ -134,6 +148,10 @@ class ServerSession:
         Raises:
             PlanetServeError: a frame that does not belong here, or a step the engine refuses.
         """
+        if stream is self._control:
+            await self._take_deal()
+        else:
+            await self._dealt.wait()
         while True:
             try:
                 header, payload = await stream.receive()
@@ -156,19 +174,16 @@ class ServerSession:
         self, header: FrameHeader, payload: bytearray
     ) -> tuple[StepTable, torch.Tensor]:
         message = self.open
-        expected = (self.session_id, message.edge, message.epoch, self._next_sequence)
-        if (header.session, header.edge, header.epoch, header.sequence) != expected:
-            raise RemoteProtocolError("a step frame out of order")
+        plaintext = self._opener.open(header, payload)
         if (header.span_start, header.span_end) != (message.start, message.end):
             raise RemoteProtocolError("a step frame for other blocks")
         shape = (header.num_tokens, self._engine.runner.hidden_size)
         if header.shape != shape or header.dtype is not self._dtype:
             raise RemoteProtocolError("a step tensor of the wrong shape or dtype")
-        table, offset = StepTable.unpack(payload, message.num_rows, header.num_tokens)
+        table, offset = StepTable.unpack(plaintext, message.num_rows, header.num_tokens)
         if header.position != table.rows[0].start:
             raise RemoteProtocolError("a step frame whose position is not its first row's")
-        self._next_sequence += 1
-        return table, tensor_from_payload(payload, offset, header.dtype, header.shape)
+        return table, tensor_from_payload(plaintext, offset, header.dtype, header.shape)
 
     async def _submit(
         self, header: FrameHeader, table: StepTable, hidden_TD: torch.Tensor
@@ -189,13 +204,39 @@ class ServerSession:
             await self._queue.put(_Pending([(head, piece) for head, piece, _ in held], future))
 
     async def _watch(self) -> None:
-        """Between the ends of the ring the client's stream only says when to stop."""
+        """Between the ends of the ring the client's stream deals, and says when to stop."""
         try:
+            await self._take_deal()
             header, _ = await self._control.receive()
         except StreamClosed:
             return
         if header.type is not FrameType.CLOSE:
             raise RemoteProtocolError(f"unexpected {header.type.name} frame")
+
+    async def _take_deal(self) -> None:
+        """Receive the secrets of this hop's two edges; only then can a step be opened or sent."""
+        header, payload = await self._control.receive(_DEAL_TIMEOUT_S)
+        if header.type is not FrameType.DEAL:
+            raise RemoteProtocolError(f"expected DEAL, got {header.type.name}")
+        epoch, inbound, outbound = open_deal(self._channel, bytes(payload))
+        try:
+            edge, forward = self.open.edge, Direction.FORWARD
+            if epoch != self.open.epoch:
+                raise RemoteProtocolError("secrets for another epoch than was opened")
+            now_s = asyncio.get_running_loop().time()
+            self._opener = self.opener_type(inbound, self.session_id, edge, epoch, forward)
+            self._sealer = self.sealer_type(
+                outbound, self.session_id, edge + 1, epoch, forward, now_s
+            )
+        finally:
+            wipe(inbound, outbound)
+        self._dealt.set()
+
+    def _erase(self) -> None:
+        self._channel.erase()
+        if self._dealt.is_set():
+            self._opener.erase()
+            self._sealer.erase()
 
     async def _pump(self) -> None:
         target = self._control
@@ -254,7 +295,6 @@ class ServerSession:
             session=self.session_id,
             edge=self.open.edge + 1,
             epoch=self.open.epoch,
-            sequence=self._sent,
             step=received.step,
             position=received.position,
             num_tokens=received.num_tokens,
@@ -266,9 +306,10 @@ class ServerSession:
             num_chunks=received.num_chunks,
             flags=received.flags,
         )
-        self._sent += 1
         body = tensor_bytes(output_TD)
-        await target.send(header, [body] if is_last else [table.pack(), body])
+        parts = [body] if is_last else [table.pack(), body]
+        header, sealed = self._sealer.seal(header, parts, asyncio.get_running_loop().time())
+        await target.send(header, sealed)
 
     @property
     def _next_end(self) -> int:

@@ -24,14 +24,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
+from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from planetserve.crypto.identity import Identity, public_key_of
+from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import ConfigError, PeerUnreachable, RemoteProtocolError, TransportError
 from planetserve.swarm import multiaddr
+from planetserve.swarm.sockets import read_exactly, send_all
 from planetserve.types import PeerId
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ logger = logging.getLogger(__name__)
 _ERRORS = (P2PDaemonError, P2PHandlerError, OSError, EOFError)
 _EXIT_TIMEOUT_S = 5.0
 _SETTLE_ROUNDS = 100
+_RETRY_S = 0.01
 
 Accept = Callable[[PeerId, socket.socket, bytes], None]
 """Takes over an incoming stream: who opened it, its socket, bytes that were read already."""
@@ -121,10 +125,12 @@ class Daemon:
         """Multiaddresses at which others may reach this node."""
         suffix = f"/p2p/{peer_id}"
         try:
-            _, maddrs = await self._client.identify()
+            answer, sock = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         except _ERRORS as error:
             raise TransportError(f"the libp2p daemon does not answer: {_reason(error)}") from None
-        return tuple(f"{str(maddr).removesuffix(suffix)}{suffix}" for maddr in maddrs)
+        sock.close()
+        places = [str(Multiaddr(data)) for data in answer.identify.addrs]
+        return tuple(f"{place.removesuffix(suffix)}{suffix}" for place in places)
 
     async def connect(self, peer_id: PeerId, addresses: Sequence[str], timeout_s: float) -> None:
         """Make sure there is a connection to a peer.
@@ -133,31 +139,35 @@ class Daemon:
             PeerUnreachable: there is none; with no usable address, peers were asked for one.
         """
         try:
-            public_key_of(peer_id)
+            peer = peer_id_bytes(peer_id)
         except RemoteProtocolError as error:
             raise PeerUnreachable(f"{peer_id[:64]!r} cannot be dialled: {error}") from None
-        maddrs = [Multiaddr(data) for data in multiaddr.dialable(peer_id, addresses)]
+        where = p2pd_pb2.ConnectRequest(peer=peer, addrs=multiaddr.dialable(peer_id, addresses))
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=where)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._client.connect(PeerID.from_base58(peer_id), maddrs)
+                _, sock = await self._ask(request)
+            sock.close()
         except TimeoutError:
             raise PeerUnreachable(f"{peer_id} did not answer in {timeout_s:g} s") from None
         except _ERRORS as error:
             raise PeerUnreachable(f"cannot connect to {peer_id}: {_reason(error)}") from None
 
-    async def open_socket(self, peer_id: PeerId, protocol: str) -> tuple[socket.socket, bytes]:
-        """Open a raw stream to a connected peer; the socket and any bytes that came already.
+    async def open_socket(self, peer_id: PeerId, protocol: str) -> socket.socket:
+        """Open a raw stream to a connected peer.
 
         Raises:
             PeerUnreachable: the peer is not connected or does not serve the protocol.
         """
+        request = p2pd_pb2.Request(
+            type=p2pd_pb2.Request.STREAM_OPEN,
+            streamOpen=p2pd_pb2.StreamOpenRequest(peer=peer_id_bytes(peer_id), proto=[protocol]),
+        )
         try:
-            _, reader, writer = await self._client.stream_open(
-                PeerID.from_base58(peer_id), (protocol,)
-            )
+            _, sock = await self._ask(request)
         except _ERRORS as error:
             raise PeerUnreachable(f"{peer_id} refused a stream: {_reason(error)}") from None
-        return await _take_socket(reader, writer)
+        return sock
 
     async def add_protocol(self, protocol: str, accept: Accept) -> None:
         """Hand every incoming stream of `protocol` to `accept`.
@@ -199,11 +209,26 @@ class Daemon:
             await _settle(p2p, control)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    @property
-    def _client(self) -> Any:
-        if self.p2p is None or self.p2p._client is None:
+    async def _ask(self, request: p2pd_pb2.Request) -> tuple[p2pd_pb2.Response, socket.socket]:
+        """Send one request on a connection of its own; the answer and the connection.
+
+        hivemind's client does the same but leaves its connection open when a request fails.
+        """
+        if self.p2p is None:
             raise TransportError("this node is closed")
-        return self.p2p._client
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            await _connect_unix(sock, self.p2p._daemon_listen_maddr["unix"])
+            message = request.SerializeToString()
+            await send_all(sock, _varint(len(message)) + message)
+            answer = p2pd_pb2.Response.FromString(await _read_message(sock))
+            if answer.type == p2pd_pb2.Response.ERROR:
+                raise P2PDaemonError(answer.error.msg)
+        except BaseException:
+            sock.close()
+            raise
+        return answer, sock
 
     @property
     def _child(self) -> Any:
@@ -230,6 +255,37 @@ async def _settle(p2p: P2P, control: Any) -> None:
             if not call.done():
                 call.set_exception(P2PDaemonError("the node was closed"))
         await asyncio.sleep(0)
+
+
+async def _connect_unix(sock: socket.socket, path: str) -> None:
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            await asyncio.sleep(_RETRY_S)  # the daemon's queue of connections is full
+        else:
+            return
+
+
+async def _read_message(sock: socket.socket) -> bytes:
+    size, shift = 0, 0
+    while True:
+        (byte,) = await read_exactly(sock, 1)
+        size |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            break
+    if size > DEFAULT_MAX_MSG_SIZE:
+        raise P2PDaemonError(f"an answer of {size} bytes")
+    return await read_exactly(sock, size)
+
+
+def _varint(number: int) -> bytes:
+    data = bytearray()
+    while number >= 0x80:
+        data.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*data, number])
 
 
 async def _take_socket(

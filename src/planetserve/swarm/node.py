@@ -226,8 +226,8 @@ class SwarmNode:
         """
         await self._daemon.connect(peer_id, addresses, self.config.connect_timeout_s)
 
-    async def open_socket(self, peer_id: PeerId, protocol: str) -> tuple[socket.socket, bytes]:
-        """Open a raw stream to a connected peer; the socket and any bytes that came already.
+    async def open_socket(self, peer_id: PeerId, protocol: str) -> socket.socket:
+        """Open a raw stream to a connected peer.
 
         Raises:
             PeerUnreachable: the peer is not connected or does not serve the protocol.

@@ -22,7 +22,14 @@ import socket
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
-from planetserve.errors import HopTimeout, PeerUnreachable, RemoteProtocolError, StreamClosed
+from planetserve.errors import (
+    HopTimeout,
+    LocalProtocolError,
+    PeerUnreachable,
+    RemoteProtocolError,
+    StreamClosed,
+)
+from planetserve.swarm.sockets import readable, writable
 from planetserve.types import PeerId
 from planetserve.wire.frame import HEADER_BYTES, FrameHeader
 
@@ -54,7 +61,6 @@ class FrameStream:
         self.remote = remote
         self._node = node
         self._socket = sock
-        self._loop = asyncio.get_running_loop()
         self._send_lock = asyncio.Lock()
         self._ahead = bytearray(head)
         self._header: FrameHeader | None = None
@@ -104,7 +110,7 @@ class FrameStream:
                 try:
                     count = self._socket.sendmsg(batch)
                 except BlockingIOError:
-                    await self._writable()
+                    await writable(self._socket)
                     continue
                 offset += count
                 while first < len(views) and offset >= views[first].nbytes:
@@ -124,10 +130,12 @@ class FrameStream:
             StreamClosed: the stream ended, or was closed here.
             HopTimeout: no whole frame within `timeout_s`; calling again goes on where it stopped.
             RemoteProtocolError: a bad header; the stream is closed.
+            LocalProtocolError: another task is receiving.
         """
-        if self._closed or self._receiving:
-            what = "closed" if self._closed else "being received from by another task"
-            raise StreamClosed(f"the stream from {short(self.remote)} is {what}")
+        if self._closed:
+            raise StreamClosed(f"the stream from {short(self.remote)} is closed")
+        if self._receiving:
+            raise LocalProtocolError("another task is receiving from this stream")
         self._receiving = True
         self._num_active += 1
         try:
@@ -182,7 +190,7 @@ class FrameStream:
                 piece = self._socket.recv(min(limit, _READ_BYTES))
                 break
             except BlockingIOError:
-                await self._readable()
+                await readable(self._socket)
                 waited = True
         if not piece:
             raise EOFError
@@ -190,22 +198,6 @@ class FrameStream:
         if not waited:
             # A peer that sends faster than this node reads must not keep the event loop to itself.
             await asyncio.sleep(0)
-
-    async def _readable(self) -> None:
-        ready = self._loop.create_future()
-        self._loop.add_reader(self._socket, _resolve, ready)
-        try:
-            await ready
-        finally:
-            self._loop.remove_reader(self._socket)
-
-    async def _writable(self) -> None:
-        ready = self._loop.create_future()
-        self._loop.add_writer(self._socket, _resolve, ready)
-        try:
-            await ready
-        finally:
-            self._loop.remove_writer(self._socket)
 
     async def close(self) -> None:
         """Close this end; frames already sent still arrive. Idempotent, never raises."""
@@ -278,10 +270,10 @@ async def open_stream(
     try:
         async with asyncio.timeout(timeout_s):
             await node.connect(peer_id, addresses)
-            sock, head = await node.open_socket(peer_id, protocol)
+            sock = await node.open_socket(peer_id, protocol)
     except TimeoutError:
         raise PeerUnreachable(f"{short(peer_id)} did not answer in {timeout_s:g} s") from None
-    return FrameStream(node, sock, peer_id, head)
+    return FrameStream(node, sock, peer_id)
 
 
 async def serve_streams(node: SwarmNode, protocol: str, handler: StreamHandler) -> None:
@@ -323,8 +315,3 @@ def _open_to_self(node: SwarmNode, protocol: str) -> FrameStream:
     near, far = socket.socketpair()
     node.spawn(handler(FrameStream(node, far, node.peer_id)), f"{protocol} to itself")
     return FrameStream(node, near, node.peer_id)
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

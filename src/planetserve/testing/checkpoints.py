@@ -119,16 +119,16 @@ _VARIANTS: Mapping[str, TinyFamily] = {
         {"attention_types": [[["global", "local"], NUM_BLOCKS // 2]], "window_size": WINDOW},
     ),
     "gptj": TinyFamily("gptj", {"rotary_dim": 4}),
-    "llama4_text": TinyFamily("llama4_text", {"attention_chunk_size": 6, "intermediate_size_mlp": 48}),
+    "llama4_text": TinyFamily(
+        "llama4_text", {"attention_chunk_size": 6, "intermediate_size_mlp": 48}
+    ),
     "llama_bias": TinyFamily("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama_dynamic_rope": TinyFamily(
         "llama", {"rope_parameters": _DYNAMIC_ROPE, "max_position_embeddings": 8}
     ),
     "llama_llama3_rope": TinyFamily("llama", {"rope_parameters": _LLAMA3_ROPE}),
     "llama_mha": TinyFamily("llama", _MHA),
-    "llama_mqa_tied": TinyFamily(
-        "llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}
-    ),
+    "llama_mqa_tied": TinyFamily("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "llama_odd_heads": TinyFamily(
         "llama",
         {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 14},
@@ -137,9 +137,7 @@ _VARIANTS: Mapping[str, TinyFamily] = {
     "llama_yarn_rope": TinyFamily("llama", {"rope_parameters": _YARN_ROPE}),
     "opt_narrow_embedding": TinyFamily("opt", {"word_embed_proj_dim": 16}),
     "phi3_longrope": TinyFamily("phi3", {"rope_parameters": _LONG_ROPE}),
-    "qwen2_sliding": TinyFamily(
-        "qwen2", {"use_sliding_window": True, "layer_types": _ALTERNATING}
-    ),
+    "qwen2_sliding": TinyFamily("qwen2", {"use_sliding_window": True, "layer_types": _ALTERNATING}),
     "youtu": TinyFamily("youtu", _MLA),
 }
 

@@ -40,6 +40,7 @@ class FrameType(enum.IntEnum):
     PING = 7
     PONG = 8
     READY = 9
+    DEAL = 10
 
 
 FLAG_KEEP_LAST = 1

@@ -6,6 +6,7 @@ way from bytes to a message.
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Annotated, Literal, TypeVar
 
@@ -17,6 +18,10 @@ from planetserve.wire.step import MAX_POSITION, MAX_ROWS
 ShortText = Annotated[str, Field(max_length=256)]
 PeerText = Annotated[str, Field(min_length=1, max_length=128)]
 Block = Annotated[int, Field(ge=0, le=65535)]
+KeyText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")]
+"""32 bytes in base64 (RFC 4648, 4)."""
+SignatureText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{86}==$")]
+"""64 bytes in base64."""
 PrintableLine = Annotated[str, Field(max_length=512, pattern=r"^\P{C}*$")]
 """Text that people will see: no line breaks, escape sequences or other control characters."""
 
@@ -44,7 +49,7 @@ class OpenSession(Message):
 
     `previous` is the peer whose frames this hop accepts ("client" for the first hop), `next` the
     peer it pushes to (None for the last hop, which answers the client on this stream). `edge` is
-    the edge that enters this hop.
+    the edge that enters this hop. `offer` begins the handshake (`crypto/handshake.py`).
     """
 
     model: ShortText
@@ -58,14 +63,20 @@ class OpenSession(Message):
     epoch: Annotated[int, Field(ge=0, le=2**31)]
     previous: PeerText
     next: NextHop | None
+    offer: KeyText
 
 
 class SessionOpened(Message):
-    """Hop -> client: the session is admitted. Chunks of a step hold at most `max_chunk_tokens`."""
+    """Hop -> client: the session is admitted. Chunks of a step hold at most `max_chunk_tokens`.
+
+    `answer` and `signature` end the handshake.
+    """
 
     max_chunk_tokens: Annotated[int, Field(ge=1, le=MAX_POSITION)]
     chunkable: bool
     free_cache_tokens: Annotated[int, Field(ge=0)]
+    answer: KeyText
+    signature: SignatureText
 
 
 class PushHello(Message):
@@ -104,6 +115,16 @@ def decode(cls: type[M], payload: bytes | bytearray | memoryview) -> M:
         named = {str(item["loc"][0]) if item["loc"] else "" for item in error.errors()}
         fields = sorted(named & cls.model_fields.keys()) or ["(unknown)"]
         raise RemoteProtocolError(f"{cls.__name__}: bad fields {', '.join(fields)}") from error
+
+
+def to_text(data: bytes) -> str:
+    """Bytes as a `KeyText` or `SignatureText`."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def from_text(text: str) -> bytes:
+    """The bytes of a `KeyText` or `SignatureText` that has passed its pattern."""
+    return base64.b64decode(text)
 
 
 def error_reply(error: PlanetServeError, blamed_peer: str = "") -> ErrorReply:

@@ -61,7 +61,7 @@ def test_fingerprint_notices_one_changed_tensor(llama: Path, tmp_path: Path) -> 
     assert changed.fingerprint != original.fingerprint
 
 
-def test_prefix_ignores_what_tools_rewrite_and_notices_the_rest(llama: Path, tmp_path: Path) -> None:
+def test_prefix_ignores_what_tools_rewrite_and_nothing_else(llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama, tmp_path / "copy")
     before = Checkpoint.open(str(folder))
     edit_json(folder / "config.json", transformers_version="9", dtype="bfloat16", use_cache=False)
@@ -149,10 +149,10 @@ def test_bin_checkpoints_are_refused_with_the_way_out(llama: Path, tmp_path: Pat
         Checkpoint.open(str(tmp_path)).tensor_names()
 
 
-def fake_hub_cache(llama: Path, cache: Path) -> None:
+def fake_hub_cache(model: Path, cache: Path) -> None:
     """A hub cache that holds one downloaded model."""
     repo = cache / "models--org--tiny"
-    shutil.copytree(llama, repo / "snapshots" / COMMIT)
+    shutil.copytree(model, repo / "snapshots" / COMMIT)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(COMMIT)
 
@@ -168,6 +168,25 @@ def test_a_cached_hub_model_opens_without_network(llama: Path, tmp_path: Path) -
     assert torch.equal(checkpoint.read_tensor(name), local.read_tensor(name))
     by_path = Checkpoint.open(str(tmp_path / "models--org--tiny" / "snapshots" / COMMIT))
     assert by_path.fingerprint == checkpoint.fingerprint
+
+
+def test_a_cached_hub_model_in_one_file_opens_without_network(tmp_path: Path) -> None:
+    fake_hub_cache(make_tiny_checkpoint(tmp_path / "model"), tmp_path)
+    checkpoint = Checkpoint.open("org/tiny", cache_dir=str(tmp_path))
+    assert checkpoint.tensor_bytes(["model.norm.weight"]) == 32 * 4
+    (checkpoint.path / "generation_config.json").unlink()
+    assert checkpoint.generation_config() is None
+
+
+def test_a_cached_config_alone_is_not_mistaken_for_a_bin_checkpoint(
+    llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "config"
+    folder.mkdir()
+    shutil.copy(llama / "config.json", folder)
+    fake_hub_cache(folder, tmp_path)
+    with pytest.raises(ModelError, match="hub cannot be reached"):
+        Checkpoint.open("org/tiny", cache_dir=str(tmp_path)).tensor_names()
 
 
 def test_a_hub_model_that_is_not_cached_needs_the_network(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from planetserve.testing.checkpoints import make_tiny_checkpoint, tiny_config
 from planetserve.types import BlockSpan
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mpt", "nanochat", "gemma2", "cohere"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "bloom", "mpt", "nanochat", "gemma2", "cohere"]
+)
 def test_generate_is_the_local_models(family: str, tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path, family)
     spans = [BlockSpan(0, 2), BlockSpan(2, 4)]
@@ -100,7 +102,9 @@ def test_the_checkpoints_generation_config_is_used(tmp_path: Path) -> None:
 def test_a_model_without_a_final_norm_is_refused(tmp_path: Path) -> None:
     tiny_config("opt", do_layer_norm_before=False).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no norm after its last layer"):
-        load_client_half(Checkpoint.open(str(tmp_path)), torch.float32, "cpu", lambda hidden: hidden)
+        load_client_half(
+            Checkpoint.open(str(tmp_path)), torch.float32, "cpu", lambda hidden: hidden
+        )
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_kv_shapes_are_what_the_layers_cache(family: str, shape: KvShape, tmp_pa
 def test_extra_arguments_reach_the_chosen_attention(family: str, tmp_path: Path) -> None:
     seen = []
 
-    def attention(module, query, key, value, attention_mask, **kwargs):  # noqa: ANN
+    def attention(module, query, key, value, attention_mask, **kwargs):
         seen.append((module.layer_idx, attention_mask, kwargs.pop("marker", None)))
         return sdpa_attention_forward(module, query, key, value, None, is_causal=True, **kwargs)
 

@@ -1,11 +1,19 @@
-"""Something to announce."""
+"""What the tests of the swarm share: where nodes listen, and something to announce."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from planetserve.crypto.identity import Identity
+from planetserve.swarm.node import SwarmNode
 from planetserve.types import BlockSpan, ServerInfo, ServerState
+
+LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
+
+StartNode = Callable[..., Awaitable[SwarmNode]]
+"""The fixture `start_node`: `await start_node(join=other_node, ...)`."""
 
 
 def make_info(identity: Identity, **fields: Any) -> ServerInfo:
@@ -26,3 +34,10 @@ def make_info(identity: Identity, **fields: Any) -> ServerInfo:
         "max_session_tokens": 2048,
     }
     return ServerInfo(**{**values, **fields})
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Wait for something that nobody signals."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

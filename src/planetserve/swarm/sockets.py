@@ -1,0 +1,71 @@
+"""Waiting on non-blocking sockets without losing a byte when the wait is cancelled.
+
+asyncio's own `sock_recv` reads and then wakes its caller; a caller cancelled in between has lost
+what was read. Here waiting and reading are two steps, and only the waiting can be cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+
+async def readable(sock: socket.socket) -> None:
+    """Wait until a read would not block."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(sock, _resolve, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
+
+
+async def writable(sock: socket.socket) -> None:
+    """Wait until a write would not block."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_writer(sock, _resolve, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_writer(sock)
+
+
+async def send_all(sock: socket.socket, data: bytes) -> None:
+    """Send all of `data`.
+
+    Raises:
+        OSError: the connection broke.
+    """
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[sock.send(view) :]
+        except BlockingIOError:
+            await writable(sock)
+
+
+async def read_exactly(sock: socket.socket, size: int) -> bytes:
+    """Read `size` bytes and not one more.
+
+    Raises:
+        OSError: the connection broke.
+        EOFError: it ended before.
+    """
+    data = bytearray()
+    while len(data) < size:
+        try:
+            piece = sock.recv(size - len(data))
+        except BlockingIOError:
+            await readable(sock)
+            continue
+        if not piece:
+            raise EOFError("the connection ended")
+        data += piece
+    return bytes(data)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

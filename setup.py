@@ -25,17 +25,15 @@ setup(
     package_data={"planetserve": ["py.typed", "demo_model/*"]},
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.5,<6",
+        "transformers>=5.23,<6",
         "hivemind>=1.1.12,<2",
-        "accelerate>=1.1",
         "cryptography>=47",
         "huggingface_hub>=1.0",
-        "jinja2>=3.1",
+        "jinja2>=3.1",  # chat templates of tokenizers
         "numpy>=1.26",
         "pydantic>=2.7,<3",
         "PyYAML>=6.0",
         "rich>=13.7",
-        "safetensors>=0.4.3",
     ],
     extras_require={
         "dev": [

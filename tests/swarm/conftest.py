@@ -1,7 +1,4 @@
-"""Nodes on loopback that are closed when their test ends.
-
-Tests of one module share an event loop, so that a module may share nodes among its tests.
-"""
+"""Nodes on loopback that are closed when their test ends."""
 
 from __future__ import annotations
 
@@ -9,13 +6,13 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-import pytest_asyncio
+import pytest
 from swarm_helpers import LOOPBACK, StartNode
 
 from planetserve.swarm.node import NodeConfig, SwarmNode
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest.fixture
 async def start_node() -> AsyncIterator[StartNode]:
     """Starts nodes: `await start_node(join=other_node, ...)`, options as of `NodeConfig`."""
     async with contextlib.AsyncExitStack() as stack:

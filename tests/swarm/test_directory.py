@@ -9,7 +9,6 @@ import time
 
 import msgpack
 import pytest
-import pytest_asyncio
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
@@ -24,8 +23,6 @@ from planetserve.swarm import dht, records
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import SwarmNode
 from planetserve.types import ServerState
-
-pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CLOCK = SystemClock()
 MODEL = "tiny"
@@ -111,11 +108,11 @@ async def test_a_closed_node_has_no_directory(start_node: StartNode) -> None:
 class TestHostileStores:
     """Raw stores, as a modified node would send them."""
 
-    @pytest_asyncio.fixture(loop_scope="module")
+    @pytest.fixture
     async def victim(self, start_node: StartNode) -> SwarmNode:
         return await start_node()
 
-    @pytest_asyncio.fixture(loop_scope="module")
+    @pytest.fixture
     async def attacker(self, start_node: StartNode, victim: SwarmNode) -> SwarmNode:
         return await start_node(victim)
 

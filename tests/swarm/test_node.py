@@ -26,8 +26,6 @@ from planetserve.swarm.node import NodeConfig, SwarmNode
 from planetserve.swarm.ping import RttTable, ping, serve_ping
 from planetserve.swarm.streams import FrameStream, open_stream, serve_streams
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
 PEER = Identity.generate().peer_id
 
 
@@ -37,7 +35,7 @@ def daemons() -> set[int]:
 
 
 def folders() -> set[Path]:
-    return set(Path("/tmp").glob("planetserve-*"))
+    return set(Path("/tmp").glob(f"planetserve-{os.getpid()}-*"))
 
 
 def descriptors() -> int:

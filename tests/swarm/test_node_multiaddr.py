@@ -58,7 +58,7 @@ def test_a_peer_address_says_where_and_who() -> None:
         "/ip6/2001:db8::7/tcp/1",
         "/dns4/example.org/tcp/443",
         "/dns6/example.org/tcp/443",
-        f"/dns/{'a' * 60}.{'b' * 60}.{'c' * 60}.org/tcp/65535",
+        f"/dns/{'a' * 60}.{'b' * 60}.{'c' * 10}.org/tcp/65535",
     ],
 )
 def test_the_binary_form_is_libp2ps(place: str) -> None:

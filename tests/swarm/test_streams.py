@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from swarm_helpers import LOOPBACK, StartNode, until
+from swarm_helpers import LOOPBACK, until
 
 from planetserve.crypto.identity import Identity
 from planetserve.errors import (
@@ -230,9 +230,8 @@ async def test_the_end_of_the_handler_closes_the_stream(
     await until(lambda: not server.streams and not server._num_incoming)
 
 
-async def test_closing_the_node_cancels_its_handlers(start_node: StartNode) -> None:
-    server = await start_node()
-    client = await start_node(server)
+async def test_closing_the_node_cancels_its_handlers(client: SwarmNode) -> None:
+    server = await SwarmNode.start(NodeConfig(host_maddrs=LOOPBACK))
     cancelled = asyncio.Event()
 
     async def forever(stream: FrameStream) -> None:
@@ -242,7 +241,7 @@ async def test_closing_the_node_cancels_its_handlers(start_node: StartNode) -> N
             cancelled.set()
 
     await serve_streams(server, "/test/forever/1", forever)
-    stream = await open_stream(client, server.peer_id, (), "/test/forever/1", 10)
+    stream = await open_stream(client, server.peer_id, server.addresses(), "/test/forever/1", 10)
     await stream.send(STEP, b"hello")
     await until(lambda: bool(server.streams))
     await server.close()
@@ -289,14 +288,13 @@ async def test_who_cannot_be_reached(client: SwarmNode, server: SwarmNode) -> No
         await open_stream(client, client.peer_id, [], ECHO, 10)
 
 
-async def test_a_peer_is_found_without_its_address(
-    start_node: StartNode, server: SwarmNode, client: SwarmNode
-) -> None:
-    third = await start_node(server)
-    await serve_streams(third, ECHO, echo)
-    stream = await open_stream(client, third.peer_id, [], ECHO, 10)
-    await stream.send(STEP, b"hi")
-    assert (await stream.receive(10))[1] == b"hi"
+async def test_a_peer_is_found_without_its_address(server: SwarmNode, client: SwarmNode) -> None:
+    config = NodeConfig(host_maddrs=LOOPBACK, initial_peers=server.addresses())
+    async with await SwarmNode.start(config) as third:
+        await serve_streams(third, ECHO, echo)
+        stream = await open_stream(client, third.peer_id, [], ECHO, 10)
+        await stream.send(STEP, b"hi")
+        assert (await stream.receive(10))[1] == b"hi"
 
 
 async def test_a_protocol_is_served_once(server: SwarmNode) -> None:

@@ -19,6 +19,7 @@ from planetserve.client.remote_blocks import RemoteBlocks
 from planetserve.client.runtime import ClientRuntime
 from planetserve.config import ClientConfig, from_mapping
 from planetserve.errors import ConfigError
+from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.client_half import load_client_half
 
@@ -74,6 +75,7 @@ class AutoDistributedModelForCausalLM:
             token = options.pop("use_auth_token") or token
         client_config = _client_config(config, options)
         checkpoint = Checkpoint.open(model, revision=revision, token=token, cache_dir=cache_dir)
+        check_servable(checkpoint)
         wanted = torch_dtype if torch_dtype is not None else dtype
         chosen = parse_dtype(_dtype_text(wanted), checkpoint, torch.device("cpu"))
         return _load(checkpoint, chosen, client_config)

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import os
 import shutil
 import socket
 import tempfile
@@ -58,7 +59,7 @@ class Daemon:
         self.p2p: P2P | None = None
         # Unix socket paths are short; TMPDIR need not be.
         parent = "/tmp" if Path("/tmp").is_dir() else None
-        self._folder = Path(tempfile.mkdtemp(prefix="planetserve-", dir=parent))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"planetserve-{os.getpid()}-", dir=parent))
 
     @classmethod
     async def start(cls, config: NodeConfig, identity: Identity) -> Daemon:

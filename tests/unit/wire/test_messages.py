@@ -26,9 +26,13 @@ from planetserve.wire.messages import (
     SessionOpened,
     decode,
     error_reply,
+    from_text,
+    to_text,
 )
 
 PEER = "12D3KooWJ8iDoJ7GxGTzhbPVFMQnbSq8VjLnDpvhvPhUzkRvEQXA"
+KEY = to_text(bytes(range(32)))
+SIGNATURE = to_text(bytes(range(64)))
 OPEN = OpenSession(
     model="demo-3f2a",
     fingerprint="f" * 16,
@@ -41,11 +45,14 @@ OPEN = OpenSession(
     epoch=0,
     previous="client",
     next=NextHop(peer_id=PEER, addresses=[f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}"], end=8),
+    offer=KEY,
 )
 MESSAGES: list[Message] = [
     OPEN,
     OPEN.model_copy(update={"next": None}),
-    SessionOpened(max_chunk_tokens=64, chunkable=True, free_cache_tokens=0),
+    SessionOpened(
+        max_chunk_tokens=64, chunkable=True, free_cache_tokens=0, answer=KEY, signature=SIGNATURE
+    ),
     PushHello(edge=1, epoch=0),
     ErrorReply(code="capacity", message="full", retry_after_s=1.5, blamed_peer=PEER),
 ]
@@ -103,6 +110,10 @@ def test_every_required_field_is_required(message: Message) -> None:
         ("epoch", 2**31 + 1),
         ("previous", ""),
         ("previous", "x" * 129),
+        ("offer", KEY[:-4]),
+        ("offer", KEY.replace("=", "A")),
+        ("offer", KEY + "\n"),
+        ("offer", "\u00e9" * 43 + "="),
         ("next", {"peer_id": PEER}),
         ("next", {"peer_id": PEER, "end": 8, "addresses": ["a"] * 17}),
         ("next", {"peer_id": PEER, "end": 8, "addresses": ["a" * 257]}),
@@ -113,6 +124,16 @@ def test_every_required_field_is_required(message: Message) -> None:
 def test_fields_are_bounded_and_nothing_is_coerced(field: str, value: object) -> None:
     with pytest.raises(RemoteProtocolError, match=f"OpenSession: bad fields {field}$"):
         decode(OpenSession, changed(OPEN, **{field: value}))
+
+
+@given(st.binary(min_size=32, max_size=32), st.binary(min_size=64, max_size=64))
+def test_keys_and_signatures_travel_as_text(key: bytes, signature: bytes) -> None:
+    message = SessionOpened(
+        max_chunk_tokens=1, chunkable=True, free_cache_tokens=0,
+        answer=to_text(key), signature=to_text(signature),
+    )  # fmt: skip
+    found = decode(SessionOpened, message.encode())
+    assert (from_text(found.answer), from_text(found.signature)) == (key, signature)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""Lower bounds: the cheapest way on from every block boundary when only single runs are limited.
+
+The backward dynamic programme works on runs, not blocks: `enter[b, s]` is the least cost of
+finishing the chain when server `s` starts a run at boundary `b`, and `leave[b, s]` when it has just
+ended one there. A later visit to the same server is not charged against its limit, so both are
+lower bounds; prices per block and per visit (see `dual.py`) tighten them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planetserve.routing.problem import IntArray, RoutingProblem
+from planetserve.routing.snapshot import FloatArray
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of each server one chain may use; 0 where it may not be used at all."""
+
+    blocks: Counts
+    hops: Counts
+
+    @classmethod
+    def at_rate(cls, problem: RoutingProblem, rate: float) -> Limits:
+        """What a throughput of at least `rate` tokens per second allows."""
+        most = problem.num_blocks
+        blocks = np.minimum(problem.block_rate / rate, most).astype(np.int64)
+        hops = np.minimum(problem.hop_rate / rate, most).astype(np.int64)
+        usable = (blocks > 0) & (hops > 0)
+        return cls(np.where(usable, blocks, 0), np.where(usable, np.minimum(hops, blocks), 0))
+
+    def broken(self, blocks: Counts, hops: Counts) -> tuple[IntArray, IntArray]:
+        """Servers that run more blocks, and servers that are visited more often, than allowed."""
+        return np.flatnonzero(blocks > self.blocks), np.flatnonzero(hops > self.hops)
+
+
+@dataclass(frozen=True, slots=True)
+class RunGraph:
+    """What every bound on one problem shares."""
+
+    problem: RoutingProblem
+    holders: tuple[IntArray, ...]
+    """`[num_blocks]` the servers that may run each block."""
+    links: tuple[FloatArray, ...]
+    """`[num_blocks]` half RTTs `[holders of b - 1, holders of b]`; infinite from a server to itself.
+    The first entry holds the client's links, `[1, holders of 0]`."""
+    run_end: Counts
+    """`[num_blocks, n]` where a run that is at the block must end at the latest."""
+
+    @classmethod
+    def build(cls, problem: RoutingProblem) -> RunGraph:
+        holders = tuple(np.flatnonzero(row) for row in problem.legal)
+        between = problem.half_rtt_ms.copy()
+        np.fill_diagonal(between, np.inf)
+        links = [problem.client_half_ms[None, holders[0]]]
+        links += [between[np.ix_(a, b)] for a, b in zip(holders, holders[1:], strict=False)]
+        run_end = np.empty(problem.legal.shape, dtype=np.int64)
+        end = np.full(problem.num_servers, problem.num_blocks)
+        for block in range(problem.num_blocks - 1, -1, -1):
+            end = np.where(problem.legal[block], end, block)
+            run_end[block] = end
+        return cls(problem, holders, tuple(links), run_end)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Least cost to finish from anywhere, in milliseconds, prices included."""
+
+    enter: FloatArray
+    """`[num_blocks, n]` when the server starts a run at the boundary, its visit and blocks included."""
+    leave: FloatArray
+    """`[num_blocks + 1, n]` when the server has ended a run at the boundary; the next link included."""
+    total: float
+    """Of the whole chain; infinite when there is none."""
+    hosts: tuple[int, ...]
+    """The chain that has this cost, as a host per block; empty when there is none."""
+
+
+def lower_bounds(
+    graph: RunGraph, limits: Limits, block_price: FloatArray, hop_price: FloatArray
+) -> Bounds:
+    """Bounds under `limits` on single runs, with `[n]` prices added per block and per visit."""
+    problem = graph.problem
+    num_blocks, n = problem.legal.shape
+    block_ms = problem.decode_ms + block_price
+    visit_ms = problem.hop_ms + hop_price
+    enter = np.full((num_blocks, n), np.inf)
+    leave = np.full((num_blocks + 1, n), np.inf)
+    leave[num_blocks] = problem.client_half_ms
+    # Time counted from block 0 turns "k blocks, then leave" into one addition per boundary.
+    shifted = leave + np.arange(num_blocks + 1)[:, None] * block_ms
+    rows = np.arange(num_blocks + 1)[:, None]
+    for block in range(num_blocks - 1, -1, -1):
+        here = graph.holders[block]
+        last = np.minimum(graph.run_end[block, here], block + limits.blocks[here])
+        top = int(last.max())
+        if top > block:
+            window = shifted[block + 1 : top + 1, here]
+            window = np.where(rows[block + 1 : top + 1] <= last, window, np.inf)
+            ahead = window.min(axis=0) + (visit_ms[here] - block * block_ms[here])
+            enter[block, here] = ahead
+            if block > 0:
+                before = graph.holders[block - 1]
+                onward = (graph.links[block] + ahead).min(axis=1)
+                leave[block, before] = onward
+                shifted[block, before] = onward + block * block_ms[before]
+    start = graph.links[0][0] + enter[0, graph.holders[0]]
+    first = int(start.argmin())
+    total = float(start[first])
+    hosts: tuple[int, ...] = ()
+    if np.isfinite(total):
+        hosts = _trace(graph, limits, shifted, enter, int(graph.holders[0][first]))
+    return Bounds(enter, leave, total, hosts)
+
+
+def _trace(
+    graph: RunGraph, limits: Limits, shifted: FloatArray, enter: FloatArray, first: int
+) -> tuple[int, ...]:
+    num_blocks = len(graph.holders)
+    hosts: list[int] = []
+    server, at = first, 0
+    while True:
+        last = min(int(graph.run_end[at, server]), at + int(limits.blocks[server]))
+        end = at + 1 + int(shifted[at + 1 : last + 1, server].argmin())
+        hosts += [server] * (end - at)
+        if end == num_blocks:
+            return tuple(hosts)
+        here = graph.holders[end]
+        row = int(np.searchsorted(graph.holders[end - 1], server))
+        server = int(here[(graph.links[end][row] + enter[end, here]).argmin()])
+        at = end
+
+
+def usage(hosts: tuple[int, ...], n: int) -> tuple[Counts, Counts]:
+    """Blocks and visits of each server in a chain given as a host per block."""
+    array = np.asarray(hosts)
+    starts = np.ones(len(array), dtype=bool)
+    starts[1:] = array[1:] != array[:-1]
+    return np.bincount(array, minlength=n), np.bincount(array[starts], minlength=n)

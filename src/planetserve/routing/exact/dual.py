@@ -1,0 +1,78 @@
+"""Prices for limits: a subgradient ascent on the Lagrangian dual.
+
+A chain that keeps its limits costs at least its priced cost less the price of using every limit up.
+So `lower_bounds` at any prices, less that, is a lower bound; raising the price of what the bound's
+own chain overuses, and lowering the rest, raises it. Held and Karp (1971) did this for tours; the step
+length is Polyak's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from planetserve.routing.exact.bounds import Bounds, Limits, RunGraph, lower_bounds, usage
+from planetserve.routing.snapshot import FloatArray
+
+_SHRINK = 0.6
+"""Factor on the step length whenever a step did not raise the bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """Prices, the bounds at these prices, and the lower bound on the unpriced problem they give."""
+
+    block_price: FloatArray
+    hop_price: FloatArray
+    bounds: Bounds
+    lower: float
+
+
+def unpriced(graph: RunGraph, limits: Limits) -> Priced:
+    """The starting point: nothing has a price."""
+    free = np.zeros(graph.problem.num_servers)
+    bounds = lower_bounds(graph, limits, free, free)
+    return Priced(free, free, bounds, bounds.total)
+
+
+def ascend(
+    graph: RunGraph,
+    limits: Limits,
+    start: Priced,
+    upper: Callable[[tuple[int, ...]], float],
+    steps: int,
+) -> Priced:
+    """Better prices than `start`'s after at most `steps` steps.
+
+    Args:
+        upper: is told every chain met on the way and answers the cost of the best chain known that
+            keeps all limits; the ascent ends when the bound reaches it.
+    """
+    usable = limits.blocks > 0
+    block_price, hop_price = start.block_price * usable, start.hop_price * usable
+    best, scale = start, 1.0
+    for _ in range(steps):
+        bounds = lower_bounds(graph, limits, block_price, hop_price)
+        lower = bounds.total - float(block_price @ limits.blocks + hop_price @ limits.hops)
+        ceiling = upper(bounds.hosts)
+        if lower > best.lower:
+            best = Priced(block_price, hop_price, bounds, lower)
+        else:
+            scale *= _SHRINK
+        if best.lower >= ceiling:
+            break
+        blocks, hops = usage(bounds.hosts, len(usable))
+        over_blocks = np.where(usable, blocks - limits.blocks, 0)
+        over_hops = np.where(usable, hops - limits.hops, 0)
+        over_blocks[(over_blocks < 0) & (block_price <= 0)] = 0
+        over_hops[(over_hops < 0) & (hop_price <= 0)] = 0
+        norm = float(over_blocks @ over_blocks + over_hops @ over_hops)
+        if norm == 0:
+            break
+        target = min(ceiling, 1.03 * best.lower)
+        step = scale * max(target - lower, 0.002 * best.lower) / norm
+        block_price = np.maximum(0.0, block_price + step * over_blocks)
+        hop_price = np.maximum(0.0, hop_price + step * over_hops)
+    return best

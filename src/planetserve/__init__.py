@@ -1,7 +1,7 @@
 """PlanetServe: one large language model whose decoder layers are spread over many machines.
 
-The names below are the public interface. They load on first use, so that `import planetserve`
-costs nothing; only the client's classes bring torch, transformers and hivemind with them.
+The names below are the public interface. The client's classes load on first use, because they
+bring torch, transformers and hivemind with them; the rest costs next to nothing.
 """
 
 from __future__ import annotations
@@ -9,75 +9,41 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
-_ORIGIN = {
-    "AutoDistributedConfig": "planetserve.client.auto",
-    "AutoDistributedModelForCausalLM": "planetserve.client.auto",
-    "InferenceSession": "planetserve.client.session",
-    "ClientConfig": "planetserve.config",
-    "ServerConfig": "planetserve.config",
-    "BlockSpan": "planetserve.types",
-    "Chain": "planetserve.types",
-    "Hop": "planetserve.types",
-    "ServerInfo": "planetserve.types",
-    "Blame": "planetserve.errors",
-    "CacheExhausted": "planetserve.errors",
-    "CapacityError": "planetserve.errors",
-    "ConfigError": "planetserve.errors",
-    "CryptoError": "planetserve.errors",
-    "DecryptionFailed": "planetserve.errors",
-    "HandshakeFailed": "planetserve.errors",
-    "HopTimeout": "planetserve.errors",
-    "LocalProtocolError": "planetserve.errors",
-    "MissingBlocksError": "planetserve.errors",
-    "ModelError": "planetserve.errors",
-    "ModelMismatchError": "planetserve.errors",
-    "NoChainAvailable": "planetserve.errors",
-    "PeerUnreachable": "planetserve.errors",
-    "PlanetServeError": "planetserve.errors",
-    "QueueFull": "planetserve.errors",
-    "RekeyNeeded": "planetserve.errors",
-    "RemoteError": "planetserve.errors",
-    "RemoteProtocolError": "planetserve.errors",
-    "SessionClosed": "planetserve.errors",
-    "SessionError": "planetserve.errors",
-    "SessionLengthError": "planetserve.errors",
-    "StreamClosed": "planetserve.errors",
-    "TransportError": "planetserve.errors",
-}
+from planetserve.config import ClientConfig, ServerConfig
+from planetserve.errors import (
+    Blame,
+    CacheExhausted,
+    CapacityError,
+    ConfigError,
+    CryptoError,
+    DecryptionFailed,
+    HandshakeFailed,
+    HopTimeout,
+    LocalProtocolError,
+    MissingBlocksError,
+    ModelError,
+    ModelMismatchError,
+    NoChainAvailable,
+    PeerUnreachable,
+    PlanetServeError,
+    QueueFull,
+    RekeyNeeded,
+    RemoteError,
+    RemoteProtocolError,
+    SessionClosed,
+    SessionError,
+    SessionExpired,
+    SessionLengthError,
+    StreamClosed,
+    TransportError,
+)
+from planetserve.types import BlockSpan, Chain, Hop, ServerInfo
 
 if TYPE_CHECKING:
     from planetserve.client.auto import AutoDistributedConfig, AutoDistributedModelForCausalLM
     from planetserve.client.session import InferenceSession
-    from planetserve.config import ClientConfig, ServerConfig
-    from planetserve.errors import (
-        Blame,
-        CacheExhausted,
-        CapacityError,
-        ConfigError,
-        CryptoError,
-        DecryptionFailed,
-        HandshakeFailed,
-        HopTimeout,
-        LocalProtocolError,
-        MissingBlocksError,
-        ModelError,
-        ModelMismatchError,
-        NoChainAvailable,
-        PeerUnreachable,
-        PlanetServeError,
-        QueueFull,
-        RekeyNeeded,
-        RemoteError,
-        RemoteProtocolError,
-        SessionClosed,
-        SessionError,
-        SessionLengthError,
-        StreamClosed,
-        TransportError,
-    )
-    from planetserve.types import BlockSpan, Chain, Hop, ServerInfo
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AutoDistributedConfig",
@@ -110,17 +76,24 @@ __all__ = [
     "ServerInfo",
     "SessionClosed",
     "SessionError",
+    "SessionExpired",
     "SessionLengthError",
     "StreamClosed",
     "TransportError",
     "__version__",
 ]
 
+_LAZY = {
+    "AutoDistributedConfig": "planetserve.client.auto",
+    "AutoDistributedModelForCausalLM": "planetserve.client.auto",
+    "InferenceSession": "planetserve.client.session",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _ORIGIN:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_ORIGIN[name]), name)
+    value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 

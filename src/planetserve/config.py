@@ -66,6 +66,9 @@ class ClientConfig:
     """Seconds a directory look-up or a whole-sequence forward pass may take."""
     step_timeout: float = 60.0
     """Seconds to wait for the answer to one inference step before its chain counts as failed."""
+    probe_after: float = 2.0
+    """Seconds without an answer after which the servers of a step are pinged; a silent one is
+    replaced without waiting for `step_timeout`."""
     update_period: float = 60.0
     """Seconds between refreshes of the list of servers."""
     max_retries: int = 3
@@ -88,7 +91,7 @@ class ClientConfig:
     def __post_init__(self) -> None:
         _require_positive(
             self, "daemon_startup_timeout", "connect_timeout", "request_timeout", "step_timeout",
-            "update_period", "ping_timeout",
+            "update_period", "ping_timeout", "probe_after",
         )  # fmt: skip
         _require_not_negative(
             self, "max_retries", "min_backoff", "max_backoff", "ban_timeout", "max_pinged",

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from commands import Command
+
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.testing.swarm import LocalSwarm
@@ -63,3 +65,12 @@ def padded() -> dict[str, torch.Tensor]:
         ids[row, : 11 - length] = 0
         mask[row, : 11 - length] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def started() -> Iterator[list[Command]]:
+    """Commands put into this list are ended after the test."""
+    commands: list[Command] = []
+    yield commands
+    for command in commands:
+        command.end()

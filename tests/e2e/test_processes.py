@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +15,9 @@ import psutil
 import pytest
 import torch
 
+from commands import ENVIRONMENT, Command
+
 from planetserve import AutoDistributedModelForCausalLM
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-class Command:
-    """A running `python -m planetserve.NAME`, with its output in files."""
-
-    def __init__(self, folder: Path, name: str, *arguments: str):
-        self.ready_file = folder / f"{name}-{len(list(folder.iterdir()))}.json"
-        self.log = self.ready_file.with_suffix(".log")
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", f"planetserve.{name}", *arguments,
-                 "--ready_file", str(self.ready_file)],
-                env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-
-    def wait_ready(self) -> dict[str, Any]:
-        while not self.ready_file.exists():
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
-        found: dict[str, Any] = json.loads(self.ready_file.read_text())
-        return found
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(timeout=30)
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[list[Command]]:
-    commands: list[Command] = []
-    yield commands
-    for command in commands:
-        if command.process.poll() is None:
-            os.killpg(command.process.pid, signal.SIGKILL)
-            command.process.wait()
-
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

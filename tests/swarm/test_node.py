@@ -55,6 +55,7 @@ def flags_of(node: SwarmNode) -> list[str]:
         ({"host_maddrs": ("/ip4/127.0.0.1/udp/0/quic-v1",)}, "only TCP"),
         ({"host_maddrs": ("/dns4/localhost/tcp/0",)}, "/ip4/ or /ip6/"),
         ({"announce_maddrs": ("/ip4/192.0.2.7/tcp/0",)}, "port 0"),
+        ({"announce_maddrs": (f"/ip4/192.0.2.7/tcp/1/p2p/{PEER}",)}, "leave out /p2p/"),
         ({"port": 70000}, "not a TCP port"),
         ({"port": 31337, "host_maddrs": LOOPBACK}, "exclude each other"),
         ({"public_ip": "192.0.2.7"}, "needs --port"),

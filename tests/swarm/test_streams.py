@@ -251,6 +251,15 @@ async def test_closing_the_node_cancels_its_handlers(client: SwarmNode) -> None:
         await stream.receive(10)
 
 
+async def test_a_closed_node_opens_nothing(server: SwarmNode) -> None:
+    node = await SwarmNode.start(NodeConfig(host_maddrs=LOOPBACK))
+    await serve_streams(node, ECHO, echo)
+    await node.close()
+    for peer_id in (node.peer_id, server.peer_id):
+        with pytest.raises(PeerUnreachable, match="closed"):
+            await open_stream(node, peer_id, server.addresses(), ECHO, 10)
+
+
 async def test_streams_over_the_limit_are_closed_unheard(
     client: SwarmNode, server: SwarmNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,11 +405,24 @@ class TestAgainstARawPeer:
         for stream in streams:
             with pytest.raises(HopTimeout):
                 await stream.receive(0.02)
+        waiting = asyncio.create_task(streams[-1].receive())
+        await asyncio.sleep(0.02)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
         assert [len(stream._payload) for stream in streams] == [100_000] * 8 + [50_000]
         streams[0].abort()
         with pytest.raises(HopTimeout):
             await streams[-1].receive(0.05)
         assert len(streams[-1]._payload) == 100_000
+        streams.append(FrameStream(first._node, (extra := socket.socketpair())[0], first.remote))
+        ends.append(extra)
+        extra[1].send(frame)
+        waiting = asyncio.create_task(streams[-1].receive())
+        await asyncio.sleep(0.02)
+        streams[-1].abort()
+        with pytest.raises(StreamClosed):
+            await waiting
         for stream, (_, far) in zip(streams, ends, strict=True):
             stream.abort()
             far.close()
@@ -413,6 +435,7 @@ class TestAgainstARawPeer:
         far.close()
         with pytest.raises(StreamClosed):
             await stream.send(STEP, bytes(1000))
+        assert stream.closed
         assert (await stream.receive(10))[1] == b"why"
         with pytest.raises(StreamClosed):
             await stream.receive(10)

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _HOP_OVERHEAD_MS = 1.0
 _DEFAULT_RTT_MS = 50.0
 _POLL_S = 0.25
+_LEAVING_S = 60.0
 _MAX_REVIVED = 8
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -169,12 +170,24 @@ class ChainManager:
             dtype=_wire_dtype(servers.values()),
             connect_timeout_s=self.config.connect_timeout,
             step_timeout_s=self.config.step_timeout,
+            probe_after_s=self.config.probe_after,
+            ping_timeout_s=self.config.ping_timeout,
         )
         ring = await RingSession.open(self.node, chain, servers, spec)
         self.last_chain = chain
         if self.config.show_route:
             logger.info("route: %s", chain)
         return ring
+
+    def can_avoid(self, peers: Iterable[PeerId], num_rows: int, lease_tokens: int) -> bool:
+        """Leave `peers` out of the next plans; say whether a chain without them exists now."""
+        until_s = self._clock.monotonic() + _LEAVING_S
+        self._banned_until_s.update(dict.fromkeys(peers, until_s))
+        try:
+            self._plan_once(num_rows, lease_tokens)
+        except PlanetServeError:
+            return False
+        return True
 
     def report_success(self, chain: Chain) -> None:
         """A step went through: its servers are fine."""

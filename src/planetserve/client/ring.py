@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +28,7 @@ from planetserve.errors import (
     error_from_code,
 )
 from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.ping import ping
 from planetserve.swarm.streams import FrameStream, open_stream
 from planetserve.tensors import dtype_name, tensor_bytes, tensor_from_payload, wire_dtype
 from planetserve.types import CLIENT, Chain, PeerId, ServerInfo
@@ -50,8 +52,12 @@ from planetserve.wire.messages import (
 from planetserve.wire.protocols import SESSION_PROTOCOL
 from planetserve.wire.step import StepTable
 
+T = TypeVar("T")
+
 _TABLE_ROOM_BYTES = 64 * 1024
 _POSITION_BYTES = 4
+_SMALL_FRAME_BYTES = 64 * 1024
+"""The daemon takes a frame below this at once, so sending it needs no watch."""
 _LAST_WORDS_TIMEOUT_S = 0.2
 
 
@@ -66,6 +72,9 @@ class RingSpec:
     dtype: torch.dtype
     connect_timeout_s: float
     step_timeout_s: float
+    probe_after_s: float
+    """Silence after which the hops are pinged, so that a dead one costs seconds, not the timeout."""
+    ping_timeout_s: float
 
 
 class RingSession:
@@ -87,6 +96,9 @@ class RingSession:
         self._opener: Opener
         self._step = 0
         self._max_chunk_tokens = 1
+        self._pinger: Callable[[PeerId], Awaitable[bool]]
+        self.leaving: set[PeerId] = set()
+        """Hops that have said they will leave soon; the session should move between two steps."""
 
     @classmethod
     async def open(
@@ -102,30 +114,20 @@ class RingSession:
             PlanetServeError: a hop refused or cannot be reached; `peer_id` names it.
         """
         ring = cls(chain, spec)
-        opening = [
-            asyncio.ensure_future(ring._open_hop(node, servers, index))
-            for index in range(len(chain))
-        ]
-        results = await asyncio.gather(*opening, return_exceptions=True)
-        streams = [item[0] for item in results if not isinstance(item, BaseException)]
-        ring._streams = streams
-        failures = [item for item in results if isinstance(item, BaseException)]
-        if failures:
-            await ring.close()
-            raise failures[0]
-        opened = [item for item in results if not isinstance(item, BaseException)]
-        replies = [item[1] for item in opened]
-        token_bytes = spec.hidden_size * spec.dtype.itemsize + _POSITION_BYTES
-        by_bytes = (MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES) // token_bytes
-        ring._max_chunk_tokens = max(1, min(by_bytes, *(r.max_chunk_tokens for r in replies)))
+
+        async def answers(peer_id: PeerId) -> bool:
+            addresses = servers[peer_id].addresses
+            with contextlib.suppress(PlanetServeError):
+                await ping(node, peer_id, addresses, timeout_s=spec.ping_timeout_s)
+                return True
+            return False
+
+        ring._pinger = answers
         try:
-            await ring._deal([item[2] for item in opened])
+            await ring._open_hops(node, servers)
         except BaseException:
             await ring.close()
             raise
-        ring._readers = [
-            asyncio.create_task(ring._read(index, stream)) for index, stream in enumerate(streams)
-        ]
         return ring
 
     async def step(
@@ -174,6 +176,32 @@ class RingSession:
             await asyncio.wait_for(stream.send(header), timeout=1.0)
         await stream.close()
 
+    async def _open_hops(self, node: SwarmNode, servers: Mapping[PeerId, ServerInfo]) -> None:
+        opening = [
+            asyncio.create_task(self._open_hop(node, servers, index))
+            for index in range(len(self.chain))
+        ]
+        try:
+            await asyncio.wait(opening)
+        finally:
+            for task in opening:
+                task.cancel()
+            results = await asyncio.gather(*opening, return_exceptions=True)
+            opened = [item for item in results if not isinstance(item, BaseException)]
+            self._streams = [item[0] for item in opened]
+        for item in results:
+            if isinstance(item, BaseException):
+                raise item
+        token_bytes = self._spec.hidden_size * self._spec.dtype.itemsize + _POSITION_BYTES
+        by_bytes = (MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES) // token_bytes
+        by_hops = min(item[1].max_chunk_tokens for item in opened)
+        self._max_chunk_tokens = max(1, min(by_bytes, by_hops))
+        await self._deal([item[2] for item in opened])
+        self._readers = [
+            asyncio.create_task(self._read(index, stream))
+            for index, stream in enumerate(self._streams)
+        ]
+
     async def _open_hop(
         self, node: SwarmNode, servers: Mapping[PeerId, ServerInfo], index: int
     ) -> tuple[FrameStream, SessionOpened, ChannelSecret]:
@@ -210,7 +238,7 @@ class RingSession:
                 await stream.send(header, message)
                 answer, payload = await stream.receive(timeout_s)
                 if answer.type is FrameType.ERROR:
-                    raise _remote_error(payload, hop.peer_id)
+                    raise _remote_error(payload, hop.peer_id, set())
                 if answer.type is not FrameType.OPENED:
                     raise RemoteProtocolError(f"expected OPENED, got {answer.type.name}")
                 opened = decode(SessionOpened, payload)
@@ -240,13 +268,19 @@ class RingSession:
             wipe(*secrets)
 
     async def _read(self, index: int, stream: FrameStream) -> None:
-        peer_id = self.chain.hops[index].peer_id
-        is_last = index == len(self.chain) - 1
+        hops = self.chain.hops
+        peer_id = hops[index].peer_id
+        is_last = index == len(hops) - 1
+        # A hop may blame those it exchanges frames with, and nobody else.
+        neighbours = {hop.peer_id for hop in hops[max(0, index - 1) : index + 2]}
         try:
             while True:
                 header, payload = await stream.receive()
                 if header.type is FrameType.ERROR:
-                    raise _remote_error(payload, peer_id)
+                    raise _remote_error(payload, peer_id, neighbours)
+                if header.type is FrameType.LEAVING:
+                    self.leaving.add(peer_id)
+                    continue
                 if header.type is not FrameType.STEP or not is_last:
                     raise RemoteProtocolError(f"{header.type.name} frame from hop {index}")
                 self._inbox.put_nowait((header, payload))
@@ -258,15 +292,66 @@ class RingSession:
 
     async def _next_frame(self) -> tuple[FrameHeader, bytearray]:
         try:
-            async with asyncio.timeout(self._spec.step_timeout_s):
+            # Nearly every answer comes in time; only a late one is worth a task and a watch.
+            async with asyncio.timeout(self._spec.probe_after_s):
                 item = await self._inbox.get()
         except TimeoutError:
-            raise HopTimeout(
-                f"no answer from the chain within {self._spec.step_timeout_s:g} s"
-            ) from None
+            item = await self._watched(self._inbox.get(), self._spec.probe_after_s)
         if isinstance(item, PlanetServeError):
             raise item
         return item
+
+    async def _watched(self, work: Coroutine[Any, Any, T], waited_s: float = 0.0) -> T:
+        """Wait for `work`, pinging the hops whenever nothing has happened for a while.
+
+        Args:
+            work: what to wait for.
+            waited_s: how long it has been waited for already.
+
+        Raises:
+            HopTimeout: a hop is silent to two pings in a row (`peer_id` names it), or the step
+                timeout is over although all hops answer.
+        """
+        task = asyncio.ensure_future(work)
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self._spec.step_timeout_s - waited_s
+        try:
+            if not waited_s:
+                await asyncio.wait([task], timeout=self._spec.probe_after_s)
+            while not task.done():
+                if loop.time() >= deadline_s:
+                    raise HopTimeout(
+                        f"no answer from the chain within {self._spec.step_timeout_s:g} s"
+                    )
+                await self._probe_until(task)
+                pause_s = min(self._spec.probe_after_s, max(0.0, deadline_s - loop.time()))
+                await asyncio.wait([task], timeout=pause_s)
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _probe_until(self, task: asyncio.Future[T]) -> None:
+        """Ping the hops once; raise if one is silent and `task` has not finished meanwhile."""
+        probe = asyncio.ensure_future(self._silent_hop())
+        try:
+            await asyncio.wait([task, probe], return_when=asyncio.FIRST_COMPLETED)
+            silent = probe.result() if probe.done() else None
+        finally:
+            probe.cancel()
+            await asyncio.gather(probe, return_exceptions=True)
+        if silent is not None and not task.done():
+            error = HopTimeout("a server has stopped answering")
+            error.peer_id = silent
+            raise error
+
+    async def _silent_hop(self) -> PeerId | None:
+        """The first hop that answers neither of two pings."""
+        suspects = list(dict.fromkeys(hop.peer_id for hop in self.chain.hops))
+        for _ in range(2):
+            alive = await asyncio.gather(*(self._pinger(peer) for peer in suspects))
+            suspects = [peer for peer, answers in zip(suspects, alive, strict=True) if not answers]
+        return suspects[0] if suspects else None
 
     async def _send_chunks(
         self, tables: tuple[StepTable, ...], hidden_TD: torch.Tensor, keep_last: bool
@@ -293,10 +378,10 @@ class RingSession:
             body = tensor_bytes(hidden_TD[offset : offset + count])
             header, sealed = self._sealer.seal(header, [table.pack(), body], time.monotonic())
             try:
-                async with asyncio.timeout(self._spec.step_timeout_s):
+                if len(sealed) < _SMALL_FRAME_BYTES:
                     await self._streams[0].send(header, sealed)
-            except TimeoutError:
-                raise HopTimeout("the first hop does not take frames") from None
+                else:
+                    await self._watched(self._streams[0].send(header, sealed))
             except StreamClosed as error:
                 error.peer_id = first.peer_id
                 raise await self._why_closed(error) from error
@@ -330,14 +415,19 @@ class RingSession:
                 raise RemoteProtocolError("the last hop answered another step than was asked")
             if header.dtype is not wire_dtype(self._spec.dtype):
                 raise RemoteProtocolError("the last hop answered in another dtype")
-            return tensor_from_payload(plaintext, 0, header.dtype, header.shape)
+            chunk_TD = tensor_from_payload(plaintext, 0, header.dtype, header.shape)
+            if not bool(torch.isfinite(chunk_TD).all()):
+                raise RemoteProtocolError("the last hop answered numbers that are not finite")
+            return chunk_TD
         except PlanetServeError as error:
             error.peer_id = last.peer_id
             raise
 
 
-def _remote_error(payload: bytearray, peer_id: PeerId) -> PlanetServeError:
+def _remote_error(
+    payload: bytearray, peer_id: PeerId, neighbours: Collection[PeerId]
+) -> PlanetServeError:
     reply = decode(ErrorReply, payload)
     error = error_from_code(reply.code, reply.message, reply.retry_after_s)
-    error.peer_id = reply.blamed_peer or peer_id
+    error.peer_id = reply.blamed_peer if reply.blamed_peer in neighbours else peer_id
     return error

@@ -188,6 +188,11 @@ class InferenceSession:
         if history is None:
             raise SessionClosed("this inference session is closed; open another")
         longest = max(piece.end for piece in table.rows)
+        if self._ring is not None and self._ring.leaving:
+            lease_tokens = max(longest, self._lease_tokens or 0)
+            if self._manager.can_avoid(self._ring.leaving, num_rows, lease_tokens):
+                logger.info("a server is leaving; moving to another chain")
+                await self._leave(None)
         attempt = 0
         while True:
             try:

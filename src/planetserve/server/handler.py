@@ -89,9 +89,10 @@ class SessionHandler:
         await serve_streams(self._node, PUSH_PROTOCOL, self._on_push)
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new sessions and wait for the open ones, at most `timeout_s`."""
+        """Refuse new sessions, ask the open ones to move, and wait at most `timeout_s` for it."""
         self._draining = True
         if self._sessions and timeout_s > 0:
+            await asyncio.gather(*(item.announce_leaving() for item in self._sessions.values()))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._idle.wait()

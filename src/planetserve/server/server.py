@@ -181,6 +181,7 @@ class Server:
             inference_max_length=self._max_session_tokens,
             attention_backend=config.attention_backend,
             num_threads=config.num_threads,
+            check_finite=True,
         )
         await self._announcer.announce()
         logger.info("loading blocks %s of %s", self.span, self.checkpoint.name)

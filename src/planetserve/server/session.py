@@ -45,6 +45,7 @@ MAX_STEPS_IN_FLIGHT = 8
 _UPSTREAM_GRACE_S = 0.5
 _DEAL_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 5.0
+_LAST_WORDS_TIMEOUT_S = 1.0
 _WIRE_DTYPES = {
     "float32": (WireDtype.FLOAT32, torch.float32),
     "float16": (WireDtype.FLOAT16, torch.float16),
@@ -130,6 +131,13 @@ class ServerSession:
         """End the session with `error`, from any task."""
         if not self._failure.done():
             self._failure.set_exception(error)
+
+    async def announce_leaving(self) -> None:
+        """Ask the client to move; the session goes on here until it does."""
+        header = FrameHeader(FrameType.LEAVING, session=self.session_id, edge=self.open.edge)
+        with contextlib.suppress(PlanetServeError, TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                await self._control.send(header)
 
     def attach(self, remote: str, hello: PushHello) -> None:
         """Accept the upstream hop's stream.
@@ -255,6 +263,9 @@ class ServerSession:
         except PlanetServeError as error:
             if following is not None and isinstance(error, StreamClosed):
                 error.peer_id = following.peer_id
+            if isinstance(error, RemoteProtocolError) and self.open.edge:
+                # The engine refused what the upstream hop computed.
+                error.peer_id = self.open.previous
             raise
         finally:
             if following is not None and target is not self._control:
@@ -324,6 +335,6 @@ class ServerSession:
         reply = error_reply(error, error.peer_id or "")
         header = FrameHeader(FrameType.ERROR, session=self.session_id, edge=self.open.edge)
         with contextlib.suppress(PlanetServeError, TimeoutError):
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
                 await self._control.send(header, reply.encode())
 

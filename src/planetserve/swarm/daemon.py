@@ -4,7 +4,8 @@ Everything that touches hivemind's P2P class is here, and its exceptions end her
 sockets and the key it reads live in a private folder that is removed with it, so a failed launch
 leaves nothing behind either. It listens on TCP only; it relays for others only if asked to.
 
-p2pd ends by itself within seconds when this process dies, because its control connection drops.
+p2pd ends by itself within a second when this process dies, because its control connection drops;
+after a SIGKILL of this process only the folder, with dead sockets in it, is left.
 """
 
 # ruff: noqa: SLF001  hivemind keeps the process, its client and its tasks private; P2P has no

@@ -35,11 +35,6 @@ class Address:
     peer_id: PeerId | None
     relay_id: PeerId | None
 
-    @property
-    def transport(self) -> str:
-        """The part that says where to connect: `/ip4/.../tcp/...`."""
-        return f"/{self.kind}/{self.host}/tcp/{self.port}"
-
 
 def parse(text: str) -> Address:
     """Read one multiaddress.

@@ -84,6 +84,9 @@ class NodeConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for text in self.initial_peers:
             multiaddr.parse_peer(text)
+        for text in (*self.host_maddrs, *self.announce_maddrs):
+            if multiaddr.parse(text).peer_id is not None:
+                raise ConfigError(f"{text}: leave out /p2p/..., this node's own id is added")
         for text in self.host_maddrs:
             if multiaddr.parse(text).kind not in ("ip4", "ip6"):
                 raise ConfigError(f"--host_maddrs {text}: listen on an /ip4/ or /ip6/ address")

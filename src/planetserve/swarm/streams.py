@@ -66,6 +66,7 @@ class FrameStream:
         self._header: FrameHeader | None = None
         self._payload = bytearray()
         self._large_slots = node.large_slots(remote)
+        self._slot_request: asyncio.Future[Any] | None = None
         self._holds_slot = False
         self._num_active = 0
         self._receiving = False
@@ -92,7 +93,7 @@ class FrameStream:
         """
         if isinstance(payload, bytes | bytearray | memoryview):
             payload = (payload,)
-        views = [memoryview(part).cast("B") for part in payload if len(part)]
+        views = [memoryview(part).cast("B") for part in payload if memoryview(part).nbytes]
         header = dataclasses.replace(header, payload_bytes=sum(view.nbytes for view in views))
         views.insert(0, memoryview(header.pack()))
         async with self._send_lock:
@@ -117,10 +118,11 @@ class FrameStream:
                     offset -= views[first].nbytes
                     first += 1
         except OSError as error:
+            self._stop_sending()
             raise StreamClosed(f"the stream to {short(self.remote)} broke in sending") from error
         finally:
-            if first < len(views) and (first or offset):
-                self._stop_sending()
+            if 0 < first < len(views) or offset:
+                self._stop_sending()  # cancelled inside the frame
             self._release()
 
     async def receive(self, timeout_s: float | None = None) -> tuple[FrameHeader, bytearray]:
@@ -163,16 +165,31 @@ class FrameStream:
                 self._payload = self._ahead[HEADER_BYTES:end]
                 del self._ahead[:end]
             else:
-                await self._read_into(self._ahead, _READ_BYTES)
+                await self._read_into(self._ahead, _LARGE_BYTES)
         header = self._header
         if header.payload_bytes > _LARGE_BYTES and not self._holds_slot:
-            await self._large_slots.acquire()
-            self._holds_slot = True
+            await self._take_slot()
         while len(self._payload) < header.payload_bytes:
             await self._read_into(self._payload, header.payload_bytes - len(self._payload))
         payload, self._payload, self._header = self._payload, bytearray(), None
         self._free_slot()
         return header, payload
+
+    async def _take_slot(self) -> None:
+        """Wait for one of the peer's slots for large frames, or for `abort`."""
+        if self._large_slots.locked():
+            self._slot_request = asyncio.ensure_future(self._large_slots.acquire())
+            try:
+                await self._slot_request
+            except asyncio.CancelledError:
+                if self._closed:
+                    raise EOFError from None
+                raise
+            finally:
+                self._slot_request = None
+        else:
+            await self._large_slots.acquire()
+        self._holds_slot = True
 
     def _free_slot(self) -> None:
         if self._holds_slot:
@@ -234,6 +251,8 @@ class FrameStream:
         self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        if self._slot_request is not None:
+            self._slot_request.cancel()
         self._num_active += 1
         self._release()
 
@@ -265,6 +284,8 @@ async def open_stream(
     Raises:
         PeerUnreachable: no connection in time, or the peer does not serve the protocol.
     """
+    if node.stopped.is_set():
+        raise PeerUnreachable("this node is closed")
     if peer_id == node.peer_id:
         return _open_to_self(node, protocol)
     try:
@@ -273,6 +294,9 @@ async def open_stream(
             sock = await node.open_socket(peer_id, protocol)
     except TimeoutError:
         raise PeerUnreachable(f"{short(peer_id)} did not answer in {timeout_s:g} s") from None
+    if node.stopped.is_set():
+        sock.close()
+        raise PeerUnreachable("this node was closed meanwhile")
     return FrameStream(node, sock, peer_id)
 
 

@@ -39,7 +39,7 @@ class FrameType(enum.IntEnum):
     CLOSE = 6
     PING = 7
     PONG = 8
-    READY = 9
+    LEAVING = 9
     DEAL = 10
 
 

@@ -22,7 +22,9 @@ from planetserve.types import Chain
 
 TOLERANCE = 1e-9
 """Relative difference below which two costs or two rates count as equal."""
-_DUAL_STEPS = 8
+_DUAL_STEPS = 6
+_REPAIR_PASSES = 4
+"""A repair takes about as long as this many bounds."""
 _FIRST_GAP = 0.004
 _WIDEN = 2.0
 _HOPELESS = 64.0
@@ -47,21 +49,30 @@ class FloorSolver:
     """Solves floors in rising order on one problem.
 
     Args:
-        max_labels: partial chains that may be looked at over the whole sweep.
+        effort: how much work to spend over the whole sweep, in partial chains looked at; passes of
+            the dynamic programmes are counted as the partial chains that would take as long.
     """
 
-    def __init__(self, problem: RoutingProblem, max_labels: int):
+    def __init__(self, problem: RoutingProblem, effort: int):
         self._problem = problem
         self._graph = RunGraph.build(problem)
-        self._labels_left = max_labels
+        cells = sum(links.size for links in self._graph.links)
+        self._pass_effort = 2 * problem.num_blocks + cells // 2000
+        self._effort_left = effort
         self._known: dict[tuple[int, ...], Chain] = {}
         self._prices: Priced | None = None
         self._floor_ms = 0.0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the effort is used up, so that answers are no longer proven."""
+        return self._effort_left <= 0
 
     def solve(self, rate: float) -> Answer:
         """The least latency of chains with a throughput of at least `rate` tokens per second."""
         limits = Limits.at_rate(self._problem, rate)
         free = unpriced(self._graph, limits)
+        self._effort_left -= self._pass_effort
         if not free.bounds.hosts:
             return Answer(None, np.inf)
         best = self._offer(free.bounds.hosts, rate)
@@ -88,7 +99,9 @@ class FloorSolver:
 
         start = self._prices or free
         start = Priced(start.block_price, start.hop_price, free.bounds, free.lower)
-        priced = ascend(self._graph, limits, start, upper, _DUAL_STEPS)
+        steps = 1 if self.exhausted else _DUAL_STEPS
+        priced = ascend(self._graph, limits, start, upper, steps)
+        self._effort_left -= steps * self._pass_effort
         if priced.bounds is free.bounds:
             priced = free
         self._prices = priced
@@ -99,6 +112,7 @@ class FloorSolver:
         ):
             if upper(()) > lower:
                 upper(feasible_chain(self._graph, limits, block_price, hop_price) or ())
+                self._effort_left -= _REPAIR_PASSES * self._pass_effort
         best = self._offer((), rate)
         if best is None:
             dealt = deal_out(self._graph, limits)
@@ -115,15 +129,17 @@ class FloorSolver:
         by_hop = set(np.flatnonzero(priced.hop_price).tolist())
         gap = _FIRST_GAP
         best = self._offer((), rate)
-        while best is None or best.latency_ms > lower * (1 + TOLERANCE):
+        while not self.exhausted and (
+            best is None or best.latency_ms > lower * (1 + TOLERANCE)
+        ):
             at_most = np.inf if best is None else best.latency_ms
             ceiling = min(lower * (1 + gap), at_most) if gap < _HOPELESS else at_most
             meter = Meter.of(limits, by_block, by_hop, priced.block_price, priced.hop_price)
             search = LabelSearch(
-                self._graph, limits, meter, priced.bounds, ceiling * (1 + TOLERANCE), self._labels_left
+                self._graph, limits, meter, priced.bounds, ceiling * (1 + TOLERANCE), self._effort_left
             )
             found = search.run()
-            self._labels_left -= found.labels
+            self._effort_left -= found.labels
             if not found.complete:
                 return best, lower
             if found.hosts is None:

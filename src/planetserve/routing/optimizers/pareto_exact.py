@@ -5,7 +5,7 @@ throughput, and so on until no chain is faster. Every step is solved exactly (se
 `planetserve.routing.exact`), counting what a server does in the whole chain, visits apart included.
 
 The problem is NP-hard at the fast end, where a chain has a server per block or two. So the work is
-bounded: past `max_labels`, points are the best found, and `solve` says for each how far it may be
+bounded: past `effort`, points are the best found, and `solve` says for each how far it may be
 from the optimum. `front` and `plan` take them as they are.
 """
 
@@ -21,6 +21,8 @@ from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.types import Chain
 
 _LEAST_RATE = 1e-12
+_COARSE_STEP = 0.05
+"""Relative step of the rate once nothing is proven any more: fewer, wider points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +37,18 @@ class ParetoExact:
     """Front of latency and throughput.
 
     Args:
-        max_labels: partial chains that may be looked at for one front.
+        effort: work to spend on one front, in partial chains looked at (some 20 us each); the
+            default is about a second.
     """
 
-    def __init__(self, max_labels: int = 200_000):
-        if max_labels < 0:
-            raise ConfigError(f"max_labels must not be negative, got {max_labels}")
-        self._max_labels = max_labels
+    def __init__(self, effort: int = 60_000):
+        if effort < 0:
+            raise ConfigError(f"effort must not be negative, got {effort}")
+        self._effort = effort
 
     def solve(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[FrontPoint, ...]:
         problem = RoutingProblem.build(snapshot, request)
-        solver = FloorSolver(problem, self._max_labels)
+        solver = FloorSolver(problem, self._effort)
         points: list[FrontPoint] = []
         rate = _LEAST_RATE
         while True:
@@ -57,4 +60,5 @@ class ParetoExact:
                 points.pop()
             gap = 0.0 if answer.exact else 1 - answer.lower_ms / chain.latency_ms
             points.append(FrontPoint(chain, gap))
-            rate = chain.throughput_tokens_per_s * (1 + TOLERANCE)
+            step = _COARSE_STEP if solver.exhausted else TOLERANCE
+            rate = chain.throughput_tokens_per_s * (1 + step)

@@ -1,0 +1,84 @@
+"""What the pages say exists: commands parse, flags are known, files and links are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from planetserve import cli, demo, run_dht, run_server
+from planetserve.config import ClientConfig, ServerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+PARSERS = {
+    "planetserve.run_server": run_server.parse,
+    "planetserve.run_dht": run_dht.parse,
+    "planetserve.demo": demo.parse,
+}
+
+
+def shell_commands(text: str) -> list[str]:
+    """Lines of the page's shell blocks, with continuations joined."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+COMMANDS = sorted(
+    line.strip()
+    for text in [*TEXTS.values(), f"```sh\n{run_server.EXAMPLES}\n{run_dht.EXAMPLES}```"]
+    for line in shell_commands(text)
+    if "python -m planetserve." in line
+)
+
+
+def test_the_pages_show_how_to_start_everything() -> None:
+    shown = {line.split()[2] for line in COMMANDS}
+    assert {"planetserve.run_server", "planetserve.run_dht"} <= shown
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_shown_command_is_accepted(line: str) -> None:
+    words = shlex.split(line)
+    module = words[words.index("-m") + 1]
+    PARSERS[module](words[words.index(module) + 1 :])
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_flags_in_the_text_exist(page: str) -> None:
+    known = {*ServerConfig.__dataclass_fields__, *run_dht.DhtConfig.__dataclass_fields__}
+    known |= {*demo.Options.__dataclass_fields__, "config", "help", "version"}
+    other = {"rm", "durations", "gpus", "edge"}  # of docker, pytest and a drawing
+    named = re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", TEXTS[page])
+    assert {name.replace("-", "_") for name in named} <= known | other
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_to_files(page: str) -> None:
+    folder = next(path.parent for path in PAGES if path.name == page)
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", TEXTS[page])
+    missing = [link for link in links if "://" not in link and not (folder / link).exists()]
+    assert missing == []
+
+
+def test_paths_in_the_architecture_page_exist() -> None:
+    package = ROOT / "src" / "planetserve"
+    named = set(re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.py)?)`", TEXTS["ARCHITECTURE.md"]))
+    assert len(named) > 20
+    missing = [name for name in named if not (package / name).exists()]
+    assert [name for name in missing if not (ROOT / name).exists()] == []
+
+
+def test_client_options_in_the_readme_exist() -> None:
+    for name in ("allowed_servers", "blocked_servers", "max_retries", "step_timeout"):
+        assert f"`{name}`" in TEXTS["README.md"]
+        assert name in ClientConfig.__dataclass_fields__
+
+
+def test_every_command_is_in_the_readme() -> None:
+    for name, (module, _) in cli.COMMANDS.items():
+        assert f"planetserve {name}" in TEXTS["README.md"]
+        assert module in TEXTS["README.md"]

@@ -1,13 +1,14 @@
 """What one request asks of a chain: room for its tokens, whom it trusts, and what it optimises for.
 
 The filters are hard: no optimiser ever returns a hop that breaks one. `pick` says which chain of a
-latency/throughput front to take; optimisers that return one chain ignore it.
+latency/throughput front to take (see `planetserve.routing.front`); optimisers that know one chain
+ignore it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from planetserve.errors import ConfigError
 from planetserve.types import BlockSpan
@@ -34,12 +35,13 @@ class ChainRequest:
     blocked: frozenset[str] = frozenset()
     trusted: Mapping[BlockSpan, frozenset[str]] | None = None
     """Blocks of each span may be run only by the servers named for it."""
-    pick: str = field(default="knee")
+    pick: str | None = None
+    """One of `PICKS`; None leaves the choice to the optimiser."""
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.prompt_tokens, self.output_tokens) < 0:
             raise ConfigError("tokens, prompt_tokens and output_tokens must not be negative")
-        if self.pick not in PICKS:
+        if self.pick is not None and self.pick not in PICKS:
             raise ConfigError(f"unknown pick {self.pick!r}; choose one of: {', '.join(PICKS)}")
         if self.pick == "request" and self.prompt_tokens + self.output_tokens == 0:
             raise ConfigError("pick 'request' needs prompt_tokens or output_tokens")

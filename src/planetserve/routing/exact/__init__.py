@@ -1,9 +1,9 @@
 """Chains of least latency under a floor on throughput: the inner problem of the exact front.
 
 A floor of `r` tokens per second allows server `s` at most `block_rate[s] / r` blocks and
-`hop_rate[s] / r` visits in the whole chain. Counting over the whole chain is what makes this hard: with
-one block per server it is a travelling salesman's problem. So it is solved in three steps, each
-used only where the one before leaves a gap:
+`hop_rate[s] / r` visits in the whole chain. Counting over the whole chain is what makes this hard:
+with one block per server it is a travelling salesman's problem. So it is solved in three steps,
+each used only where the one before leaves a gap:
 
 - `bounds.py`: limit every run on its own and forget earlier visits. A dynamic programme; a lower
   bound always, and the answer whenever its chain keeps the limits anyway.

@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 
 from planetserve.routing.problem import IntArray, RoutingProblem
 from planetserve.routing.snapshot import FloatArray
+from planetserve.routing.walk import run_ends
 
 Counts = NDArray[np.int64]
+Used = NDArray[np.int16]
+"""Counts of many partial chains; a model has at most 4,096 blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,9 @@ class RunGraph:
     holders: tuple[IntArray, ...]
     """`[num_blocks]` the servers that may run each block."""
     links: tuple[FloatArray, ...]
-    """`[num_blocks]` half RTTs `[holders of b - 1, holders of b]`; infinite from a server to itself.
+    """`[num_blocks]` half RTTs `[holders of b - 1, holders of b]`; from a server to itself infinite.
     The first entry holds the client's links, `[1, holders of 0]`."""
-    run_end: Counts
+    run_end: IntArray
     """`[num_blocks, n]` where a run that is at the block must end at the latest."""
 
     @classmethod
@@ -60,12 +63,7 @@ class RunGraph:
         np.fill_diagonal(between, np.inf)
         links = [problem.client_half_ms[None, holders[0]]]
         links += [between[np.ix_(a, b)] for a, b in zip(holders, holders[1:], strict=False)]
-        run_end = np.empty(problem.legal.shape, dtype=np.int64)
-        end = np.full(problem.num_servers, problem.num_blocks)
-        for block in range(problem.num_blocks - 1, -1, -1):
-            end = np.where(problem.legal[block], end, block)
-            run_end[block] = end
-        return cls(problem, holders, tuple(links), run_end)
+        return cls(problem, holders, tuple(links), run_ends(problem))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +71,9 @@ class Bounds:
     """Least cost to finish from anywhere, in milliseconds, prices included."""
 
     enter: FloatArray
-    """`[num_blocks, n]` when the server starts a run at the boundary, its visit and blocks included."""
+    """`[num_blocks, n]` when the server starts a run at the boundary, the visit included."""
     leave: FloatArray
-    """`[num_blocks + 1, n]` when the server has ended a run at the boundary; the next link included."""
+    """`[num_blocks + 1, n]` when the server has ended a run at the boundary."""
     total: float
     """Of the whole chain; infinite when there is none."""
     hosts: tuple[int, ...]

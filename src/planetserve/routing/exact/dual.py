@@ -2,8 +2,8 @@
 
 A chain that keeps its limits costs at least its priced cost less the price of using every limit up.
 So `lower_bounds` at any prices, less that, is a lower bound; raising the price of what the bound's
-own chain overuses, and lowering the rest, raises it. Held and Karp (1971) did this for tours; the step
-length is Polyak's.
+own chain overuses, and lowering the rest, raises it. Held and Karp (1971) did this for tours; the
+step length is Polyak's.
 """
 
 from __future__ import annotations

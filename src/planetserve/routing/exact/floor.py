@@ -109,7 +109,7 @@ class FloorSolver:
         for block_price, hop_price in (
             (priced.block_price, priced.hop_price),
             (free.block_price, free.hop_price),
-        ):
+        )[: 1 if self.exhausted else 2]:
             if upper(()) > lower:
                 upper(feasible_chain(self._graph, limits, block_price, hop_price) or ())
                 self._effort_left -= _REPAIR_PASSES * self._pass_effort
@@ -129,14 +129,17 @@ class FloorSolver:
         by_hop = set(np.flatnonzero(priced.hop_price).tolist())
         gap = _FIRST_GAP
         best = self._offer((), rate)
-        while not self.exhausted and (
-            best is None or best.latency_ms > lower * (1 + TOLERANCE)
-        ):
+        while not self.exhausted and (best is None or best.latency_ms > lower * (1 + TOLERANCE)):
             at_most = np.inf if best is None else best.latency_ms
             ceiling = min(lower * (1 + gap), at_most) if gap < _HOPELESS else at_most
             meter = Meter.of(limits, by_block, by_hop, priced.block_price, priced.hop_price)
             search = LabelSearch(
-                self._graph, limits, meter, priced.bounds, ceiling * (1 + TOLERANCE), self._effort_left
+                self._graph,
+                limits,
+                meter,
+                priced.bounds,
+                ceiling * (1 + TOLERANCE),
+                self._effort_left,
             )
             found = search.run()
             self._effort_left -= found.labels

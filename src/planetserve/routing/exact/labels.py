@@ -1,8 +1,8 @@
 """Exact search over the chains that the bounds leave: label setting with counted limits.
 
 A label is a partial chain: the server whose run it ended at a boundary, its cost, and its counts of
-the metered limits. It is dropped when its cost plus the bound on the rest passes the ceiling, or when
-another label with the same server at the same boundary costs no more and has used no more of
+the metered limits. It is dropped when its cost plus the bound on the rest passes the ceiling, or
+when another label with the same server at the same boundary costs no more and has used no more of
 anything metered. What is left is few, because the prices make the bound tight.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planetserve.routing.exact.bounds import Bounds, Counts, Limits, RunGraph
+from planetserve.routing.exact.bounds import Bounds, Limits, RunGraph, Used
 from planetserve.routing.exact.meter import Meter
 from planetserve.routing.problem import BoolArray, IntArray
 from planetserve.routing.snapshot import FloatArray
@@ -40,7 +40,7 @@ class _Labels:
 
     server: IntArray
     cost: FloatArray
-    used: Counts
+    used: Used
     from_block: IntArray
     from_label: IntArray
 
@@ -205,7 +205,7 @@ def _undominated(labels: _Labels) -> _Labels:
     return labels.take(np.flatnonzero(~beaten))
 
 
-def _beaten(server: IntArray, used: Counts) -> BoolArray:
+def _beaten(server: IntArray, used: Used) -> BoolArray:
     """Rows beaten by an earlier, so no dearer, row of the same server."""
     no_more = (used[:, None, :] <= used[None, :, :]).all(axis=2)
     no_more &= server[:, None] == server[None, :]
@@ -213,7 +213,7 @@ def _beaten(server: IntArray, used: Counts) -> BoolArray:
     return beaten
 
 
-def _beaten_in_chunks(used: Counts, chunk: int = 256) -> BoolArray:
+def _beaten_in_chunks(used: Used, chunk: int = 256) -> BoolArray:
     """Rows of one server beaten by an earlier row, comparing a bounded number of pairs at once."""
     beaten = np.zeros(len(used), dtype=bool)
     for start in range(0, len(used), chunk):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planetserve.routing.exact.bounds import Counts, Limits
+from planetserve.routing.exact.bounds import Counts, Limits, Used
 from planetserve.routing.problem import BoolArray, IntArray
 from planetserve.routing.snapshot import FloatArray
 
@@ -54,7 +54,7 @@ class Meter:
             ),
         )
 
-    def may_enter(self, used: Counts, servers: IntArray) -> BoolArray:
+    def may_enter(self, used: Used, servers: IntArray) -> BoolArray:
         """`[labels, servers]`: whether a label that has used so much may visit the server."""
         allowed = np.ones((len(used), len(servers)), dtype=bool)
         for slots in (self.block_slot[servers], self.hop_slot[servers]):
@@ -63,19 +63,19 @@ class Meter:
             allowed[:, counted] &= used[:, columns] < self.limit[columns]
         return allowed
 
-    def charge_visit(self, used: Counts, servers: IntArray) -> None:
+    def charge_visit(self, used: Used, servers: IntArray) -> None:
         """Count, in place, one visit of `servers[i]` in row `i`."""
         slots = self.hop_slot[servers]
         rows = np.flatnonzero(slots >= 0)
         used[rows, slots[rows]] += 1
 
-    def charge_blocks(self, used: Counts, servers: IntArray, blocks: Counts) -> None:
+    def charge_blocks(self, used: Used, servers: IntArray, blocks: Used) -> None:
         """Count, in place, `blocks[i]` blocks on `servers[i]` in row `i`."""
         slots = self.block_slot[servers]
         rows = np.flatnonzero(slots >= 0)
         used[rows, slots[rows]] += blocks[rows]
 
-    def blocks_left(self, used: Counts, servers: IntArray, limits: Limits) -> Counts:
+    def blocks_left(self, used: Used, servers: IntArray, limits: Limits) -> Counts:
         """Blocks that row `i` may still run on `servers[i]`; the limit itself if not counted."""
         left = limits.blocks[servers]
         slots = self.block_slot[servers]

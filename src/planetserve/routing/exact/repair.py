@@ -21,7 +21,7 @@ _MAX_CELLS = 40_000_000
 def feasible_chain(
     graph: RunGraph, limits: Limits, block_price: FloatArray, hop_price: FloatArray
 ) -> tuple[int, ...] | None:
-    """A chain within `limits`, cheap at the given prices, as a host per block; None if none is found."""
+    """A chain within `limits`, cheap at the given prices, as a host per block, or None."""
     problem = graph.problem
     num_blocks, n = problem.legal.shape
     held = problem.legal.sum(axis=0)

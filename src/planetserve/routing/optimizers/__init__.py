@@ -5,11 +5,20 @@ from __future__ import annotations
 from planetserve.registry import Registry
 from planetserve.routing.optimizers.base import ChainOptimizer, FrontOptimizer
 
+_HERE = "planetserve.routing.optimizers"
+
 OPTIMIZERS: Registry[ChainOptimizer] = Registry(
     "chain optimizer",
     "chain_optimizers",
     {
-        "shortest_path": "planetserve.routing.optimizers.shortest_path:ShortestPath",
+        "greedy": f"{_HERE}.greedy:Greedy",
+        "latency_throughput_tradeoff": f"{_HERE}.nsga2:LatencyThroughputTradeoff",
+        "nsga2": f"{_HERE}.nsga2:Nsga2",
+        "pareto_exact": f"{_HERE}.pareto_exact:ParetoExact",
+        "petals_max_throughput": f"{_HERE}.petals:PetalsMaxThroughput",
+        "petals_min_latency": f"{_HERE}.petals:PetalsMinLatency",
+        "random": f"{_HERE}.random_chain:RandomChain",
+        "shortest_path": f"{_HERE}.shortest_path:ShortestPath",
     },
 )
 

@@ -8,6 +8,7 @@ filters.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from planetserve.routing.request import ChainRequest
@@ -33,7 +34,29 @@ class FrontOptimizer(ChainOptimizer, Protocol):
     """Also knows the chains between which latency trades for throughput."""
 
     def front(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[Chain, ...]:
-        """Chains none of which is worse than another in both respects, fastest token first.
+        """Chains none of which another one beats in every objective, fastest token first.
+
+        Raises:
+            MissingBlocksError, NoChainAvailable: as `plan`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FrontPoint:
+    """A chain of a front, and by what part of its latency another one might still beat it."""
+
+    chain: Chain
+    gap: float
+    """0 when it is proven that no chain of at least this throughput is faster."""
+
+
+@runtime_checkable
+class ProvingOptimizer(FrontOptimizer, Protocol):
+    """Also proves how good its front is."""
+
+    def solve(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[FrontPoint, ...]:
+        """The chains of `front` with what is proven of each.
 
         Raises:
             MissingBlocksError, NoChainAvailable: as `plan`.

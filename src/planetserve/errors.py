@@ -25,9 +25,9 @@ PlanetServeError                  blame     retryable
     ├── SessionClosed             LOCAL     no
     └── SessionExpired            NOBODY    yes   idle or old; its history can be sent again
 
-A retry goes to another chain, without the peer at fault. It reads only `retryable`; reputation reads only `blame`, so a client's own bug can
-never ban a server. `code` is what crosses the network; messages never do unless they are built
-from numbers the peer already knows.
+A retry goes to another chain, without the peer at fault. The retry loop reads only `retryable`;
+reputation reads only `blame`, so a client's own bug can never ban a server. `code` is what crosses
+the network; messages never do unless they are built from numbers the peer already knows.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Hops that tile `[0, num_blocks)` in order. `latency_ms` is the planner's prediction for one token."""
+    """Hops that tile `[0, num_blocks)` in order; `latency_ms` is what the planner predicts."""
 
     hops: tuple[Hop, ...]
     latency_ms: float = 0.0

@@ -1,4 +1,4 @@
-"""A tiny random Llama, a swarm that serves it in overlapping spans, and the local model to equal."""
+"""A tiny random Llama, a swarm that serves it in overlapping spans, and the local model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
 from commands import Command
+from transformers import AutoModelForCausalLM
 
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.testing.checkpoints import make_tiny_checkpoint

@@ -60,17 +60,13 @@ def test_server_with_another_revision(swarm: LocalSwarm, other_revision: Path) -
         swarm.add_server("0:3", model=str(other_revision))
 
 
-def test_client_with_another_model(
-    swarm: LocalSwarm, tmp_path: Path, prompt: torch.Tensor
-) -> None:
+def test_client_with_another_model(swarm: LocalSwarm, tmp_path: Path, prompt: torch.Tensor) -> None:
     make_tiny_checkpoint(tmp_path, "gpt2", seed=2)
     with _load(tmp_path, swarm) as model, pytest.raises(ModelMismatchError, match="serves llama-"):
         model.generate(prompt, max_new_tokens=1)
 
 
-def test_sequence_longer_than_the_servers_take(
-    llama_folder: Path, prompt: torch.Tensor
-) -> None:
+def test_sequence_longer_than_the_servers_take(llama_folder: Path, prompt: torch.Tensor) -> None:
     options = {"inference_max_length": 16}
     with (
         LocalSwarm(str(llama_folder), ["0:6"], options) as swarm,
@@ -111,9 +107,7 @@ def test_unreachable_peer(llama_folder: Path) -> None:
         AutoDistributedModelForCausalLM.from_pretrained(str(llama_folder), initial_peers=[peer])
 
 
-def test_closed_model_says_so(
-    swarm: LocalSwarm, llama_folder: Path, prompt: torch.Tensor
-) -> None:
+def test_closed_model_says_so(swarm: LocalSwarm, llama_folder: Path, prompt: torch.Tensor) -> None:
     model = _load(llama_folder, swarm)
     model.close()
     model.close()

@@ -158,9 +158,7 @@ def test_session_takes_new_tokens_of_a_conversation(
     assert torch.equal(torch.cat([first, second], dim=1), expected)
 
 
-def test_session_of_a_padded_batch(
-    model: Any, local: Any, padded: dict[str, torch.Tensor]
-) -> None:
+def test_session_of_a_padded_batch(model: Any, local: Any, padded: dict[str, torch.Tensor]) -> None:
     expected = local.generate(**padded, **GREEDY, pad_token_id=0)
     with model.inference_session(max_length=64):
         first = model.generate(**padded, max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -182,9 +180,7 @@ def test_forward_gives_local_logits(
     model: Any, local: Any, prompt: torch.Tensor, padded: dict[str, torch.Tensor]
 ) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(
-            model(prompt).logits, local(prompt).logits, atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(model(prompt).logits, local(prompt).logits, atol=1e-4, rtol=1e-4)
         got, expected = model(**padded).logits, local(**padded).logits
     real = padded["attention_mask"].bool()
     torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=1e-4)

@@ -30,8 +30,16 @@ def replicas(tmp_path: Path, llama_folder: Path, started: list[Command]) -> list
     for span in ("0:3", "0:3", "3:6", "3:6"):
         started.append(
             Command(
-                tmp_path, "run_server", str(llama_folder), "--block_indices", span,
-                "--initial_peers", *peers, *LOOPBACK, "--num_threads", "1",
+                tmp_path,
+                "run_server",
+                str(llama_folder),
+                "--block_indices",
+                span,
+                "--initial_peers",
+                *peers,
+                *LOOPBACK,
+                "--num_threads",
+                "1",
             )  # fmt: skip
         )
     for command in started:

@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
-
 from commands import ENVIRONMENT, Command
 
 from planetserve import AutoDistributedModelForCausalLM
+
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

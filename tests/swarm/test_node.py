@@ -102,7 +102,8 @@ async def test_the_key_is_not_left_on_disk(start_node: StartNode) -> None:
     node = await start_node()
     folder = node._daemon._folder
     assert folder.stat().st_mode & 0o077 == 0
-    assert not any(entry.is_file() for entry in folder.iterdir())
+    files = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
+    assert files == {"lock": b""}
 
 
 async def test_closing_leaves_nothing(start_node: StartNode) -> None:
@@ -309,6 +310,21 @@ def test_round_trip_times_are_averaged_bounded_and_forgotten() -> None:
     clock.now = 151.0
     assert table.get_ms("b") is None
     assert table.snapshot() == {}
+
+
+def test_folders_of_killed_processes_are_removed_and_others_not() -> None:
+    dead = Path(tempfile.mkdtemp(prefix="planetserve-0-", dir="/tmp"))
+    starting = Path(tempfile.mkdtemp(prefix="planetserve-0-", dir="/tmp"))
+    (dead / "lock").touch()
+    (dead / "p2pd.sock").touch()
+    first = node_module.Daemon()
+    second = node_module.Daemon()
+    assert not dead.exists()
+    assert starting.exists(), "it has no lock yet"
+    assert first._folder.exists()
+    for daemon in (first, second):
+        asyncio.run(daemon.close())
+    starting.rmdir()
 
 
 def test_socket_paths_stay_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

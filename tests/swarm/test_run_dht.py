@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -63,8 +62,6 @@ def bootstrap(folder: Path) -> Iterator[Bootstrap]:
     if peer.process.poll() is None:
         peer.process.kill()
     peer.process.communicate(timeout=10)
-    for left_by_a_kill in Path("/tmp").glob(f"planetserve-{peer.process.pid}-*"):
-        shutil.rmtree(left_by_a_kill)
 
 
 async def test_others_join_with_what_it_prints(bootstrap: Bootstrap) -> None:

@@ -31,9 +31,7 @@ class AutoDistributedModelForCausalLM:
     """Loads causal language models whose decoder layers are served by a swarm."""
 
     def __init__(self) -> None:
-        raise ConfigError(
-            f"use {type(self).__name__}.from_pretrained(MODEL, initial_peers=[...])"
-        )
+        raise ConfigError(f"use {type(self).__name__}.from_pretrained(MODEL, initial_peers=[...])")
 
     @classmethod
     def from_pretrained(
@@ -140,13 +138,11 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, config: ClientConfig) -> A
     return model
 
 
-def _attach(
-    model: PreTrainedModel, blocks: RemoteBlocks, runtime: ClientRuntime
-) -> None:
+def _attach(model: PreTrainedModel, blocks: RemoteBlocks, runtime: ClientRuntime) -> None:
     """Give the loaded half its distributed methods."""
     base = type(model)
     model.__class__ = type(f"Distributed{base.__name__}", (DistributedMixin, base), {})
-    model.runtime = runtime  # type: ignore[assignment]
+    model.runtime = runtime
 
     def note_logits(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         blocks.on_logits(kwargs.get("logits_to_keep", 0))

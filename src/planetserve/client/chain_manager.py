@@ -29,8 +29,8 @@ from planetserve.errors import (
     SessionLengthError,
 )
 from planetserve.routing.optimizers import OPTIMIZERS
-from planetserve.routing.request import ChainRequest
 from planetserve.routing.points import server_point
+from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import NodeConfig, SwarmNode

@@ -71,7 +71,9 @@ class History:
 
     def replay(self) -> tuple[StepTable, torch.Tensor] | None:
         """One step that fills an empty chain with all rows, or None when there is nothing yet."""
-        rows, hidden, positions = [], [], []
+        rows: list[RowSlice] = []
+        hidden: list[torch.Tensor] = []
+        positions: list[int] = []
         explicit = any(p is not None for row in self._rows for p in row.positions)
         for index, row in enumerate(self._rows):
             if not row.length:

@@ -106,9 +106,7 @@ class RemoteBlocks:
         )
         if not rows:
             raise ConfigError("attention_mask leaves no token in any row")
-        positions = _explicit_positions(
-            call.positions_BT, columns_BT, cache.get_seq_length(), rows
-        )
+        positions = _explicit_positions(call.positions_BT, columns_BT, cache.get_seq_length(), rows)
         device = hidden_BTD.device
         local_BTD = hidden_BTD.detach().cpu()
         hidden_TD = local_BTD[columns_BT] if padded else local_BTD.reshape(-1, width)

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -73,15 +73,15 @@ class RingSpec:
     connect_timeout_s: float
     step_timeout_s: float
     probe_after_s: float
-    """Silence after which the hops are pinged, so that a dead one costs seconds, not the timeout."""
+    """Silence after which the hops are pinged: a dead one costs seconds, not the timeout."""
     ping_timeout_s: float
 
 
 class RingSession:
     """An open session on `chain`. Made by `open`; one step at a time."""
 
-    sealer_type: type[Sealer] = EdgeSealer
-    opener_type: type[Opener] = EdgeOpener
+    sealer_type: ClassVar[Callable[..., Sealer]] = EdgeSealer
+    opener_type: ClassVar[Callable[..., Opener]] = EdgeOpener
 
     def __init__(self, chain: Chain, spec: RingSpec):
         self.chain = chain
@@ -207,7 +207,14 @@ class RingSession:
     ) -> tuple[FrameStream, SessionOpened, ChannelSecret]:
         hops = self.chain.hops
         hop, info = hops[index], servers[hops[index].peer_id]
-        following = hops[index + 1] if index + 1 < len(hops) else None
+        following = None
+        if index + 1 < len(hops):
+            after = hops[index + 1]
+            following = NextHop(
+                peer_id=after.peer_id,
+                end=after.end,
+                addresses=list(servers[after.peer_id].addresses),
+            )
         handshake = ClientHandshake(self.session_id, index, hop.peer_id)
         message = OpenSession(
             model=info.model,
@@ -220,12 +227,7 @@ class RingSession:
             edge=index,
             epoch=0,
             previous=hops[index - 1].peer_id if index else CLIENT,
-            next=following
-            and NextHop(
-                peer_id=following.peer_id,
-                end=following.end,
-                addresses=list(servers[following.peer_id].addresses),
-            ),
+            next=following,
             offer=to_text(handshake.offer),
         ).encode()
         timeout_s = self._spec.connect_timeout_s
@@ -334,8 +336,9 @@ class RingSession:
     async def _probe_until(self, task: asyncio.Future[T]) -> None:
         """Ping the hops once; raise if one is silent and `task` has not finished meanwhile."""
         probe = asyncio.ensure_future(self._silent_hop())
+        either: tuple[asyncio.Future[Any], ...] = (task, probe)
         try:
-            await asyncio.wait([task, probe], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             silent = probe.result() if probe.done() else None
         finally:
             probe.cancel()

@@ -47,9 +47,7 @@ _UNMEASURED_MS = 1000.0
 class Server:
     """A running server. Made by `start`."""
 
-    def __init__(
-        self, config: ServerConfig, checkpoint: Checkpoint, node: SwarmNode, clock: Clock
-    ):
+    def __init__(self, config: ServerConfig, checkpoint: Checkpoint, node: SwarmNode, clock: Clock):
         self.config = config
         self.checkpoint = checkpoint
         self.node = node
@@ -307,4 +305,3 @@ def _build_engine(
         engine.close()
         raise
     return engine
-

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -73,8 +74,8 @@ class ServerSession:
         max_step_tokens: largest step that is assembled when prefills cannot be chunked.
     """
 
-    sealer_type: type[Sealer] = EdgeSealer
-    opener_type: type[Opener] = EdgeOpener
+    sealer_type: ClassVar[Callable[..., Sealer]] = EdgeSealer
+    opener_type: ClassVar[Callable[..., Opener]] = EdgeOpener
 
     def __init__(
         self,
@@ -318,7 +319,7 @@ class ServerSession:
             flags=received.flags,
         )
         body = tensor_bytes(output_TD)
-        parts = [body] if is_last else [table.pack(), body]
+        parts: list[bytes | memoryview] = [body] if is_last else [table.pack(), body]
         header, sealed = self._sealer.seal(header, parts, asyncio.get_running_loop().time())
         await target.send(header, sealed)
 

@@ -4,8 +4,9 @@ Everything that touches hivemind's P2P class is here, and its exceptions end her
 sockets and the key it reads live in a private folder that is removed with it, so a failed launch
 leaves nothing behind either. It listens on TCP only; it relays for others only if asked to.
 
-p2pd ends by itself within a second when this process dies, because its control connection drops;
-after a SIGKILL of this process only the folder, with dead sockets in it, is left.
+p2pd ends by itself within a second when this process dies, because its control connection drops.
+What is left of a process that was killed is the folder, which the next launch on the machine sees
+unlocked and removes.
 """
 
 # ruff: noqa: SLF001  hivemind keeps the process, its client and its tasks private; P2P has no
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import ipaddress
 import logging
 import os
@@ -24,7 +26,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
@@ -58,9 +60,7 @@ class Daemon:
 
     def __init__(self) -> None:
         self.p2p: P2P | None = None
-        # Unix socket paths are short; TMPDIR need not be.
-        parent = "/tmp" if Path("/tmp").is_dir() else None
-        self._folder = Path(tempfile.mkdtemp(prefix=f"planetserve-{os.getpid()}-", dir=parent))
+        self._folder, self._lock = _make_folder()
 
     @classmethod
     async def start(cls, config: NodeConfig, identity: Identity) -> Daemon:
@@ -210,6 +210,7 @@ class Daemon:
                     await child.wait()
             await _settle(p2p, control)
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
     async def _ask(self, request: p2pd_pb2.Request) -> tuple[p2pd_pb2.Response, socket.socket]:
         """Send one request on a connection of its own; the answer and the connection.
@@ -237,6 +238,22 @@ class Daemon:
         if self.p2p is None or self.p2p._child is None:
             raise TransportError("this node is closed")
         return self.p2p._child
+
+
+def _make_folder() -> tuple[Path, BinaryIO]:
+    """A private folder and the lock on it, after removing the folders of processes that died."""
+    # Unix socket paths are short; TMPDIR need not be.
+    parent = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+    for left in parent.glob("planetserve-*"):
+        with contextlib.suppress(OSError), (left / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=f"planetserve-{os.getpid()}-", dir=parent))
+    # Locked before it has its name, so that nobody sees it unlocked.
+    held = (folder / "new").open("wb")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    (folder / "new").rename(folder / "lock")
+    return folder, held
 
 
 async def _settle(p2p: P2P, control: Any) -> None:

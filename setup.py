@@ -25,7 +25,7 @@ setup(
     package_data={"planetserve": ["py.typed", "demo_model/*"]},
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.23,<6",
+        "transformers>=5.16,<6",
         "hivemind>=1.1.12,<2",
         "cryptography>=47",
         "huggingface_hub>=1.0",
@@ -36,6 +36,7 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
+        "nsga2": ["pymoo>=0.6.1"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.15",

@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
@@ -84,7 +83,8 @@ def _cache_refusal(config: PretrainedConfig) -> str | None:
     if kinds is None:
         return "transformers has no cache of plain keys and values for its layers"
     special = [kind for kind in kinds if kind not in _PLAIN_LAYERS]
-    if any(issubclass(kind, DummyLayer) for kind in special):
+    # By name: older transformers 5 releases have no such class to import.
+    if any(kind.__name__ == "DummyLayer" for kind in special):
         return "some of its layers have no keys and values of their own"
     if special:
         return f"its layers cache more than keys and values ({special[0].__name__})"

@@ -314,14 +314,20 @@ async def test_measuring_leaves_an_empty_cache_and_plausible_speeds(engine):
 
 
 async def test_closing_fails_what_is_pending_and_stops_the_thread(tiny):
+    before = set(threading.enumerate())
     engine = make_engine(tiny)
+    (thread,) = [
+        item
+        for item in threading.enumerate()
+        if item.name == "planetserve-engine" and item not in before
+    ]
     engine.open_session(b"s", "peer", 1, 64)
     futures = [engine.submit(b"s", table(0, 40), torch.randn(40, HIDDEN_SIZE)) for _ in range(1)]
     engine.close()
     for future in futures:
         with pytest.raises(SessionClosed):
             await future
-    assert not any(thread.name == "planetserve-engine" for thread in threading.enumerate())
+    assert not thread.is_alive()
     with pytest.raises(SessionClosed):
         engine.open_session(b"t", "peer", 1, 8)
     engine.close()

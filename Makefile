@@ -1,5 +1,6 @@
 # make demo   complete PROMPT with three servers on this machine:  PROMPT="A list is" make demo
 # make test   lint and run all tests
+# make faults run the tests of faults and hostile input in full; takes many minutes
 # make lint   ruff and mypy only
 # make venv   create .venv with everything the other targets need
 #
@@ -13,13 +14,16 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test faults lint venv clean
 
 demo: $(READY)
 	$(BIN)/python -m planetserve.demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+faults: $(READY)
+	$(BIN)/python -m pytest -m 'faults or not faults' tests/faults
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -34,7 +38,7 @@ $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev,nsga2]'
 	touch $@
 
 clean:

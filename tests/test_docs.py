@@ -73,7 +73,9 @@ def test_paths_in_the_architecture_page_exist() -> None:
 
 
 def test_client_options_in_the_readme_exist() -> None:
-    for name in ("allowed_servers", "blocked_servers", "max_retries", "step_timeout"):
+    named = ("allowed_servers", "blocked_servers", "local_blocks", "max_retries", "step_timeout",
+             "trusted_servers")  # fmt: skip
+    for name in named:
         assert f"`{name}`" in TEXTS["README.md"]
         assert name in ClientConfig.__dataclass_fields__
 

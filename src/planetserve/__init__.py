@@ -40,13 +40,32 @@ from planetserve.errors import (
 from planetserve.types import BlockSpan, Chain, Hop, ServerInfo
 
 if TYPE_CHECKING:
-    from planetserve.client.auto import AutoDistributedConfig, AutoDistributedModelForCausalLM
+    from planetserve.client.auto import (
+        AutoDistributedConfig,
+        AutoDistributedModel,
+        AutoDistributedModelForCausalLM,
+    )
+    from planetserve.client.families import (
+        DistributedBloomConfig,
+        DistributedBloomForCausalLM,
+        DistributedBloomModel,
+        DistributedFalconConfig,
+        DistributedFalconForCausalLM,
+        DistributedFalconModel,
+        DistributedLlamaConfig,
+        DistributedLlamaForCausalLM,
+        DistributedLlamaModel,
+        DistributedMixtralConfig,
+        DistributedMixtralForCausalLM,
+        DistributedMixtralModel,
+    )
     from planetserve.client.session import InferenceSession
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoDistributedConfig",
+    "AutoDistributedModel",
     "AutoDistributedModelForCausalLM",
     "Blame",
     "BlockSpan",
@@ -57,6 +76,18 @@ __all__ = [
     "ConfigError",
     "CryptoError",
     "DecryptionFailed",
+    "DistributedBloomConfig",
+    "DistributedBloomForCausalLM",
+    "DistributedBloomModel",
+    "DistributedFalconConfig",
+    "DistributedFalconForCausalLM",
+    "DistributedFalconModel",
+    "DistributedLlamaConfig",
+    "DistributedLlamaForCausalLM",
+    "DistributedLlamaModel",
+    "DistributedMixtralConfig",
+    "DistributedMixtralForCausalLM",
+    "DistributedMixtralModel",
     "HandshakeFailed",
     "Hop",
     "HopTimeout",
@@ -85,7 +116,20 @@ __all__ = [
 
 _LAZY = {
     "AutoDistributedConfig": "planetserve.client.auto",
+    "AutoDistributedModel": "planetserve.client.auto",
     "AutoDistributedModelForCausalLM": "planetserve.client.auto",
+    "DistributedBloomConfig": "planetserve.client.families",
+    "DistributedBloomForCausalLM": "planetserve.client.families",
+    "DistributedBloomModel": "planetserve.client.families",
+    "DistributedFalconConfig": "planetserve.client.families",
+    "DistributedFalconForCausalLM": "planetserve.client.families",
+    "DistributedFalconModel": "planetserve.client.families",
+    "DistributedLlamaConfig": "planetserve.client.families",
+    "DistributedLlamaForCausalLM": "planetserve.client.families",
+    "DistributedLlamaModel": "planetserve.client.families",
+    "DistributedMixtralConfig": "planetserve.client.families",
+    "DistributedMixtralForCausalLM": "planetserve.client.families",
+    "DistributedMixtralModel": "planetserve.client.families",
     "InferenceSession": "planetserve.client.session",
 }
 

@@ -58,6 +58,15 @@ class ClientConfig:
     """Use these peer ids only; None allows every server."""
     blocked_servers: tuple[str, ...] | None = None
     """Never use these peer ids."""
+    trusted_servers: tuple[str, ...] | None = None
+    """Only these peer ids run `trusted_blocks`; any server may run the others."""
+    trusted_blocks: str | None = None
+    """Blocks that only `trusted_servers` run, as START:END with commas between; a negative number
+    counts from the end. By default the first two and the last two, 0:2,-2:"""
+    local_blocks: str | None = None
+    """Blocks that the client runs itself: the first ones, the last ones or both, such as 0:1 or
+    0:2,-2: (START:END; a negative number counts from the end). Their weights and their KV cache
+    stay in this machine's memory, as much for each block as a server needs."""
     use_server_to_server: bool = True
     """Servers push activations to the next server. Always on; False is refused."""
     connect_timeout: float = 5.0
@@ -105,6 +114,10 @@ class ClientConfig:
             raise ConfigError(
                 "use_server_to_server=False is not possible: servers always push to the next "
                 "server; leave it out"
+            )
+        if self.trusted_blocks is not None and self.trusted_servers is None:
+            raise ConfigError(
+                "trusted_blocks says which blocks trusted_servers run; name the servers as well"
             )
         _check_prefix(self.dht_prefix)
 
@@ -168,10 +181,28 @@ class ServerConfig:
     """Tokens in one page of the KV cache."""
     attention_backend: str = "sdpa"
     """Name of the attention implementation."""
+    linear_backend: str = "auto"
+    """How linear layers are stored and multiplied on a CPU: auto, packed or plain."""
     num_threads: int | None = None
     """CPU threads for torch; by default torch's own choice."""
     throughput: float | Literal["auto"] = "auto"
     """Tokens per second through one block; auto measures it."""
+
+    max_sessions: int = 1024
+    """Open sessions, of all peers together."""
+    max_peer_sessions: int = 256
+    """Open sessions of one peer."""
+    max_peer_opens: float = 1200.0
+    """Sessions that one peer may open per minute in the long run."""
+    peer_open_burst: int = 200
+    """Sessions that a peer which has been quiet may open at once."""
+    max_queued_mib: int = 512
+    """MiB of activations of all peers that wait to be computed or sent on."""
+    max_peer_queued_mib: int = 64
+    """MiB of activations that wait for one client; past it, its servers upstream wait."""
+    max_peer_kv_share: float = 0.25
+    """Share of the KV cache that one peer may hold while others hold some. A peer that is alone
+    may hold all but one such share. 1 sets no limit, for swarms whose users are all known."""
 
     update_period: float = 60.0
     """Seconds between announcements to the directory."""
@@ -195,8 +226,15 @@ class ServerConfig:
         self._check_choices()
         _require_positive(
             self, "daemon_startup_timeout", "max_batch_size", "page_size", "update_period",
-            "request_timeout", "session_timeout", "step_timeout",
+            "request_timeout", "session_timeout", "step_timeout", "max_sessions",
+            "max_peer_sessions", "max_peer_opens", "peer_open_burst", "max_queued_mib",
+            "max_peer_queued_mib", "max_peer_kv_share",
         )  # fmt: skip
+        if self.max_peer_kv_share > 1:
+            raise ConfigError(
+                f"max_peer_kv_share={self.max_peer_kv_share:g} is more than the whole cache; "
+                "give a share in (0, 1]"
+            )
         optional = ("num_blocks", "attn_cache_tokens", "inference_max_length", "num_threads")
         _require_positive(self, *(name for name in optional if getattr(self, name) is not None))
         if self.throughput != "auto":

@@ -35,7 +35,9 @@ GROUPS = {
     "network": ("port", "public_ip", "host_maddrs", "announce_maddrs", "daemon_startup_timeout",
                 "request_timeout"),
     "capacity": ("attn_cache_tokens", "inference_max_length", "max_batch_size", "page_size",
-                 "attention_backend", "num_threads", "throughput"),
+                 "attention_backend", "linear_backend", "num_threads", "throughput"),
+    "limits": ("max_sessions", "max_peer_sessions", "max_peer_opens", "peer_open_burst",
+               "max_queued_mib", "max_peer_queued_mib", "max_peer_kv_share"),
     "timing": ("update_period", "expiration", "session_timeout", "step_timeout"),
     "process": ("ready_file", "log_level"),
 }  # fmt: skip

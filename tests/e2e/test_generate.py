@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,13 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from planetserve import (
+    AutoDistributedModel,
+    DistributedFalconForCausalLM,
+    DistributedLlamaConfig,
+)
 from planetserve.errors import ConfigError, SessionClosed, SessionLengthError
+from planetserve.testing.swarm import LocalSwarm
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 
@@ -204,6 +211,42 @@ def test_foreign_cache_is_refused(model: Any, local: Any, prompt: torch.Tensor) 
     cache = local(prompt).past_key_values
     with pytest.raises(ConfigError, match="past_key_values"):
         model(prompt, past_key_values=cache)
+
+
+def test_model_without_head(
+    swarm: LocalSwarm, llama_folder: Path, local: Any, prompt: torch.Tensor
+) -> None:
+    with (
+        AutoDistributedModel.from_pretrained(
+            str(llama_folder), initial_peers=swarm.initial_peers
+        ) as headless,
+        torch.no_grad(),
+    ):
+        got = headless(prompt).last_hidden_state
+    torch.testing.assert_close(got, local.model(prompt).last_hidden_state, atol=1e-4, rtol=1e-4)
+
+
+def test_class_of_another_family_refuses(swarm: LocalSwarm, llama_folder: Path) -> None:
+    assert DistributedLlamaConfig.from_pretrained(str(llama_folder)).model_type == "llama"
+    with pytest.raises(ConfigError, match="loads falcon models"):
+        DistributedFalconForCausalLM.from_pretrained(
+            str(llama_folder), initial_peers=swarm.initial_peers
+        )
+
+
+def test_session_steps_by_hand(model: Any, local: Any, prompt: torch.Tensor) -> None:
+    """What Petals calls `sess.step`: hidden states in and out, with rollback by `position`."""
+    embedded = local.model.embed_tokens(prompt).detach()
+    seen: list[torch.Tensor] = []
+    handle = local.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        local(prompt)
+    handle.remove()
+    with model.inference_session(max_length=20) as session:
+        session.step(embedded[:, :9])
+        session.position = 5
+        rest = session.step(embedded[:, 5:])
+    torch.testing.assert_close(rest, seen[0][:, 5:], atol=1e-4, rtol=1e-4)
 
 
 def test_chain_tiles_the_model(model: Any, prompt: torch.Tensor) -> None:

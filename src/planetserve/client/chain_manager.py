@@ -1,8 +1,8 @@
 """Which servers exist, which of them to use, and which to leave alone for a while.
 
-Owns the client's swarm node, its directory view, measured round-trip times and bans; turns them
-into a `SwarmSnapshot`, asks the chain optimizer for a chain, and opens it. Runs on the portal's
-loop. Every wait is bounded: missing blocks are waited for `wait_for_blocks_timeout` seconds.
+Owns the client's swarm node, its directory view, measured round-trip times and bans; has a chain
+planned over the servers that are left (`planning.py`), and opens it. Runs on the portal's loop.
+Every wait is bounded: missing blocks are waited for `wait_for_blocks_timeout` seconds.
 """
 
 from __future__ import annotations
@@ -11,72 +11,61 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from planetserve.client.planning import ChainPlanner, ModelFacts, spans_text
 from planetserve.client.ring import RingSession, RingSpec
 from planetserve.clock import Clock, SystemClock
 from planetserve.config import ClientConfig
+from planetserve.crypto.identity import peer_id_bytes
 from planetserve.errors import (
     Blame,
     CapacityError,
+    ConfigError,
     HopTimeout,
     MissingBlocksError,
     ModelMismatchError,
     NoChainAvailable,
     PlanetServeError,
-    SessionLengthError,
+    RemoteProtocolError,
 )
-from planetserve.routing.optimizers import OPTIMIZERS
-from planetserve.routing.points import server_point
-from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import NodeConfig, SwarmNode
 from planetserve.swarm.ping import RttTable, ping
-from planetserve.tensors import dtype_name
-from planetserve.types import CLIENT, Chain, PeerId, ServerInfo, ServerState
+from planetserve.types import Chain, PeerId, ServerInfo, ServerState
 
 logger = logging.getLogger(__name__)
 
-_HOP_OVERHEAD_MS = 1.0
-_DEFAULT_RTT_MS = 50.0
 _POLL_S = 0.25
 _LEAVING_S = 60.0
 _MAX_REVIVED = 8
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What a client knows of its model without asking anybody."""
-
-    name: str
-    prefix: str
-    fingerprint: str
-    num_blocks: int
-    hidden_size: int
-    dtype: torch.dtype
-
-
 class ChainManager:
-    """The client's view of the swarm. `start` before use, `close` after."""
+    """The client's view of the swarm. `start` before use, `close` after.
+
+    Raises:
+        ConfigError: a setting does not fit the model, or names a peer that cannot exist.
+    """
 
     def __init__(self, config: ClientConfig, facts: ModelFacts, clock: Clock | None = None):
         self.config = config
         self.facts = facts
         self._clock = clock or SystemClock()
-        self._optimizer = OPTIMIZERS.create(config.chain_optimizer)
+        _check_peer_ids(config)
         self._prefix = config.dht_prefix or facts.prefix
         self._servers: dict[PeerId, ServerInfo] = {}
         self._strangers: dict[PeerId, ServerInfo] = {}
+        self._excluded: list[ServerInfo] = []
         self._banned_until_s: dict[PeerId, float] = {}
         self._rtt = RttTable(max_peers=256, clock=self._clock)
+        self._planner = ChainPlanner(config, facts, self._rtt)
         self._node: SwarmNode | None = None
         self._directory: Directory | None = None
         self._refresher: asyncio.Task[None] | None = None
-        self._warned_dtype = False
         self.last_chain: Chain | None = None
         """The chain opened most recently."""
 
@@ -104,7 +93,7 @@ class ChainManager:
         self._directory = Directory(self._node, self._clock)
         try:
             await self.refresh()
-            if self._strangers and not self._servers:
+            if self._strangers and not self._servers and not self._excluded:
                 raise self._mismatch()
         except BaseException:
             await self.close()
@@ -129,6 +118,7 @@ class ChainManager:
         online = [info for info in found if info.state is ServerState.ONLINE]
         ours = [info for info in online if info.fingerprint == self.facts.fingerprint]
         self._servers = {info.peer_id: info for info in ours if self._permitted(info.peer_id)}
+        self._excluded = [info for info in ours if info.peer_id not in self._servers]
         self._strangers = {
             info.peer_id: info for info in online if info.fingerprint != self.facts.fingerprint
         }
@@ -145,7 +135,7 @@ class ChainManager:
         deadline_s = self._clock.monotonic() + self.config.wait_for_blocks_timeout
         while True:
             try:
-                return self._plan_once(num_rows, lease_tokens)
+                return self._planner.plan(self._usable(), num_rows, lease_tokens)
             except NoChainAvailable as error:
                 failure: PlanetServeError = error
             if self._clock.monotonic() >= deadline_s:
@@ -184,7 +174,7 @@ class ChainManager:
         until_s = self._clock.monotonic() + _LEAVING_S
         self._banned_until_s.update(dict.fromkeys(peers, until_s))
         try:
-            self._plan_once(num_rows, lease_tokens)
+            self._planner.plan(self._usable(), num_rows, lease_tokens)
         except PlanetServeError:
             return False
         return True
@@ -221,8 +211,11 @@ class ChainManager:
         return min(self.config.min_backoff * 2 ** (attempt - 2), self.config.max_backoff)
 
     def snapshot(self, num_rows: int = 1) -> SwarmSnapshot:
-        """What the optimizer plans on: live, permitted servers that are not banned."""
-        return self._snapshot(self._usable(), num_rows)
+        """What the optimizer plans on: live, permitted servers that are not banned.
+
+        Its block 0 is the first one that the swarm runs.
+        """
+        return self._planner.snapshot(self._usable(), num_rows)
 
     def _permitted(self, peer_id: PeerId) -> bool:
         allowed, blocked = self.config.allowed_servers, self.config.blocked_servers
@@ -236,69 +229,13 @@ class ChainManager:
             if self._banned_until_s.get(peer_id, 0.0) <= now_s
         ]
 
-    def _plan_once(self, num_rows: int, lease_tokens: int) -> Chain:
-        usable = self._usable()
-        long_enough = [info for info in usable if info.max_session_tokens >= lease_tokens]
-        if len(long_enough) < len(usable):
-            self._require_length(usable, long_enough, lease_tokens)
-        wanted = dtype_name(self.facts.dtype)
-        same_dtype = [info for info in long_enough if info.dtype == wanted]
-        request = ChainRequest(tokens=num_rows * lease_tokens)
-        try:
-            return self._optimizer.plan(self._snapshot(same_dtype, num_rows), request)
-        except NoChainAvailable:
-            if len(same_dtype) == len(long_enough):
-                raise
-        chain = self._optimizer.plan(self._snapshot(long_enough, num_rows), request)
-        if not self._warned_dtype:
-            self._warned_dtype = True
-            logger.warning(
-                "no chain of %s servers covers the model; using servers of another dtype, so "
-                "outputs may differ from local %s ones",
-                wanted,
-                wanted,
-            )
-        return chain
-
-    def _require_length(
-        self, usable: Sequence[ServerInfo], long_enough: Sequence[ServerInfo], tokens: int
-    ) -> None:
-        """Tell a sequence that no chain can hold from blocks that nobody serves."""
-        if self._snapshot(usable, 1).missing_blocks():
-            return
-        if self._snapshot(long_enough, 1).missing_blocks():
-            longest = max(info.max_session_tokens for info in usable)
-            raise SessionLengthError(
-                f"a sequence of {tokens} tokens is longer than this swarm's servers take "
-                f"(at most {longest}); shorten it or start servers with a larger "
-                "--inference_max_length"
-            )
-
-    def _snapshot(self, servers: Sequence[ServerInfo], num_rows: int) -> SwarmSnapshot:
-        rtt_ms: dict[str, dict[str, float]] = {CLIENT: {}}
-        known = {info.peer_id for info in servers}
-        for info in servers:
-            measured = self._rtt.get_ms(info.peer_id)
-            if measured is not None:
-                rtt_ms[CLIENT][info.peer_id] = measured
-            next_ms = {peer: ms for peer, ms in info.next_rtt_ms.items() if peer in known}
-            if next_ms:
-                rtt_ms[info.peer_id] = next_ms
-        itemsize = self.facts.dtype.itemsize
-        return SwarmSnapshot(
-            version=1,
-            num_blocks=self.facts.num_blocks,
-            activation_bytes_per_token=self.facts.hidden_size * itemsize * num_rows,
-            hop_overhead_ms=_HOP_OVERHEAD_MS,
-            default_rtt_ms=_DEFAULT_RTT_MS,
-            servers=tuple(server_point(info) for info in servers),
-            rtt_ms=rtt_ms,
-        )
-
     async def _explain(self, failure: PlanetServeError) -> PlanetServeError:
         """The error a person can act on, after waiting has not helped."""
         if not isinstance(failure, MissingBlocksError):
             return failure
+        filtered = self._filtered(failure)
+        if filtered is not None:
+            return filtered
         if self._strangers:
             return self._mismatch(failure)
         peers = ", ".join(self.config.initial_peers) or "none given"
@@ -312,19 +249,41 @@ class ChainManager:
                     failure.missing,
                 )
         return MissingBlocksError(
-            f"no live server holds {_spans(failure.missing)} of {self.facts.name} after waiting "
-            f"{self.config.wait_for_blocks_timeout:g} s; start one with `python -m "
+            f"no live server holds {spans_text(failure.missing)} of {self.facts.name} after "
+            f"waiting {self.config.wait_for_blocks_timeout:g} s; start one with `python -m "
             f"planetserve.run_server {self.facts.name} --block_indices "
             f"{failure.missing[0][0]}:{failure.missing[0][1]} --initial_peers ...` "
             f"(joined through: {peers})",
             failure.missing,
         )
 
+    def _filtered(self, failure: MissingBlocksError) -> MissingBlocksError | None:
+        """The failure in terms of the settings that caused it, if they did."""
+        missing = failure.missing
+        excluded = [info for info in self._excluded if _holds_some(info, missing)]
+        barred = self._planner.barred(missing, self._servers.values())
+        reasons = []
+        if excluded:
+            names = ("allowed_servers", "blocked_servers")
+            given = [name for name in names if getattr(self.config, name) is not None]
+            reasons.append(f"{' and '.join(given)} ({len(excluded)} of them)")
+        if barred:
+            reasons.append(f"trusted_servers ({len(barred)} of them)")
+        if not reasons:
+            return None
+        return MissingBlocksError(
+            f"{spans_text(missing)} of {self.facts.name} have no live server that this client may "
+            f"use: servers that hold them are ruled out by {' and by '.join(reasons)}; change the "
+            "setting, or start a server that it allows",
+            missing,
+        )
+
     def _mismatch(self, failure: MissingBlocksError | None = None) -> ModelMismatchError:
-        missing = failure.missing if failure else ((0, self.facts.num_blocks),)
+        remote = self._planner.remote
+        missing = failure.missing if failure else ((remote.start, remote.end),)
         theirs = sorted({info.fingerprint[:12] for info in self._strangers.values()})
         return ModelMismatchError(
-            f"{_spans(missing)} of {self.facts.name} are served only in another revision "
+            f"{spans_text(missing)} of {self.facts.name} are served only in another revision "
             f"({', '.join(theirs)}; yours is {self.facts.fingerprint[:12]}); load the same files "
             "or --revision as the servers",
             missing,
@@ -340,11 +299,9 @@ class ChainManager:
 
     async def _ping_edges(self) -> None:
         """Measure servers that could be first or last in a chain, a bounded number of them."""
-        edges = [
-            info
-            for info in self._servers.values()
-            if info.span.start == 0 or info.span.end == self.facts.num_blocks
-        ]
+        remote = self._planner.remote
+        ends = ((remote.start, remote.start + 1), (remote.end - 1, remote.end))
+        edges = [info for info in self._servers.values() if _holds_some(info, ends)]
         unknown = [info for info in edges if self._rtt.get_ms(info.peer_id) is None]
         chosen = unknown[: 2 * self.config.max_pinged]
         await asyncio.gather(*(self._ping(info) for info in chosen))
@@ -374,6 +331,18 @@ class ChainManager:
                 del self._banned_until_s[info.peer_id]
 
 
+def _check_peer_ids(config: ClientConfig) -> None:
+    """A mistyped id would block, allow or trust nobody without a word."""
+    for name in ("allowed_servers", "blocked_servers", "trusted_servers"):
+        for peer_id in getattr(config, name) or ():
+            try:
+                peer_id_bytes(peer_id)
+            except RemoteProtocolError as error:
+                raise ConfigError(
+                    f"{name}: {peer_id[:80]!r} is no peer id; give what follows /p2p/ in the "
+                    "server's address, 12D3KooW..."
+                ) from error
+
 
 def _wire_dtype(servers: Iterable[ServerInfo]) -> torch.dtype:
     """The servers' own dtype, so that nothing wider than they compute in travels."""
@@ -381,5 +350,5 @@ def _wire_dtype(servers: Iterable[ServerInfo]) -> torch.dtype:
     return _DTYPES[names.pop()] if len(names) == 1 else torch.float32
 
 
-def _spans(missing: Sequence[tuple[int, int]]) -> str:
-    return "blocks " + ", ".join(f"{start}:{end}" for start, end in missing)
+def _holds_some(info: ServerInfo, blocks: Iterable[tuple[int, int]]) -> bool:
+    return any(start < info.span.end and info.span.start < end for start, end in blocks)

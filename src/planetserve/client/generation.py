@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -25,8 +25,8 @@ _opened: contextvars.ContextVar[list[RemoteCache] | None] = contextvars.ContextV
 )
 
 
-class DistributedMixin:
-    """Methods that a distributed model has besides those of its Hugging Face class."""
+class SwarmMixin:
+    """What every distributed model has besides the methods of its Hugging Face class."""
 
     runtime: ClientRuntime
 
@@ -58,6 +58,25 @@ class DistributedMixin:
             yield session
         finally:
             self.runtime.active.reset(token)
+
+    def close(self) -> None:
+        """Close every session, leave the swarm, and stop the background thread. Idempotent."""
+        self.runtime.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class DistributedMixin(SwarmMixin):
+    """`generate()` for distributed models with a head."""
 
     @torch.no_grad()
     def generate(
@@ -93,21 +112,6 @@ class DistributedMixin:
             for cache in opened:
                 if cache is not kept:
                     cache.session.close()
-
-    def close(self) -> None:
-        """Close every session, leave the swarm, and stop the background thread. Idempotent."""
-        self.runtime.close()
-
-    def __enter__(self) -> DistributedMixin:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _prepare_cache_for_generation(
         self,

@@ -6,7 +6,9 @@ import contextvars
 import threading
 import weakref
 
-from planetserve.client.chain_manager import ChainManager, ModelFacts
+from planetserve.client.chain_manager import ChainManager
+from planetserve.client.local_blocks import LocalEnds
+from planetserve.client.planning import ModelFacts
 from planetserve.client.portal import Portal
 from planetserve.client.session import InferenceSession
 from planetserve.config import ClientConfig
@@ -18,12 +20,18 @@ from planetserve.types import Chain
 class ClientRuntime:
     """Joins the swarm on construction; `close()` releases thread, process and sockets.
 
+    Args:
+        config: the client's settings.
+        facts: about the model.
+        local: the blocks that `config.local_blocks` keeps here.
+
     Raises:
         PlanetServeError: the swarm cannot be joined.
     """
 
-    def __init__(self, config: ClientConfig, facts: ModelFacts):
+    def __init__(self, config: ClientConfig, facts: ModelFacts, local: LocalEnds | None = None):
         self.config = config
+        self._local = local
         self.active: contextvars.ContextVar[InferenceSession | None] = contextvars.ContextVar(
             "planetserve_session", default=None
         )
@@ -48,7 +56,11 @@ class ClientRuntime:
         if self._closed:
             raise SessionClosed("the model has been closed; load it again to use it")
         session = InferenceSession(
-            self._manager, self._portal, max_length=max_length, lease_tokens=lease_tokens
+            self._manager,
+            self._portal,
+            max_length=max_length,
+            lease_tokens=lease_tokens,
+            local=self._local,
         )
         with self._lock:
             self._sessions.add(session)

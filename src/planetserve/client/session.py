@@ -3,7 +3,8 @@
 Synchronous face of `RingSession`. A step either completes on the chain or the session moves: it
 leaves the failed chain, plans another without the peer at fault, replays its history there as one
 prefill, and sends the step again. Retries are bounded (`max_retries`); errors that a retry cannot
-mend are raised at once.
+mend are raised at once. Blocks that the client keeps to itself run here too, around the ring; what
+is replayed is what went into the ring.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from planetserve.client.chain_manager import ChainManager
 from planetserve.client.history import History
+from planetserve.client.local_blocks import LocalEnds, LocalRows
 from planetserve.client.portal import Portal
 from planetserve.client.ring import RingSession
 from planetserve.errors import (
@@ -38,6 +40,7 @@ class InferenceSession:
         max_length: tokens per row this session may hold; a step past it raises
             `SessionLengthError`. None: as many as the chain's servers allow.
         lease_tokens: tokens per row to lease when the chain is opened (default: `max_length`).
+        local: the client's own blocks, if it has some.
 
     Use as a context manager, or call `close()`. One step at a time; any thread.
     """
@@ -49,6 +52,7 @@ class InferenceSession:
         *,
         max_length: int | None = None,
         lease_tokens: int | None = None,
+        local: LocalEnds | None = None,
     ):
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length={max_length} leaves no room for a token")
@@ -62,6 +66,8 @@ class InferenceSession:
         self._lease_tokens = lease_tokens or max_length
         self._manager = manager
         self._portal = portal
+        self._local = local
+        self._local_rows: LocalRows | None = None
         self._ring: RingSession | None = None
         self._history: History | None = None
         self._closed = False
@@ -104,17 +110,23 @@ class InferenceSession:
         return None if self.output_ids is None else self.output_ids[:, -1:]
 
     def step(
-        self, inputs_BTD: torch.Tensor, hypo_ids: torch.Tensor | None = None
+        self,
+        inputs_BTD: torch.Tensor,
+        prompts: None = None,
+        hypo_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run `[batch, tokens, hidden]` inputs through all blocks, appending to every row.
 
         Args:
             inputs_BTD: hidden states as the embedding makes them; the first call fixes the batch.
+            prompts: must be None; it keeps the place that deep prompts have in Petals' signature.
             hypo_ids: row `i` first becomes a copy of row `hypo_ids[i]`.
 
         Returns:
             The outputs of the last block, same shape and dtype.
         """
+        if prompts is not None:
+            raise ConfigError("deep prompts are not supported; leave prompts out")
         num_rows, num_tokens, width = inputs_BTD.shape
         reorder = None if hypo_ids is None else tuple(int(row) for row in hypo_ids)
         lengths = self.lengths or (0,) * num_rows
@@ -122,7 +134,7 @@ class InferenceSession:
             lengths = tuple(lengths[row] for row in reorder)
         rows = tuple(RowSlice(row, lengths[row], num_tokens) for row in range(num_rows))
         table = StepTable(rows, None, reorder)
-        output_TD = self.run(num_rows, table, inputs_BTD.reshape(-1, width))
+        output_TD = self.run(num_rows, table, inputs_BTD.detach().cpu().reshape(-1, width))
         return output_TD.reshape(num_rows, num_tokens, width)
 
     def run(
@@ -141,7 +153,13 @@ class InferenceSession:
             self._check(num_rows, table)
             if self._history is None:
                 self._history = History(num_rows)
-            return self._portal.call(self._run(num_rows, table, hidden_TD, keep_last))
+                self._local_rows = None if self._local is None else LocalRows(self._local, num_rows)
+            if self._local is None:
+                return self._portal.call(self._run(num_rows, table, hidden_TD, keep_last))
+            local = self._local_rows
+            if local is None:  # closed meanwhile, from another thread
+                raise SessionClosed("this inference session is closed; open another")
+            return self._run_around(local, num_rows, table, hidden_TD, keep_last=keep_last)
 
     def close(self) -> None:
         """Release the servers' memory. Idempotent; safe from any thread."""
@@ -151,6 +169,7 @@ class InferenceSession:
     async def release(self) -> None:
         """`close()` for callers on the portal's loop; returns when the servers have been told."""
         self._closed = True
+        self._local_rows = None
         ring, self._ring = self._ring, None
         if ring is not None:
             await ring.close()
@@ -180,6 +199,26 @@ class InferenceSession:
                 f"{longest} tokens do not fit the session's max_length={self.max_length}; "
                 "open a session with a larger max_length"
             )
+
+    def _run_around(
+        self,
+        local: LocalRows,
+        num_rows: int,
+        table: StepTable,
+        hidden_TD: torch.Tensor,
+        *,
+        keep_last: bool,
+    ) -> torch.Tensor:
+        """A step through the client's first blocks, the ring, and the client's last blocks."""
+        entering_TD = local.enter(table, hidden_TD)
+        keep_last = keep_last and not local.needs_every_output
+        leaving_TD = self._portal.call(self._run(num_rows, table, entering_TD, keep_last))
+        try:
+            return local.leave(table, leaving_TD)
+        except BaseException:
+            # The servers have taken the step and the client's last blocks have not.
+            self.close()
+            raise
 
     async def _run(
         self, num_rows: int, table: StepTable, hidden_TD: torch.Tensor, keep_last: bool
@@ -237,4 +276,3 @@ class InferenceSession:
             await ring.close()
         if error is not None:
             await self._manager.report_failure(error, chain)
-

@@ -107,6 +107,12 @@ class RoutingProblem:
             at = end
         return self.price(Chain(tuple(hops)))
 
+    def hosts(self, chain: Chain) -> tuple[int, ...]:
+        """The server of every block of a chain on this problem."""
+        ids = [self.snapshot.servers[i].id for i in self.members]
+        column = {server_id: position for position, server_id in enumerate(ids)}
+        return tuple(column[hop.peer_id] for hop in chain for _ in range(hop.start, hop.end))
+
     def price(self, chain: Chain) -> Chain:
         """`chain` with its predicted latency and throughput."""
         return Chain(

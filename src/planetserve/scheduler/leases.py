@@ -33,11 +33,16 @@ class _Lease:
 class Leases:
     """Who may use how many of `total_pages`.
 
+    While other peers hold pages, a peer may hold its share (`max_peer_share`). While it is alone it
+    may hold all but one such share, which is kept for whoever comes next: memory is not idle for
+    the sake of nobody, and yet no single peer can fill the cache and lock the others out.
+
     Args:
         total_pages: pages of the KV cache.
         page_size: tokens per page.
         clock: tells how long sessions live, from which `retry_after_s` is estimated.
-        max_peer_share: the largest part of all pages that one peer's sessions may lease.
+        max_peer_share: the largest part of all pages that one peer's sessions may lease while
+            others hold any; 1 means no limit.
     """
 
     def __init__(self, total_pages: int, page_size: int, clock: Clock, max_peer_share: float = 1.0):
@@ -50,6 +55,11 @@ class Leases:
         self._page_size = page_size
         self._clock = clock
         self._max_peer_pages = max(1, int(total_pages * max_peer_share))
+        self._max_lone_pages = (
+            max(self._max_peer_pages, total_pages - self._max_peer_pages)
+            if max_peer_share < 1
+            else total_pages
+        )
         self._leases: dict[bytes, _Lease] = {}
         self._peer_pages: dict[str, int] = {}
         self._lifetime_s = _FIRST_LIFETIME_GUESS_S
@@ -127,10 +137,16 @@ class Leases:
                 f"{free * self._page_size} are free",
                 self._retry_after_s(),
             )
-        if self._peer_pages.get(peer_id, 0) + num_pages > self._max_peer_pages:
+        held = self._peer_pages.get(peer_id, 0)
+        is_alone = held == self.leased_pages
+        most = self._max_lone_pages if is_alone else self._max_peer_pages
+        if held + num_pages > most:
             raise CacheExhausted(
-                f"one peer may hold {self._max_peer_pages * self._page_size} tokens of KV cache "
-                "here; close a session first",
+                f"one peer may hold {most * self._page_size} of the "
+                f"{self._total_pages * self._page_size} tokens of KV cache here"
+                f"{'' if is_alone else ' while others hold some'}, and holds "
+                f"{held * self._page_size}; close a session first, or start the server with a "
+                "larger --max_peer_kv_share",
                 self._retry_after_s(),
             )
 

@@ -1,31 +1,35 @@
 """Streams from strangers to sessions: checks an OPEN, admits it or says why not, attaches pushes.
 
-Everything an OPEN asks for is compared with what this server serves before any memory is leased.
-One `ServerSession` a stream; the table of sessions is bounded and its entries end with their
-streams, on idleness, or at the age limit.
+Everything an OPEN asks for is compared with what this server serves, and with what the peer may
+hold (`limits.py`), before a key is made or memory is leased; a refusal waits for nothing. One
+`ServerSession` a stream; the table of sessions is bounded and its entries end with their streams,
+on idleness, or at the age limit. Whatever is refused is counted by reason (`counters.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+from collections import Counter
 from dataclasses import dataclass
 
+from planetserve.clock import Clock, SystemClock
 from planetserve.crypto.handshake import answer_open
 from planetserve.engine.engine import Engine
 from planetserve.errors import (
     CapacityError,
     ModelMismatchError,
     PlanetServeError,
-    QueueFull,
     RemoteProtocolError,
     SessionExpired,
 )
+from planetserve.server.counters import Refusals
+from planetserve.server.gate import StepGate
+from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
 from planetserve.server.session import ServerSession
 from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.streams import FrameStream, serve_streams
-from planetserve.types import CLIENT, BlockSpan
+from planetserve.types import CLIENT, BlockSpan, PeerId
 from planetserve.wire.frame import FrameHeader, FrameType
 from planetserve.wire.messages import (
     OpenSession,
@@ -38,10 +42,10 @@ from planetserve.wire.messages import (
 )
 from planetserve.wire.protocols import PUSH_PROTOCOL, SESSION_PROTOCOL
 
-logger = logging.getLogger(__name__)
-
 _FIRST_FRAME_TIMEOUT_S = 5.0
+_LAST_WORDS_TIMEOUT_S = 1.0
 _MAX_WAITING_PUSHES = 256
+_MAX_WAITING_PUSHES_PER_PEER = 64
 _CHECK_PERIOD_S = 5.0
 
 
@@ -55,28 +59,46 @@ class ServedModel:
     max_session_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class HandlerLimits:
-    """Bounds on what strangers may hold."""
-
-    max_sessions: int = 1024
-    session_timeout_s: float = 1800.0
-    step_timeout_s: float = 300.0
-    max_chunk_tokens: int = 512
-
-
 class SessionHandler:
     """Accepts sessions for `model` on `node` and runs them on `engine`."""
 
-    def __init__(self, node: SwarmNode, engine: Engine, model: ServedModel, limits: HandlerLimits):
+    def __init__(
+        self,
+        node: SwarmNode,
+        engine: Engine,
+        model: ServedModel,
+        limits: ServerLimits,
+        clock: Clock | None = None,
+    ):
         self._node = node
         self._engine = engine
         self._model = model
         self._limits = limits
+        clock = clock or SystemClock()
+        self._admission = Admission(limits, clock)
+        self._gate = StepGate(QueuedBytes(limits))
+        self._refusals = Refusals(clock)
         self._sessions: dict[tuple[bytes, int], ServerSession] = {}
-        self._waiting: dict[tuple[bytes, int], asyncio.Future[ServerSession]] = {}
+        # Pushes whose OPEN is still on its way, by session, edge and the peer that pushes: a
+        # stranger who says HELLO first must not keep the right one out.
+        self._waiting: dict[tuple[bytes, int, PeerId], asyncio.Future[ServerSession]] = {}
         self._draining = False
         self._idle = asyncio.Event()
+
+    @property
+    def counters(self) -> Counter[str]:
+        """How often what was refused since the start.
+
+        Keys: `frame` (a stream whose first frame was bad, cut short or never came), `open.CODE`,
+        `push.CODE` and `session.CODE`, CODE being that of the error that the peer got; a push that
+        does not fit its session is `push.mismatch`, one without a session `push.unknown`.
+        """
+        return self._refusals.counts
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of step frames that were accepted and not yet answered or passed on."""
+        return self._gate.queued.total
 
     @property
     def num_sessions(self) -> int:
@@ -91,6 +113,7 @@ class SessionHandler:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions, ask the open ones to move, and wait at most `timeout_s` for it."""
         self._draining = True
+        self._refusals.log_totals()
         if self._sessions and timeout_s > 0:
             await asyncio.gather(*(item.announce_leaving() for item in self._sessions.values()))
             with contextlib.suppress(TimeoutError):
@@ -98,25 +121,47 @@ class SessionHandler:
                     await self._idle.wait()
 
     async def _on_session(self, stream: FrameStream) -> None:
-        header, payload = await stream.receive(_FIRST_FRAME_TIMEOUT_S)
-        key = (header.session, header.edge)
+        first = await self._first_frame(stream)
+        if first is None:
+            return
+        header, payload = first
         try:
             session, opened = self._admit(stream, header, payload)
         except PlanetServeError as error:
-            reply = FrameHeader(FrameType.ERROR, session=header.session, edge=header.edge)
-            await stream.send(reply, error_reply(error).encode())
+            await self._refuse(stream, header, error, f"open.{error.code}")
             return
+        key = (header.session, header.edge)
         try:
             answer = FrameHeader(FrameType.OPENED, session=header.session, edge=header.edge)
             await stream.send(answer, opened.encode())
-            await self._run(session)
+            failure = await self._run(session)
+            if failure is not None:
+                self._refusals.add(f"session.{failure.code}", failure.peer_id or stream.remote)
         finally:
-            self._sessions.pop(key, None)
+            del self._sessions[key]
+            self._admission.closed(stream.remote)
             self._engine.close_session(session.key)
             if not self._sessions:
                 self._idle.set()
 
-    async def _run(self, session: ServerSession) -> None:
+    async def _first_frame(self, stream: FrameStream) -> tuple[FrameHeader, bytearray] | None:
+        try:
+            return await stream.receive(_FIRST_FRAME_TIMEOUT_S)
+        except PlanetServeError:
+            self._refusals.add("frame", stream.remote)
+            return None
+
+    async def _refuse(
+        self, stream: FrameStream, header: FrameHeader, error: PlanetServeError, reason: str
+    ) -> None:
+        """Count it and tell the peer why, if it listens."""
+        self._refusals.add(reason, stream.remote)
+        reply = FrameHeader(FrameType.ERROR, session=header.session, edge=header.edge)
+        with contextlib.suppress(PlanetServeError, TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                await stream.send(reply, error_reply(error).encode())
+
+    async def _run(self, session: ServerSession) -> PlanetServeError | None:
         loop = asyncio.get_running_loop()
         session.last_frame_s = opened_s = loop.time()
         running = asyncio.create_task(session.run())
@@ -128,7 +173,7 @@ class SessionHandler:
                     session.fail(SessionExpired("no step within the server's step timeout"))
                 if now_s - opened_s > self._limits.session_timeout_s:
                     session.fail(SessionExpired("the session passed the server's age limit"))
-            running.result()
+            return running.result()
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -136,11 +181,13 @@ class SessionHandler:
     def _admit(
         self, stream: FrameStream, header: FrameHeader, payload: bytearray
     ) -> tuple[ServerSession, SessionOpened]:
+        if self._draining:
+            raise CapacityError("this server is leaving the swarm", retry_after_s=60.0)
+        self._admission.ask(stream.remote)
         if header.type is not FrameType.OPEN:
             raise RemoteProtocolError(f"expected OPEN, got {header.type.name}")
         message = decode(OpenSession, payload)
         self._check(message, header)
-        key = (header.session, message.edge)
         answer, signature, channel = answer_open(
             self._node.identity,
             header.session,
@@ -148,27 +195,27 @@ class SessionHandler:
             bytes(payload),
             from_text(message.offer),
         )
-        engine_key = header.session + message.edge.to_bytes(2, "big")
-        self._engine.open_session(
-            engine_key,
-            stream.remote,
-            message.num_rows,
-            message.max_length,
-            BlockSpan(message.start, message.end),
-        )
         session = ServerSession(
             self._node,
             self._engine,
-            engine_key,
+            self._gate,
             header.session,
             message,
             stream,
             channel,
             self._model.max_session_tokens * message.num_rows,
         )
-        self._sessions[key] = session
+        self._engine.open_session(
+            session.key,
+            stream.remote,
+            message.num_rows,
+            message.max_length,
+            BlockSpan(message.start, message.end),
+        )
+        self._sessions[header.session, message.edge] = session
+        self._admission.opened(stream.remote)
         self._idle.clear()
-        waiting = self._waiting.pop(key, None)
+        waiting = self._waiting.pop((header.session, message.edge, message.previous), None)
         if waiting is not None and not waiting.done():
             waiting.set_result(session)
         opened = SessionOpened(
@@ -192,30 +239,43 @@ class SessionHandler:
             raise RemoteProtocolError("the first hop, and only it, follows the client")
         if (header.session, message.edge) in self._sessions:
             raise RemoteProtocolError("this session is already open here")
-        if self._draining:
-            raise CapacityError("this server is leaving the swarm", retry_after_s=60.0)
-        if len(self._sessions) >= self._limits.max_sessions:
-            raise QueueFull(f"{len(self._sessions)} sessions are open here", retry_after_s=5.0)
 
     async def _on_push(self, stream: FrameStream) -> None:
-        header, payload = await stream.receive(_FIRST_FRAME_TIMEOUT_S)
-        if header.type is not FrameType.HELLO:
-            raise RemoteProtocolError(f"expected HELLO, got {header.type.name}")
-        hello = decode(PushHello, payload)
-        session = await self._find((header.session, hello.edge))
-        session.attach(stream.remote, hello)
+        first = await self._first_frame(stream)
+        if first is None:
+            return
+        header, payload = first
+        reason = "push.protocol"
+        try:
+            if header.type is not FrameType.HELLO:
+                raise RemoteProtocolError(f"expected HELLO, got {header.type.name}")
+            hello = decode(PushHello, payload)
+            reason = "push.unknown"
+            session = await self._find(header.session, hello.edge, stream.remote)
+            reason = "push.mismatch"
+            session.attach(stream.remote, hello)
+        except PlanetServeError as error:
+            # The session, if there is one, goes on: whoever said this is not its upstream hop.
+            await self._refuse(stream, header, error, reason)
+            return
         try:
             await session.ingest(stream)
         except PlanetServeError as error:
             error.peer_id = error.peer_id or stream.remote
             session.fail(error)
 
-    async def _find(self, key: tuple[bytes, int]) -> ServerSession:
+    async def _find(self, session_id: bytes, edge: int, remote: PeerId) -> ServerSession:
         """The session a push belongs to; its OPEN may still be on the way from the client."""
-        session = self._sessions.get(key)
+        session = self._sessions.get((session_id, edge))
         if session is not None:
             return session
-        if len(self._waiting) >= _MAX_WAITING_PUSHES or key in self._waiting:
+        key = (session_id, edge, remote)
+        from_same = sum(peer == remote for *_, peer in self._waiting)
+        if (
+            key in self._waiting
+            or from_same >= _MAX_WAITING_PUSHES_PER_PEER
+            or len(self._waiting) >= _MAX_WAITING_PUSHES
+        ):
             raise RemoteProtocolError("too many pushes for sessions that are not open")
         future: asyncio.Future[ServerSession] = asyncio.get_running_loop().create_future()
         self._waiting[key] = future

@@ -24,11 +24,14 @@ from planetserve.engine.span_runner import SpanRunner
 from planetserve.errors import ConfigError, ModelMismatchError
 from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
+from planetserve.model.linear import convert_span
+from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
 from planetserve.model.skeleton import SpanBlocks
 from planetserve.routing.placement import PLACEMENTS
 from planetserve.routing.points import server_point
 from planetserve.server.announcer import Announcer
-from planetserve.server.handler import HandlerLimits, ServedModel, SessionHandler
+from planetserve.server.handler import ServedModel, SessionHandler
+from planetserve.server.limits import ServerLimits
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import NodeConfig, SwarmNode
 from planetserve.swarm.ping import serve_ping
@@ -79,6 +82,7 @@ class Server:
         device = _device(config.device)
         dtype = parse_dtype(config.torch_dtype, checkpoint, device)
         _check_span(config, checkpoint)
+        LINEAR_BACKENDS.check(config.linear_backend)
         node = await SwarmNode.start(_node_config(config))
         server = cls(config, checkpoint, node, clock or SystemClock())
         try:
@@ -179,24 +183,34 @@ class Server:
             inference_max_length=self._max_session_tokens,
             attention_backend=config.attention_backend,
             num_threads=config.num_threads,
+            max_peer_share=config.max_peer_kv_share,
             check_finite=True,
         )
         await self._announcer.announce()
         logger.info("loading blocks %s of %s", self.span, self.checkpoint.name)
         self.engine = await asyncio.to_thread(
-            _build_engine, self.checkpoint, self.span, self._dtype, device, engine_config
+            _build_engine,
+            lambda: SpanBlocks.load(self.checkpoint, self.span, self._dtype, device),
+            config.linear_backend,
+            engine_config,
         )
 
     async def _open_doors(self) -> None:
         model = ServedModel(
             self._prefix, self.checkpoint.fingerprint, self.span, self._max_session_tokens
         )
-        limits = HandlerLimits(
+        limits = ServerLimits(
+            max_sessions=self.config.max_sessions,
+            max_peer_sessions=self.config.max_peer_sessions,
+            max_peer_opens=self.config.max_peer_opens,
+            peer_open_burst=self.config.peer_open_burst,
+            max_queued_bytes=self.config.max_queued_mib << 20,
+            max_peer_queued_bytes=self.config.max_peer_queued_mib << 20,
             session_timeout_s=self.config.session_timeout,
             step_timeout_s=self.config.step_timeout,
             max_chunk_tokens=self.config.max_batch_size,
         )
-        self.handler = SessionHandler(self.node, self.engine, model, limits)
+        self.handler = SessionHandler(self.node, self.engine, model, limits, self._clock)
         await serve_ping(self.node)
         await self.handler.start()
         self.state = ServerState.ONLINE
@@ -287,15 +301,12 @@ def _node_config(config: ServerConfig) -> NodeConfig:
 
 
 def _build_engine(
-    checkpoint: Checkpoint,
-    span: BlockSpan,
-    dtype: torch.dtype,
-    device: torch.device,
-    config: EngineConfig,
+    load: Callable[[], SpanBlocks], linear_backend: str, config: EngineConfig
 ) -> Engine:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    blocks = SpanBlocks.load(checkpoint, span, dtype, device)
+    blocks = load()
+    convert_span(blocks, linear_backend)
     runner = SpanRunner(blocks, config.num_pages, config.page_size, config.attention_backend)
     engine = Engine(runner, config, SystemClock())
     engine.start()

@@ -26,6 +26,7 @@ from planetserve.errors import (
     SessionClosed,
     StreamClosed,
 )
+from planetserve.server.gate import StepGate
 from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.streams import FrameStream, open_stream
 from planetserve.tensors import tensor_bytes, tensor_from_payload
@@ -61,6 +62,11 @@ class _Pending:
     chunks: Sequence[tuple[FrameHeader, StepTable]]
     output: asyncio.Future[torch.Tensor]
 
+    @property
+    def num_bytes(self) -> int:
+        """What these frames count for at the gate."""
+        return sum(header.payload_bytes for header, _ in self.chunks)
+
 
 class ServerSession:
     """A session between its OPEN and its end.
@@ -68,7 +74,7 @@ class ServerSession:
     Activations are opened and sealed with keys of this session's two edges only.
 
     Args:
-        key: names the session in the engine; unique in this process.
+        gate: where step frames wait when too much is queued for the client already.
         control: the client's stream.
         channel: this hop's end of the handshake, through which the client deals edge secrets.
         max_step_tokens: largest step that is assembled when prefills cannot be chunked.
@@ -81,18 +87,21 @@ class ServerSession:
         self,
         node: SwarmNode,
         engine: Engine,
-        key: bytes,
+        gate: StepGate,
         session_id: bytes,
         message: OpenSession,
         control: FrameStream,
         channel: ChannelSecret,
         max_step_tokens: int,
     ):
-        self.key = key
+        self.key = session_id + message.edge.to_bytes(2, "big")
+        """Names the session in the engine; unique in this process."""
         self.session_id = session_id
         self.open = message
         self._node = node
         self._engine = engine
+        self._gate = gate
+        self._num_queued_bytes = 0
         self._control = control
         self._max_step_tokens = max_step_tokens
         self._dtype, self._torch_dtype = _WIRE_DTYPES[message.dtype]
@@ -107,16 +116,19 @@ class ServerSession:
         self.last_frame_s = 0.0
         """Monotonic time of the latest frame; the handler's idle check reads it."""
 
-    async def run(self) -> None:
+    async def run(self) -> PlanetServeError | None:
         """Serve until the client closes, something fails, or the task is cancelled.
 
-        The client is told of a failure in one ERROR frame; nothing is raised.
+        Returns:
+            Why the session failed, of which the client is told in one ERROR frame; None if it
+            just ended. Nothing is raised.
         """
         control = self.ingest(self._control) if self.open.edge == 0 else self._watch()
         tasks = [asyncio.create_task(control), asyncio.create_task(self._pump())]
         try:
             await asyncio.wait([*tasks, self._failure], return_when=asyncio.FIRST_COMPLETED)
-            finished = [task for task in (*tasks, self._failure) if task.done()]
+            # What ended the session from outside comes first: the tasks fail because of it.
+            finished = [task for task in (self._failure, *tasks) if task.done()]
             errors = [task.exception() for task in finished if not task.cancelled()]
             error = next((item for item in errors if item is not None), None)
         finally:
@@ -125,8 +137,8 @@ class ServerSession:
             self._failure.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._erase()
-        if error is not None:
-            await self._report(error)
+            self._leave_gate(self._num_queued_bytes)
+        return None if error is None else await self._report(error)
 
     def fail(self, error: PlanetServeError) -> None:
         """End the session with `error`, from any task."""
@@ -176,12 +188,11 @@ class ServerSession:
             if header.type is not FrameType.STEP:
                 raise RemoteProtocolError(f"unexpected {header.type.name} frame")
             self.last_frame_s = asyncio.get_running_loop().time()
+            await self._enter_gate(len(payload))
             table, hidden_TD = self._read_step(header, payload)
             await self._submit(header, table, hidden_TD)
 
-    def _read_step(
-        self, header: FrameHeader, payload: bytearray
-    ) -> tuple[StepTable, torch.Tensor]:
+    def _read_step(self, header: FrameHeader, payload: bytearray) -> tuple[StepTable, torch.Tensor]:
         message = self.open
         plaintext = self._opener.open(header, payload)
         if (header.span_start, header.span_end) != (message.start, message.end):
@@ -194,9 +205,7 @@ class ServerSession:
             raise RemoteProtocolError("a step frame whose position is not its first row's")
         return table, tensor_from_payload(plaintext, offset, header.dtype, header.shape)
 
-    async def _submit(
-        self, header: FrameHeader, table: StepTable, hidden_TD: torch.Tensor
-    ) -> None:
+    async def _submit(self, header: FrameHeader, table: StepTable, hidden_TD: torch.Tensor) -> None:
         if self._engine.runner.chunkable or header.num_chunks == 1:
             future = self._engine.submit(self.key, table, hidden_TD)
             await self._queue.put(_Pending([(header, table)], future))
@@ -241,6 +250,15 @@ class ServerSession:
             wipe(inbound, outbound)
         self._dealt.set()
 
+    async def _enter_gate(self, num_bytes: int) -> None:
+        is_only, must = not self._num_queued_bytes, bool(self._held)
+        await self._gate.enter(self._control.remote, num_bytes, is_only=is_only, must=must)
+        self._num_queued_bytes += num_bytes
+
+    def _leave_gate(self, num_bytes: int) -> None:
+        self._num_queued_bytes -= num_bytes
+        self._gate.leave(self._control.remote, num_bytes)
+
     def _erase(self) -> None:
         self._channel.erase()
         if self._dealt.is_set():
@@ -261,6 +279,7 @@ class ServerSession:
                     end = offset + table.num_tokens
                     await self._send(target, header, table, output_TD[offset:end])
                     offset = end
+                self._leave_gate(pending.num_bytes)
         except PlanetServeError as error:
             if following is not None and isinstance(error, StreamClosed):
                 error.peer_id = following.peer_id
@@ -327,15 +346,13 @@ class ServerSession:
     def _next_end(self) -> int:
         return self.open.next.end if self.open.next else 0
 
-    async def _report(self, error: BaseException) -> None:
+    async def _report(self, error: BaseException) -> PlanetServeError:
         if not isinstance(error, PlanetServeError):
             logger.error("session failed: %s", type(error).__name__, exc_info=error)
             error = PlanetServeError("the server failed to run the step")
-        elif not isinstance(error, SessionClosed):
-            logger.info("session ended: %s (%s)", error, error.code)
         reply = error_reply(error, error.peer_id or "")
         header = FrameHeader(FrameType.ERROR, session=self.session_id, edge=self.open.edge)
         with contextlib.suppress(PlanetServeError, TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
                 await self._control.send(header, reply.encode())
-
+        return error

@@ -26,6 +26,7 @@ from planetserve.errors import (
     HopTimeout,
     LocalProtocolError,
     PeerUnreachable,
+    PlanetServeError,
     RemoteProtocolError,
     StreamClosed,
 )
@@ -314,8 +315,11 @@ async def serve_streams(node: SwarmNode, protocol: str, handler: StreamHandler) 
     async def serve(stream: FrameStream) -> None:
         try:
             await handler(stream)
-        except StreamClosed:
-            logger.debug("stream of %s from %s ended", protocol, short(stream.remote))
+        except PlanetServeError as error:
+            # Strangers can cause these as often as they like.
+            logger.debug(
+                "stream of %s from %s ended: %s", protocol, short(stream.remote), error.code
+            )
         except Exception as error:  # noqa: BLE001  one stream's failure is not the node's
             logger.warning(
                 "stream of %s from %s failed: %s",

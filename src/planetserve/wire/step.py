@@ -171,6 +171,8 @@ class StepTable:
 
 
 def _check(table: StepTable, num_rows: int, num_tokens: int) -> None:
+    if not table.rows:
+        raise RemoteProtocolError("bad step: no rows")
     seen = {piece.row for piece in table.rows}
     if len(seen) != len(table.rows) or any(row >= num_rows for row in seen):
         raise RemoteProtocolError("bad step: a row is unknown or named twice")

@@ -79,6 +79,28 @@ def test_one_peer_cannot_lease_more_than_its_share():
     leases.open(b"c", "modest", 1, 64)
 
 
+def test_a_lone_peer_may_lease_all_but_one_share():
+    leases = Leases(8, 16, ManualClock(), max_peer_share=0.25)
+    leases.open(b"a", "first", 1, 96)
+    with pytest.raises(CacheExhausted, match="96 of the 128 tokens.*--max_peer_kv_share"):
+        leases.open(b"b", "first", 1, 1)
+    leases.open(b"c", "second", 1, 16)
+    with pytest.raises(CacheExhausted, match="while others hold some"):
+        leases.open(b"d", "first", 1, 1)
+    leases.open(b"e", "second", 1, 16)
+    leases.close(b"a")
+    leases.open(b"f", "third", 1, 32)
+    with pytest.raises(CacheExhausted, match="32 of the 128 tokens"):
+        leases.ensure(b"f", 33)
+
+
+def test_a_share_of_one_is_no_limit():
+    leases = Leases(8, 16, ManualClock(), max_peer_share=1.0)
+    leases.open(b"a", "first", 1, 112)
+    leases.open(b"b", "second", 1, 16)
+    assert leases.free_tokens == 0
+
+
 def test_opening_twice_is_an_error_and_closing_twice_is_not():
     leases = Leases(8, 16, ManualClock())
     leases.open(b"a", "peer", 1, 16)

@@ -18,7 +18,7 @@ TABLE = StepTable((RowSlice(0, 5, 2), RowSlice(2, 0, 1)), positions=(4, 5, 0), r
 def tables(draw: st.DrawFn) -> tuple[StepTable, int]:
     """A valid table and the number of rows of its session."""
     num_rows = draw(st.integers(1, 12))
-    rows = draw(st.lists(st.integers(0, num_rows - 1), unique=True, max_size=num_rows))
+    rows = draw(st.sets(st.integers(0, num_rows - 1), min_size=1, max_size=num_rows))
     slices = tuple(RowSlice(row, draw(st.integers(0, 99)), draw(st.integers(1, 9))) for row in rows)
     count = sum(piece.num_tokens for piece in slices)
     position, row = st.integers(0, MAX_POSITION), st.integers(0, num_rows - 1)
@@ -92,6 +92,7 @@ def check_hostile(data: bytes | bytearray, num_rows: int, num_tokens: int) -> No
 @pytest.mark.parametrize(
     ("table", "num_rows", "num_tokens", "message"),
     [
+        (StepTable(()), 3, 0, "no rows"),
         (StepTable((RowSlice(3, 0, 1),)), 3, 1, "a row is unknown or named twice"),
         (StepTable((RowSlice(0, 0, 1), RowSlice(0, 1, 1))), 3, 2, "a row is unknown or named"),
         (StepTable((RowSlice(0, 0, 1), RowSlice(1, 1, 1))), 1, 2, "flags or number of rows"),

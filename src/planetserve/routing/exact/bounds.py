@@ -51,7 +51,7 @@ class RunGraph:
     holders: tuple[IntArray, ...]
     """`[num_blocks]` the servers that may run each block."""
     links: tuple[FloatArray, ...]
-    """`[num_blocks]` half RTTs `[holders of b - 1, holders of b]`; from a server to itself infinite.
+    """`[num_blocks]` half RTTs `[holders of b - 1, holders of b]`; infinite to the same server.
     The first entry holds the client's links, `[1, holders of 0]`."""
     run_end: IntArray
     """`[num_blocks, n]` where a run that is at the block must end at the latest."""
@@ -75,9 +75,21 @@ class Bounds:
     leave: FloatArray
     """`[num_blocks + 1, n]` when the server has ended a run at the boundary."""
     total: float
-    """Of the whole chain; infinite when there is none."""
+    """Of the whole chain, or of the part asked for; infinite when there is none."""
     hosts: tuple[int, ...]
     """The chain that has this cost, as a host per block; empty when there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """The part `[start, end)` of a chain, and what it costs to come to it and to go on from it."""
+
+    start: int
+    end: int
+    arrive: FloatArray
+    """`[n]` link into a first run on each server."""
+    leave: FloatArray
+    """`[n]` link out of a last run on each server."""
 
 
 def lower_bounds(
@@ -85,54 +97,69 @@ def lower_bounds(
 ) -> Bounds:
     """Bounds under `limits` on single runs, with `[n]` prices added per block and per visit."""
     problem = graph.problem
-    num_blocks, n = problem.legal.shape
-    block_ms = problem.decode_ms + block_price
-    visit_ms = problem.hop_ms + hop_price
-    enter = np.full((num_blocks, n), np.inf)
-    leave = np.full((num_blocks + 1, n), np.inf)
-    leave[num_blocks] = problem.client_half_ms
+    whole = Stretch(0, problem.num_blocks, problem.client_half_ms, problem.client_half_ms)
+    return cheapest_runs(
+        graph, limits, problem.decode_ms + block_price, problem.hop_ms + hop_price, whole
+    )
+
+
+def cheapest_runs(
+    graph: RunGraph, limits: Limits, block_ms: FloatArray, visit_ms: FloatArray, part: Stretch
+) -> Bounds:
+    """The least cost of running the blocks of `part`, each single run within `limits`.
+
+    Args:
+        block_ms, visit_ms: `[n]` what a block and a visit cost.
+    """
+    n, start, end = graph.problem.num_servers, part.start, part.end
+    enter = np.full((end, n), np.inf)
+    leave = np.full((end + 1, n), np.inf)
+    leave[end] = part.leave
     # Time counted from block 0 turns "k blocks, then leave" into one addition per boundary.
-    shifted = leave + np.arange(num_blocks + 1)[:, None] * block_ms
-    rows = np.arange(num_blocks + 1)[:, None]
-    for block in range(num_blocks - 1, -1, -1):
+    shifted = leave + np.arange(end + 1)[:, None] * block_ms
+    rows = np.arange(end + 1)[:, None]
+    for block in range(end - 1, start - 1, -1):
         here = graph.holders[block]
         last = np.minimum(graph.run_end[block, here], block + limits.blocks[here])
-        top = int(last.max())
+        top = min(end, int(last.max()))
         if top > block:
             window = shifted[block + 1 : top + 1, here]
             window = np.where(rows[block + 1 : top + 1] <= last, window, np.inf)
             ahead = window.min(axis=0) + (visit_ms[here] - block * block_ms[here])
             enter[block, here] = ahead
-            if block > 0:
+            if block > start:
                 before = graph.holders[block - 1]
                 onward = (graph.links[block] + ahead).min(axis=1)
                 leave[block, before] = onward
                 shifted[block, before] = onward + block * block_ms[before]
-    start = graph.links[0][0] + enter[0, graph.holders[0]]
-    first = int(start.argmin())
-    total = float(start[first])
+    first = int((part.arrive + enter[start]).argmin())
+    total = float(part.arrive[first] + enter[start, first])
     hosts: tuple[int, ...] = ()
     if np.isfinite(total):
-        hosts = _trace(graph, limits, shifted, enter, int(graph.holders[0][first]))
+        hosts = _trace(graph, limits, shifted, enter, start, first)
     return Bounds(enter, leave, total, hosts)
 
 
 def _trace(
-    graph: RunGraph, limits: Limits, shifted: FloatArray, enter: FloatArray, first: int
+    graph: RunGraph,
+    limits: Limits,
+    shifted: FloatArray,
+    enter: FloatArray,
+    start: int,
+    first: int,
 ) -> tuple[int, ...]:
-    num_blocks = len(graph.holders)
     hosts: list[int] = []
-    server, at = first, 0
+    server, at, end = first, start, len(enter)
     while True:
-        last = min(int(graph.run_end[at, server]), at + int(limits.blocks[server]))
-        end = at + 1 + int(shifted[at + 1 : last + 1, server].argmin())
-        hosts += [server] * (end - at)
-        if end == num_blocks:
+        last = min(int(graph.run_end[at, server]), at + int(limits.blocks[server]), end)
+        stop = at + 1 + int(shifted[at + 1 : last + 1, server].argmin())
+        hosts += [server] * (stop - at)
+        if stop == end:
             return tuple(hosts)
-        here = graph.holders[end]
-        row = int(np.searchsorted(graph.holders[end - 1], server))
-        server = int(here[(graph.links[end][row] + enter[end, here]).argmin()])
-        at = end
+        here = graph.holders[stop]
+        row = int(np.searchsorted(graph.holders[stop - 1], server))
+        server = int(here[(graph.links[stop][row] + enter[stop, here]).argmin()])
+        at = stop
 
 
 def usage(hosts: tuple[int, ...], n: int) -> tuple[Counts, Counts]:

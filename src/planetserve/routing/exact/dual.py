@@ -29,6 +29,10 @@ class Priced:
     bounds: Bounds
     lower: float
 
+    def on(self, free: Priced) -> Priced:
+        """These prices as a start under other limits, about which only `free` is known."""
+        return Priced(self.block_price, self.hop_price, free.bounds, free.lower)
+
 
 def unpriced(graph: RunGraph, limits: Limits) -> Priced:
     """The starting point: nothing has a price."""

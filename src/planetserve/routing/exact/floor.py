@@ -25,6 +25,8 @@ TOLERANCE = 1e-9
 _DUAL_STEPS = 6
 _REPAIR_PASSES = 4
 """A repair takes about as long as this many bounds."""
+_SEARCH_SHARE = 0.1
+"""Part of the effort that one search may take, so that a hard floor leaves some for the rest."""
 _FIRST_GAP = 0.004
 _WIDEN = 2.0
 _HOPELESS = 64.0
@@ -41,8 +43,15 @@ class Answer:
     lower_ms: float
 
     @property
-    def exact(self) -> bool:
-        return self.chain is None or self.chain.latency_ms <= self.lower_ms * (1 + TOLERANCE)
+    def latency_ms(self) -> float:
+        return np.inf if self.chain is None else self.chain.latency_ms
+
+    @property
+    def gap(self) -> float:
+        """By what part of its latency the chain may still be beaten; 0 when that is excluded."""
+        if self.chain is None or self.chain.latency_ms <= self.lower_ms * (1 + TOLERANCE):
+            return 0.0
+        return 1 - self.lower_ms / self.chain.latency_ms
 
 
 class FloorSolver:
@@ -59,6 +68,7 @@ class FloorSolver:
         cells = sum(links.size for links in self._graph.links)
         self._pass_effort = 2 * problem.num_blocks + cells // 2000
         self._effort_left = effort
+        self._search_effort = int(effort * _SEARCH_SHARE)
         self._known: dict[tuple[int, ...], Chain] = {}
         self._prices: Priced | None = None
         self._floor_ms = 0.0
@@ -97,8 +107,7 @@ class FloorSolver:
             best = self._offer(hosts, rate)
             return np.inf if best is None else best.latency_ms * (1 - TOLERANCE)
 
-        start = self._prices or free
-        start = Priced(start.block_price, start.hop_price, free.bounds, free.lower)
+        start = (self._prices or free).on(free)
         steps = 1 if self.exhausted else _DUAL_STEPS
         priced = ascend(self._graph, limits, start, upper, steps)
         self._effort_left -= steps * self._pass_effort
@@ -139,7 +148,7 @@ class FloorSolver:
                 meter,
                 priced.bounds,
                 ceiling * (1 + TOLERANCE),
-                self._effort_left,
+                min(self._search_effort, self._effort_left),
             )
             found = search.run()
             self._effort_left -= found.labels

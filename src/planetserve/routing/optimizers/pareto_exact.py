@@ -1,28 +1,21 @@
-"""The exact front of latency against throughput.
+"""The exact front of latency against throughput, by the sweep in `planetserve.routing.exact`.
 
-An epsilon-constraint sweep: the least latency of all, then the least latency at more than that
-chain's throughput, and so on until no chain is faster. Every step is solved exactly (see
-`planetserve.routing.exact`), counting what a server does in the whole chain, all visits together.
-
-The problem is NP-hard at the fast end, where a chain has a server per block or two. So the work is
-bounded: past `effort`, points are the best found, at wider steps, and `solve` says for each by how
-much it might be beaten. `front` and `plan` take them as they are.
+What a server does is counted over the whole chain, all visits together, and visits may be as many
+as pay. The problem is NP-hard at the fast end, where a chain has a server per block or two. So the
+work is bounded: past `effort`, points are the best found, at wider steps, and `solve` says for each
+by how much it might be beaten. `front` and `plan` take them as they are.
 """
 
 from __future__ import annotations
 
 from planetserve.errors import ConfigError
-from planetserve.routing.exact.floor import TOLERANCE, FloorSolver
+from planetserve.routing.exact.sweep import sweep
 from planetserve.routing.front import pick_chain
 from planetserve.routing.optimizers.base import FrontPoint
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.types import Chain
-
-_LEAST_RATE = 1e-12
-_COARSE_STEP = 0.05
-"""Relative step of the rate once nothing is proven any more."""
 
 
 class ParetoExact:
@@ -46,18 +39,7 @@ class ParetoExact:
         return tuple(point.chain for point in self.solve(snapshot, request))
 
     def solve(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[FrontPoint, ...]:
-        problem = RoutingProblem.build(snapshot, request)
-        solver = FloorSolver(problem, self._effort)
-        points: list[FrontPoint] = []
-        rate = _LEAST_RATE
-        while True:
-            answer = solver.solve(rate)
-            if answer.chain is None:
-                return tuple(points)
-            chain = answer.chain
-            while points and points[-1].chain.latency_ms >= chain.latency_ms * (1 - TOLERANCE):
-                points.pop()
-            gap = 0.0 if answer.exact else 1 - answer.lower_ms / chain.latency_ms
-            points.append(FrontPoint(chain, gap))
-            step = _COARSE_STEP if solver.exhausted else TOLERANCE
-            rate = chain.throughput_tokens_per_s * (1 + step)
+        answers = sweep(RoutingProblem.build(snapshot, request), self._effort)
+        return tuple(
+            FrontPoint(answer.chain, answer.gap) for answer in answers if answer.chain is not None
+        )

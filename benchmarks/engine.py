@@ -1,0 +1,340 @@
+"""Tokens per second through a swarm on this machine, against transformers alone.
+
+    python benchmarks/engine.py            everything: 20 minutes or more
+    python benchmarks/engine.py --quick    one round of a few cases
+
+Local transformers (single stream, and one static batch of as many rows as there are sessions) and
+chains of servers on loopback, each server a process of its own with one thread, take turns within
+one invocation. Sessions are threads that call `generate()` on one client model. Every token is
+compared with what local transformers generates greedily for that prompt alone. The model is a
+random Llama of 134 million parameters made on the fly.
+
+Rates are steady: counted from when the last session has its first token to when the first session
+has its last one. "CPU ms" is the processor time per new token of all processes, prompts included.
+Results go to `benchmarks/results/engine.json`; a table goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import psutil
+import torch
+from common import environment, load, median, percentile, table, write_result
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
+from transformers.utils import logging as transformers_logging
+
+from planetserve import AutoDistributedModelForCausalLM
+from planetserve.demo import LOOPBACK, Children, split_blocks
+
+LOCAL = "local"
+SHAPE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "intermediate_size": 2048,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measurement of one case."""
+
+    tokens_per_s: float
+    first_token_s: float
+    gaps_s: list[float]
+    cpu_s: float
+    num_equal: int
+    num_tokens: int
+
+
+@dataclass
+class Case:
+    """All measurements of `sessions` at once on `target` (local, or a number of servers)."""
+
+    dtype: str
+    target: str
+    sessions: int
+    runs: list[Run] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        gaps = [gap for run in self.runs for gap in run.gaps_s]
+        return {
+            "dtype": self.dtype,
+            "target": self.target,
+            "sessions": self.sessions,
+            "tokens_per_s": median(run.tokens_per_s for run in self.runs),
+            "tokens_per_s_of_each_run": [round(run.tokens_per_s, 2) for run in self.runs],
+            "first_token_s": median(run.first_token_s for run in self.runs),
+            "token_ms_p50": 1000 * median(gaps),
+            "token_ms_p95": 1000 * percentile(gaps, 95),
+            "cpu_ms_per_token": 1000 * median(run.cpu_s / run.num_tokens for run in self.runs),
+            "equal_tokens": sum(run.num_equal for run in self.runs),
+            "tokens": sum(run.num_tokens for run in self.runs),
+        }
+
+
+class Stopwatch(StoppingCriteria):
+    """Notes when each token of a `generate()` call is there; never stops it."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times_s.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+class Bench:
+    """The prompts, what they must become, and one way to run them."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        generator = torch.Generator().manual_seed(1)
+        shape = (max(options.sessions), options.prompt_tokens)
+        self.prompts_BT = torch.randint(3, SHAPE["vocab_size"], shape, generator=generator)
+        self.expected: list[list[int]] = []
+
+    def timed(self, run: Callable[[Any, int], Run], model: Any, sessions: int) -> Run:
+        """`run`, with the processor time that this process and all it started spent on it."""
+        before_s = cpu_seconds()
+        measured = run(model, sessions)
+        return replace(measured, cpu_s=cpu_seconds() - before_s)
+
+    def expect(self, local: Any) -> None:
+        """Generate what every session must produce, prompt by prompt."""
+        self.expected = []
+        for index in range(len(self.prompts_BT)):
+            progress(f"reference tokens {index + 1}/{len(self.prompts_BT)}")
+            self.expected += self._generate(local, self.prompts_BT[[index]])[0]
+
+    def run_local(self, model: Any, sessions: int) -> Run:
+        """One static batch."""
+        started_s = time.perf_counter()
+        rows, times_s = self._generate(model, self.prompts_BT[:sessions])
+        return self._run(started_s, rows, [times_s] * sessions)
+
+    def run_swarm(self, model: Any, sessions: int) -> Run:
+        """Threads that start at the same time."""
+        results: list[tuple[list[list[int]], list[float]] | None] = [None] * sessions
+
+        def session(index: int) -> None:
+            results[index] = self._generate(model, self.prompts_BT[[index]])
+
+        threads = [threading.Thread(target=session, args=(i,)) for i in range(sessions)]
+        started_s = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        done = [result for result in results if result is not None]
+        if len(done) < sessions:
+            raise SystemExit(f"{sessions - len(done)} of {sessions} sessions failed; see above")
+        return self._run(started_s, [rows[0] for rows, _ in done], [times for _, times in done])
+
+    def _generate(
+        self, model: Any, prompts_BT: torch.Tensor
+    ) -> tuple[list[list[int]], list[float]]:
+        watch = Stopwatch()
+        output = model.generate(
+            prompts_BT,
+            attention_mask=torch.ones_like(prompts_BT),
+            max_new_tokens=self.options.new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=[watch],
+        )
+        return output[:, prompts_BT.shape[1] :].tolist(), watch.times_s
+
+    def _run(self, started_s: float, rows: list[list[int]], times_s: list[list[float]]) -> Run:
+        begin_s = max(times[0] for times in times_s)
+        end_s = max(begin_s, min(times[-1] for times in times_s))
+        steady = sum(begin_s < moment <= end_s for times in times_s for moment in times)
+        pairs = [
+            (token, wanted)
+            for row, expected in zip(rows, self.expected, strict=False)
+            for token, wanted in zip(row, expected, strict=True)
+        ]
+        return Run(
+            tokens_per_s=steady / (end_s - begin_s) if end_s > begin_s else float("nan"),
+            first_token_s=median(times[0] - started_s for times in times_s),
+            gaps_s=[b - a for times in times_s for a, b in zip(times, times[1:], strict=False)],
+            cpu_s=0.0,
+            num_equal=sum(token == wanted for token, wanted in pairs),
+            num_tokens=len(pairs),
+        )
+
+
+def cpu_seconds() -> float:
+    """Processor time so far of this process and its descendants, libp2p daemons included.
+
+    Unlike rates, it hardly depends on what else the machine is doing.
+    """
+    total = 0.0
+    own = psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def progress(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def make_checkpoint(folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Client models by number of servers; every swarm runs for as long as the block does."""
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="planetserve-bench-")))
+        children = Children(logs)
+        stack.callback(children.stop)
+        bootstrap = children.start("bootstrap", "planetserve.run_dht", "--host_maddrs", LOOPBACK)
+        peers = bootstrap.wait_ready()["addresses"]
+        clients = {}
+        for num_servers in options.chains:
+            progress(f"{dtype}: starting {num_servers} servers")
+            prefix = f"bench-{num_servers}"
+            flags = [
+                "--initial_peers", *peers, "--host_maddrs", LOOPBACK, "--torch_dtype", dtype,
+                "--num_threads", "1", "--device", options.device, "--dht_prefix", prefix,
+                "--linear_backend", options.linear_backend,
+                "--attn_cache_tokens", str(options.cache_tokens),
+            ]  # fmt: skip
+            for span in split_blocks(SHAPE["num_hidden_layers"], num_servers):
+                arguments = [str(checkpoint), "--block_indices", str(span), *flags]
+                # One after the other: what a server measures while it starts is announced.
+                children.start(f"server {span}", "planetserve.run_server", *arguments).wait_ready()
+            client = AutoDistributedModelForCausalLM.from_pretrained(
+                str(checkpoint), initial_peers=peers, dht_prefix=prefix, torch_dtype=dtype,
+                show_route=False,
+            )  # fmt: skip
+            clients[str(num_servers)] = stack.enter_context(client)
+        yield clients
+
+
+def measure(checkpoint: Path, dtype: str, options: argparse.Namespace) -> list[Case]:
+    """All cases of one dtype, in alternating rounds."""
+    bench = Bench(options)
+    local = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    bench.expect(local)
+    with swarms(checkpoint, dtype, options) as clients:
+        cases = [
+            Case(dtype, target, sessions)
+            for sessions in options.sessions
+            for target in (LOCAL, *clients)
+        ]
+        for client in clients.values():
+            bench.run_swarm(client, 1)
+        for number in range(options.rounds):
+            for case in cases:
+                if case.target == LOCAL:
+                    run = bench.timed(bench.run_local, local, case.sessions)
+                else:
+                    run = bench.timed(bench.run_swarm, clients[case.target], case.sessions)
+                case.runs.append(run)
+                progress(
+                    f"round {number + 1}/{options.rounds} {dtype} {case.target} "
+                    f"x{case.sessions}: {run.tokens_per_s:.1f} tokens/s"
+                )
+    return cases
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one round of a few cases")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    add("--chains", nargs="+", type=int, default=[1, 2, 3], help="numbers of servers")
+    add("--sessions", nargs="+", type=int, default=[1, 4, 8, 16])
+    add("--prompt_tokens", type=int, default=128)
+    add("--new_tokens", type=int, default=64)
+    add("--rounds", type=int, default=3)
+    add("--device", default="cpu", help="of the servers")
+    add("--linear_backend", default="auto")
+    add("--cache_tokens", type=int, default=8192)
+    add("--model", type=Path, help="a checkpoint of the same shape, instead of making one")
+    add("--name", default="engine", help="of the result file")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.dtypes, options.chains, options.sessions = ["float32"], [1], [1, 4]
+        options.rounds, options.new_tokens = 1, 16
+    return options
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table; ratios are to local transformers with as many sessions, in the same run."""
+    local = {(row["dtype"], row["sessions"]): row for row in rows if row["target"] == LOCAL}
+    lines = []
+    for row in rows:
+        base = local[row["dtype"], row["sessions"]]
+        row["ratio"] = row["tokens_per_s"] / base["tokens_per_s"]
+        row["first_token_ratio"] = row["first_token_s"] / base["first_token_s"]
+        target = LOCAL if row["target"] == LOCAL else f"{row['target']} servers"
+        equal = f"{row['equal_tokens']}/{row['tokens']}"
+        lines.append(
+            [f"{row['dtype']} {target}", row["sessions"], row["tokens_per_s"], row["ratio"],
+             row["token_ms_p50"], row["token_ms_p95"], row["first_token_s"],
+             row["first_token_ratio"], row["cpu_ms_per_token"], equal]
+        )  # fmt: skip
+    header = ["", "sessions", "tokens/s", "ratio", "p50 ms", "p95 ms", "first s", "ratio", "CPU ms",
+              "equal"]  # fmt: skip
+    return table(header, lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    result: dict[str, Any] = {
+        "benchmark": "engine",
+        "environment": environment(),
+        "settings": {key: str(v) if key == "model" else v for key, v in vars(options).items()},
+        "model": SHAPE,
+        "threads_per_process": 1,
+    }
+    cases: list[Case] = []
+    with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as folder:
+        checkpoint = options.model or make_checkpoint(Path(folder))
+        for dtype in options.dtypes:
+            cases += measure(checkpoint, dtype, options)
+            gc.collect()
+    rows = [case.summary() for case in cases]
+    print(report(rows))
+    result["load_after"] = load()
+    result["cases"] = rows
+    print(f"load before {result['environment']['load_before']}, after {result['load_after']}")
+    print(f"written to {write_result(options.name, result)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""From what servers announce and a client's settings to a chain over the blocks left to the swarm.
+
+Optimizers count blocks from 0, so the blocks that the client runs itself are cut off before a plan
+and the numbers put right after it. Records are signed but say what their owners like: one that
+cannot be true of this model, or that no plan could use, is left out here, so that a lie costs its
+author his place and nobody else anything. Decisions only: no clock, no network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from planetserve.client.block_ranges import split_blocks, trusted_spans
+from planetserve.config import ClientConfig
+from planetserve.errors import (
+    ConfigError,
+    MissingBlocksError,
+    NoChainAvailable,
+    SessionLengthError,
+)
+from planetserve.routing.optimizers import OPTIMIZERS
+from planetserve.routing.points import server_point
+from planetserve.routing.request import ChainRequest
+from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
+from planetserve.swarm.ping import RttTable
+from planetserve.tensors import dtype_name
+from planetserve.types import CLIENT, BlockSpan, Chain, PeerId, ServerInfo
+
+logger = logging.getLogger(__name__)
+
+_HOP_OVERHEAD_MS = 1.0
+_DEFAULT_RTT_MS = 50.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a client knows of its model without asking anybody."""
+
+    name: str
+    prefix: str
+    fingerprint: str
+    num_blocks: int
+    hidden_size: int
+    dtype: torch.dtype
+
+
+class ChainPlanner:
+    """Plans chains for one client.
+
+    Raises:
+        ConfigError: `local_blocks`, `trusted_blocks` or `chain_optimizer` is wrong.
+    """
+
+    def __init__(self, config: ClientConfig, facts: ModelFacts, rtt: RttTable):
+        self.remote = split_blocks(config, facts.num_blocks).remote
+        """The blocks that the swarm runs."""
+        self.trusted = {
+            inside: names
+            for span, names in trusted_spans(config, facts.num_blocks).items()
+            if (inside := _overlap(span, self.remote)) is not None
+        }
+        """Remote blocks that only some servers may run, by their true numbers."""
+        self._optimizer = OPTIMIZERS.create(config.chain_optimizer)
+        self._facts = facts
+        self._rtt = rtt
+        self._warned_dtype = False
+
+    def plan(self, servers: Sequence[ServerInfo], num_rows: int, lease_tokens: int) -> Chain:
+        """The chain that the optimizer picks among `servers` for a session of this size.
+
+        Raises:
+            MissingBlocksError: some blocks are held by none of them that may run them.
+            NoChainAvailable: they lack free cache.
+            SessionLengthError: none of them takes sequences this long.
+        """
+        long_enough = [info for info in servers if info.max_session_tokens >= lease_tokens]
+        if len(long_enough) < len(servers):
+            self._require_length(servers, long_enough, lease_tokens)
+        wanted = dtype_name(self._facts.dtype)
+        same_dtype = [info for info in long_enough if info.dtype == wanted]
+        tokens = num_rows * lease_tokens
+        try:
+            return self._optimize(self.snapshot(same_dtype, num_rows), tokens)
+        except NoChainAvailable:
+            if len(same_dtype) == len(long_enough):
+                raise
+        chain = self._optimize(self.snapshot(long_enough, num_rows), tokens)
+        if not self._warned_dtype:
+            self._warned_dtype = True
+            logger.warning(
+                "no chain of %s servers covers the model; using servers of another dtype, so "
+                "outputs may differ from local %s ones",
+                wanted,
+                wanted,
+            )
+        return chain
+
+    def snapshot(self, servers: Sequence[ServerInfo], num_rows: int) -> SwarmSnapshot:
+        """What the optimizer plans on. Its block 0 is the first one that the swarm runs."""
+        points = [point for info in servers if (point := self._point(info)) is not None]
+        known = {point.id for point in points}
+        return SwarmSnapshot(
+            num_blocks=len(self.remote),
+            activation_bytes_per_token=(
+                self._facts.hidden_size * self._facts.dtype.itemsize * num_rows
+            ),
+            hop_overhead_ms=_HOP_OVERHEAD_MS,
+            default_rtt_ms=_DEFAULT_RTT_MS,
+            servers=tuple(points),
+            rtt_ms=self._links([info for info in servers if info.peer_id in known]),
+        )
+
+    def barred(
+        self, missing: Sequence[tuple[int, int]], servers: Iterable[ServerInfo]
+    ) -> list[ServerInfo]:
+        """Those of `servers` that hold some of the missing blocks but may not run them."""
+        return [
+            info
+            for info in servers
+            if any(
+                info.peer_id not in names and start < info.span.end and info.span.start < end
+                for span, names in self.trusted.items()
+                for start, end in _clipped(missing, span)
+            )
+        ]
+
+    def _point(self, info: ServerInfo) -> ServerPoint | None:
+        """The planner's view of a server, its span cut to the remote blocks and counted there."""
+        inside = _overlap(info.span, self.remote)
+        if inside is None or info.num_blocks != self._facts.num_blocks:
+            return None
+        try:
+            point = server_point(info)
+        except ConfigError as error:
+            logger.debug("a record is of no use: %s", error)
+            return None
+        first = self.remote.start
+        return dataclasses.replace(point, start=inside.start - first, end=inside.end - first)
+
+    def _links(self, servers: Sequence[ServerInfo]) -> dict[str, dict[str, float]]:
+        """Round-trip times that the client measured, and those that servers claim of each other."""
+        table: dict[str, dict[str, float]] = {CLIENT: {}}
+        known = {info.peer_id for info in servers}
+        claims: dict[tuple[PeerId, PeerId], float] = {}
+        for info in servers:
+            measured = self._rtt.get_ms(info.peer_id)
+            if measured is not None:
+                table[CLIENT][info.peer_id] = measured
+            for peer_id, rtt_ms in info.next_rtt_ms.items():
+                if peer_id in known and peer_id != info.peer_id:
+                    pair = min(info.peer_id, peer_id), max(info.peer_id, peer_id)
+                    # Of two claims the worse counts: nobody gains by saying he is near.
+                    claims[pair] = max(rtt_ms, claims.get(pair, 0.0))
+        for (one, other), rtt_ms in claims.items():
+            table.setdefault(one, {})[other] = rtt_ms
+        return table
+
+    def _optimize(self, snapshot: SwarmSnapshot, tokens: int) -> Chain:
+        first = self.remote.start
+        trusted = {
+            BlockSpan(span.start - first, span.end - first): names
+            for span, names in self.trusted.items()
+        }
+        try:
+            chain = self._optimizer.plan(snapshot, ChainRequest(tokens=tokens, trusted=trusted))
+        except MissingBlocksError as error:
+            missing = tuple((start + first, end + first) for start, end in error.missing)
+            text = f"no usable server holds {spans_text(missing)}"
+            raise MissingBlocksError(text, missing) from error
+        except NoChainAvailable as error:
+            if not first:
+                raise
+            raise NoChainAvailable(
+                f"some of blocks {self.remote} have no server with free cache for {tokens} "
+                "tokens; ask for fewer tokens or try again later"
+            ) from error
+        hops = tuple(
+            dataclasses.replace(hop, start=hop.start + first, end=hop.end + first) for hop in chain
+        )
+        return dataclasses.replace(chain, hops=hops)
+
+    def _require_length(
+        self, usable: Sequence[ServerInfo], long_enough: Sequence[ServerInfo], tokens: int
+    ) -> None:
+        """Tell a sequence that no chain can hold from blocks that nobody serves."""
+        if self.snapshot(usable, 1).missing_blocks():
+            return
+        if self.snapshot(long_enough, 1).missing_blocks():
+            longest = max(info.max_session_tokens for info in usable)
+            raise SessionLengthError(
+                f"a sequence of {tokens} tokens is longer than this swarm's servers take "
+                f"(at most {longest}); shorten it or start servers with a larger "
+                "--inference_max_length"
+            )
+
+
+def spans_text(missing: Sequence[tuple[int, int]]) -> str:
+    """Spans of blocks in words."""
+    return "blocks " + ", ".join(f"{start}:{end}" for start, end in missing)
+
+
+def _overlap(one: BlockSpan, other: BlockSpan) -> BlockSpan | None:
+    start, end = max(one.start, other.start), min(one.end, other.end)
+    return BlockSpan(start, end) if start < end else None
+
+
+def _clipped(missing: Iterable[tuple[int, int]], span: BlockSpan) -> list[tuple[int, int]]:
+    clipped = [(max(start, span.start), min(end, span.end)) for start, end in missing]
+    return [(start, end) for start, end in clipped if start < end]

@@ -1,0 +1,147 @@
+"""Gives the linear layers of a served span, and a client's head, the backend of a name.
+
+Called once after loading, before anything runs. Names of modules stay; a layer whose weight the
+family's own code reads elsewhere than in its product (found in a short trial pass) stays plain, and
+so do fused experts, which are no linear layers. If the converted span fails its trial pass, all of
+it goes back to plain layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from planetserve.model.linear_backends import (
+    BACKENDS,
+    LAYER_TYPES,
+    PLAIN,
+    TIMED_ROWS,
+    unpack,
+    why_not_convertible,
+)
+from planetserve.model.skeleton import SpanBlocks
+
+logger = logging.getLogger(__name__)
+
+_TRIAL_TOKENS = 3
+_MAX_TIED_COPY_BYTES = 512 << 20
+"""A head that is the embedding needs its packed weight besides the plain one; not above this."""
+
+
+@torch.inference_mode()
+def convert_span(blocks: SpanBlocks, backend_name: str) -> Counter[str]:
+    """Give the span's linear layers a backend in place; returns how many became what.
+
+    Raises:
+        ConfigError: no backend of this name.
+    """
+    backend = BACKENDS.create(backend_name)
+    layers = [m for m in blocks.layers.modules() if why_not_convertible(m) is None]
+    if backend_name == PLAIN or not layers:
+        return Counter({PLAIN: len(layers)})
+    run = _trial(blocks)
+    read = _read_outside(layers, run)
+    became = Counter(PLAIN if layer in read else backend.convert(layer) for layer in layers)
+    try:
+        run()
+    except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
+        logger.warning("linear layers stay plain: the span fails with packed ones (%s)", error)
+        for layer in layers:
+            if type(layer) not in LAYER_TYPES:
+                unpack(layer)
+        return Counter({PLAIN: len(layers)})
+    summary = ", ".join(f"{count} {name}" for name, count in sorted(became.items()))
+    _log(f"blocks {blocks.span}", summary, backend.reasons())
+    return became
+
+
+@torch.inference_mode()
+def convert_head(model: PreTrainedModel) -> str:
+    """Give the head of a client's model the fastest backend; returns what it is now."""
+    head = model.get_output_embeddings()
+    if head is None or why_not_convertible(head):
+        return PLAIN
+    backend = BACKENDS.create("auto")
+    if any(value is head.weight for value in _other_weights(model, head)):
+        # The weight stays where it is, whatever the head becomes.
+        if head.weight.nbytes > _MAX_TIED_COPY_BYTES:
+            return PLAIN
+    became = backend.convert(head)
+    _log("head", became, backend.reasons())
+    return became
+
+
+def _log(what: str, became: str, reasons: str) -> None:
+    if reasons:
+        reasons = f" (times plain at {', '.join(map(str, TIMED_ROWS))} rows: {reasons})"
+    logger.info("linear layers of %s: %s%s", what, became, reasons)
+
+
+def _other_weights(model: nn.Module, head: nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        if module is not head:
+            yield from module.parameters(recurse=False)
+
+
+def _trial(blocks: SpanBlocks) -> Callable[[], torch.Tensor]:
+    """A short pass of random tokens."""
+    parameter = next(blocks.layers.parameters())
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, _TRIAL_TOKENS, blocks.config.hidden_size, generator=generator)
+    hidden_1TD = hidden.to(parameter.device, blocks.config.dtype)
+    positions_1T = torch.arange(_TRIAL_TOKENS, device=parameter.device)[None]
+    return lambda: blocks.run(hidden_1TD, positions_1T)
+
+
+class _Watched:
+    """Notes whether its weight is read by anything but its own forward."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        state = self.__dict__
+        state["was_read"] = state.get("was_read", False) or not state.get("is_inside", False)
+        weight: torch.Tensor = state["_parameters"]["weight"]
+        return weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__["is_inside"] = True
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.__dict__["is_inside"] = False
+
+
+class _WatchedLinear(_Watched, nn.Linear):
+    pass
+
+
+class _WatchedConv1D(_Watched, Conv1D):
+    pass
+
+
+_WATCHED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _WatchedLinear,
+    Conv1D: _WatchedConv1D,
+}
+
+
+def _read_outside(layers: list[nn.Module], run: Callable[[], object]) -> set[nn.Module]:
+    """The layers whose weight is read elsewhere than in their own product."""
+    own_types = [type(layer) for layer in layers]
+    try:
+        for layer, own in zip(layers, own_types, strict=True):
+            layer.__class__ = _WATCHED[own]
+        run()
+        return {layer for layer in layers if layer.__dict__.get("was_read", False)}
+    finally:
+        for layer, own in zip(layers, own_types, strict=True):
+            layer.__class__ = own
+            layer.__dict__.pop("was_read", None)
+            layer.__dict__.pop("is_inside", None)

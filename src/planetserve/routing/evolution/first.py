@@ -1,0 +1,54 @@
+"""The first population: chains that are good in some direction, and random ones.
+
+The good ones are what a short sweep for the front of latency and throughput finds and, with more
+objectives, chains with the least weighted sum of latency, mistrust and price. The search starts
+from their combinations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from planetserve.routing.evolution.objectives import log_mistrust, prices
+from planetserve.routing.exact.sweep import sweep
+from planetserve.routing.optimizers.greedy import greedy_chain
+from planetserve.routing.optimizers.shortest_path import least_latency_hosts
+from planetserve.routing.problem import IntArray, RoutingProblem
+
+_EFFORT = 25_000
+"""Of the sweep; a fraction of what proves a front."""
+_WEIGHTS = 16
+
+
+def good_chains(
+    problem: RoutingProblem, num_objectives: int, most: int, rng: np.random.Generator
+) -> IntArray:
+    """`[chains, num_blocks]` distinct good starts, at most `most` of them."""
+    found = [greedy_chain(problem)]
+    found += [answer.chain for answer in sweep(problem, _EFFORT) if answer.chain is not None]
+    hosts = [problem.hosts(chain) for chain in found]
+    if num_objectives > 2:
+        hosts += _weighted(problem, num_objectives, rng)
+    hosts = list(dict.fromkeys(hosts))
+    chosen = np.linspace(0, len(hosts) - 1, min(most, len(hosts))).astype(np.intp)
+    return np.array(hosts, dtype=np.intp)[chosen]
+
+
+def _weighted(
+    problem: RoutingProblem, num_objectives: int, rng: np.random.Generator
+) -> list[tuple[int, ...]]:
+    """Shortest paths where mistrust and price count as milliseconds at random rates of exchange."""
+    mistrust = log_mistrust(problem)
+    price = prices(problem) if num_objectives > 3 else np.zeros(problem.num_servers)
+    found = []
+    for exponent in rng.uniform(-2, 3, size=(_WEIGHTS, 2)):
+        per_mistrust, per_price = 10**exponent
+        changed = replace(
+            problem,
+            hop_ms=problem.hop_ms + per_mistrust * mistrust,
+            decode_ms=problem.decode_ms + per_price * price,
+        )
+        found.append(tuple(least_latency_hosts(changed)))
+    return found

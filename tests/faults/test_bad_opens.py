@@ -1,0 +1,137 @@
+"""An OPEN or a first frame with one thing wrong: which error comes back, and what is counted."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+from hostile import MeetServer, error_on, until
+
+from planetserve.errors import (
+    CacheExhausted,
+    HandshakeFailed,
+    ModelMismatchError,
+    PlanetServeError,
+    RemoteProtocolError,
+    SessionLengthError,
+)
+from planetserve.server.server import Server
+from planetserve.wire.frame import FrameHeader, FrameType
+from planetserve.wire.protocols import PUSH_PROTOCOL
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PEER = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
+
+WELL_FORMED: dict[str, tuple[dict[str, Any], type[PlanetServeError]]] = {
+    "another model": ({"model": "other"}, ModelMismatchError),
+    "another revision": ({"fingerprint": "0" * 64}, ModelMismatchError),
+    "blocks past the span": ({"end": 3}, RemoteProtocolError),
+    "no blocks": ({"start": 1, "end": 1}, RemoteProtocolError),
+    "reversed blocks": ({"start": 2, "end": 1}, RemoteProtocolError),
+    "a first hop with an upstream peer": ({"previous": PEER}, RemoteProtocolError),
+    "a later hop without one": ({"edge": 1}, RemoteProtocolError),
+    "a low-order offer": ({"offer": "A" * 43 + "="}, HandshakeFailed),
+    "rows past the server's length": ({"max_length": 257}, SessionLengthError),
+    "the largest length": ({"max_length": 1 << 24}, SessionLengthError),
+    "more than the cache": ({"num_rows": 1024, "max_length": 256}, CacheExhausted),
+}
+
+
+@pytest.mark.parametrize("name", WELL_FORMED)
+async def test_an_open_that_is_refused(server: Server, meet: MeetServer, name: str) -> None:
+    changes, kind = WELL_FORMED[name]
+    stranger = await meet()
+    before = server.handler.counters.copy()
+    with pytest.raises(kind) as caught:
+        await stranger.open(**changes)
+    assert type(caught.value) is kind
+    assert server.handler.counters - before == {f"open.{kind.code}": 1}
+    assert server.engine.stats().pages_leased == 0
+    assert not server.handler.num_sessions
+
+
+async def test_a_session_cannot_be_opened_twice(server: Server, meet: MeetServer) -> None:
+    owner, thief = await meet(), await meet()
+    session = await owner.open()
+    for stranger in (owner, thief):
+        with pytest.raises(RemoteProtocolError, match="already open"):
+            await stranger.open(session.session_id)
+    assert (await session.step(2)).shape[0] == 2
+
+
+MALFORMED: dict[str, dict[str, Any] | bytes] = {
+    "noise": b"\x00\xff" * 40,
+    "nothing": b"",
+    "a list": b"[]",
+    "deep": b"[" * 60_000,
+    "a long number": b'{"start":' + b"9" * 50_000 + b"}",
+    "an unknown field": {"colour": "blue"},
+    "an unknown field of the next hop": {
+        "next": {"peer_id": PEER, "end": 3, "addresses": [], "colour": "blue"}
+    },
+    "text for a number": {"start": "0"},
+    "a fraction": {"num_rows": 1.0},
+    "a boolean": {"epoch": True},
+    "not a number": {"max_length": float("nan")},
+    "a negative number": {"start": -1},
+    "too many rows": {"num_rows": 1025},
+    "an offer of 31 bytes": {"offer": "A" * 43},
+    "an offer with a line break": {"offer": "A" * 43 + "=\n"},
+    "another dtype": {"dtype": "int8"},
+    "half a character": {"model": "\ud800"},
+    "a long name": {"model": "m" * 257},
+    "many addresses": {"next": {"peer_id": PEER, "end": 3, "addresses": ["/ip4/1.2.3.4"] * 17}},
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_an_open_that_is_no_message(server: Server, meet: MeetServer, name: str) -> None:
+    stranger = await meet()
+    wrong = MALFORMED[name]
+    if isinstance(wrong, dict):
+        right = stranger.message(os.urandom(32)).model_dump()
+        wrong = json.dumps({**right, **wrong}).encode()
+    before = server.handler.counters.copy()
+    stream = await stranger.stream()
+    await stream.send(FrameHeader(FrameType.OPEN, session=os.urandom(16)), wrong)
+    error = await error_on(stream)
+    assert isinstance(error, RemoteProtocolError)
+    assert "blue" not in str(error)
+    assert "colour" not in str(error)
+    assert server.handler.counters - before == {"open.protocol": 1}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FrameType if kind is not FrameType.OPEN])
+async def test_a_session_stream_begins_with_open(
+    server: Server, meet: MeetServer, kind: FrameType
+) -> None:
+    stream = await (await meet()).stream()
+    before = server.handler.counters.copy()
+    await stream.send(FrameHeader(kind, session=os.urandom(16)), os.urandom(200))
+    assert isinstance(await error_on(stream), RemoteProtocolError)
+    assert server.handler.counters - before == {"open.protocol": 1}
+
+
+@pytest.mark.parametrize("payload", [b"", b"{}", b'{"edge":0,"epoch":0}', b'{"edge":1,"epoch":-1}'])
+async def test_a_push_stream_begins_with_hello(
+    server: Server, meet: MeetServer, payload: bytes
+) -> None:
+    for kind in (FrameType.HELLO, FrameType.STEP):
+        stream = await (await meet()).stream(PUSH_PROTOCOL)
+        before = server.handler.counters.copy()
+        await stream.send(FrameHeader(kind, session=os.urandom(16)), payload)
+        assert isinstance(await error_on(stream), RemoteProtocolError)
+        assert server.handler.counters - before == {"push.protocol": 1}
+
+
+async def test_a_stream_without_a_frame_is_counted(server: Server, meet: MeetServer) -> None:
+    stranger = await meet()
+    before = server.handler.counters["frame"]
+    for protocol in (None, PUSH_PROTOCOL):
+        stream = await (stranger.stream(protocol) if protocol else stranger.stream())
+        stream._socket.send(FrameHeader(FrameType.OPEN).pack()[:40])
+        stream.abort()
+    await until(lambda: server.handler.counters["frame"] == before + 2)

@@ -1,0 +1,174 @@
+"""A peer that wants too much is refused at once and told when to come back; others go on.
+
+Whatever takes the engine's time or memory is real; the engine is held up by a posted command where
+a test must show that nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import torch
+from hostile import MeetServer, Opened, Stranger, Target, until
+
+from planetserve.errors import CacheExhausted, HandshakeFailed, PlanetServeError, QueueFull
+from planetserve.server.server import Server
+from planetserve.testing.swarm import LocalSwarm
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+CACHE_TOKENS = 1 << 16
+OPTIONS = {
+    "attn_cache_tokens": CACHE_TOKENS,
+    "inference_max_length": CACHE_TOKENS,
+    "max_peer_opens": 1,
+    "peer_open_burst": 24,
+    "max_peer_sessions": 12,
+    "max_peer_queued_mib": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def swarm(llama_folder: Path) -> Iterator[LocalSwarm]:
+    with LocalSwarm(str(llama_folder), ["0:2"], OPTIONS) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def meet(swarm: LocalSwarm, server: Server) -> AsyncIterator[MeetServer]:
+    """Strangers with peer ids of their own: how often one has asked stays with its id."""
+    strangers: list[Stranger] = []
+
+    async def meet() -> Stranger:
+        strangers.append(await Stranger.join(swarm.initial_peers, Target.of_server(server)))
+        return strangers[-1]
+
+    yield meet
+    for stranger in strangers:
+        await stranger.node.close()
+    await until(lambda: not server.handler.num_sessions)
+    assert server.handler.queued_bytes == 0
+
+
+@pytest.fixture
+def engine_held_up(server: Server) -> Iterator[threading.Event]:
+    """The engine thread does nothing until the event is set."""
+    go_on = threading.Event()
+    server.engine._worker.post(lambda: go_on.wait(60) and None)
+    yield go_on
+    go_on.set()
+
+
+async def refusal(stranger: Stranger, **changes: object) -> PlanetServeError:
+    with pytest.raises(PlanetServeError) as caught:
+        await stranger.open(**changes)  # type: ignore[arg-type]
+    return caught.value
+
+
+async def test_a_peer_may_hold_so_many_sessions(server: Server, meet: MeetServer) -> None:
+    greedy, other = await meet(), await meet()
+    sessions = [await greedy.open() for _ in range(OPTIONS["max_peer_sessions"])]
+    error = await refusal(greedy)
+    assert isinstance(error, QueueFull)
+    assert error.retry_after_s > 0
+    assert (await (await other.open()).step(1)).shape[0] == 1
+    await sessions[0].close()
+    await until(lambda: server.handler.num_sessions == OPTIONS["max_peer_sessions"])
+    await greedy.open()
+
+
+async def test_a_peer_may_open_sessions_at_a_rate(server: Server, meet: MeetServer) -> None:
+    greedy, other = await meet(), await meet()
+    before = server.handler.counters["open.queue_full"]
+    for _ in range(OPTIONS["peer_open_burst"]):
+        session = await greedy.open()
+        await session.close()
+    error = await refusal(greedy)
+    assert isinstance(error, QueueFull)
+    # One a minute, of which some seconds have passed.
+    assert 0 < error.retry_after_s <= 60
+    assert server.handler.counters["open.queue_full"] == before + 1
+    assert (await (await other.open()).step(1)).shape[0] == 1
+
+
+async def test_refused_attempts_count_as_well(server: Server, meet: MeetServer) -> None:
+    greedy = await meet()
+    for _ in range(OPTIONS["peer_open_burst"]):
+        # A point of low order: no key comes of it.
+        with pytest.raises(HandshakeFailed):
+            await greedy.open(offer="A" * 43 + "=")
+    assert isinstance(await refusal(greedy), QueueFull)
+    assert server.handler.counters["open.handshake"] >= OPTIONS["peer_open_burst"]
+
+
+async def test_a_full_cache_refuses_without_waiting_for_the_engine(
+    server: Server, meet: MeetServer, engine_held_up: threading.Event
+) -> None:
+    """F20: alone a peer gets three quarters; the rest is for others, who get in meanwhile."""
+    greedy, modest, late = await meet(), await meet(), await meet()
+    quarter = CACHE_TOKENS // 4
+    sessions = [await greedy.open(max_length=quarter) for _ in range(3)]
+    assert server.engine.stats().free_cache_tokens == quarter
+    loop = asyncio.get_running_loop()
+    took_s = []
+    for _ in range(10):
+        started_s = loop.time()
+        error = await refusal(greedy, max_length=16)
+        took_s.append(loop.time() - started_s)
+        assert isinstance(error, CacheExhausted)
+        assert "--max_peer_kv_share" in str(error)
+        assert error.retry_after_s > 0
+    assert sorted(took_s)[5] < 0.2, "the refusal itself waits for nothing"
+    small = await modest.open(max_length=quarter // 2)
+    assert "while others hold some" in str(await refusal(greedy, max_length=16))
+    assert isinstance(await refusal(modest, max_length=quarter), CacheExhausted)
+    assert isinstance(await refusal(late, max_length=quarter), CacheExhausted)
+    assert isinstance(await refusal(late, max_length=64, num_rows=1024), CacheExhausted)
+    smaller = await late.open(max_length=quarter // 2)
+    assert server.engine.stats().free_cache_tokens == 0
+    engine_held_up.set()
+    for session in (small, smaller, *sessions):
+        assert (await session.step(3)).shape[0] == 3
+        await session.close()
+    await until(lambda: server.engine.stats().pages_leased == 0)
+    await until(lambda: server.engine.stats().pages_used == 0)
+
+
+async def test_what_is_queued_is_bounded_and_stops_its_own_producer_only(
+    server: Server, meet: MeetServer, engine_held_up: threading.Event
+) -> None:
+    greedy, modest = await meet(), await meet()
+    limit = OPTIONS["max_peer_queued_mib"] << 20
+    num_tokens = 512
+    # The engine takes no more tokens of a session than it has leased.
+    sessions = [await greedy.open(max_length=CACHE_TOKENS // 8) for _ in range(6)]
+    frame_bytes = num_tokens * server.checkpoint.config.hidden_size * 4
+    num_frames = 2 * limit // (frame_bytes * len(sessions))
+    senders = [asyncio.create_task(send_steps(item, num_tokens, num_frames)) for item in sessions]
+    await until(lambda: server.handler.queued_bytes > limit - 2 * frame_bytes)
+    session = await modest.open()
+    answer = asyncio.create_task(session.step(2))
+    first, items = server.handler.queued_bytes, server.engine._num_items
+    await until(lambda: server.handler.queued_bytes > first or server.engine._num_items > items)
+    assert server.handler._gate.queued.of(greedy.node.peer_id) <= limit
+    assert server.handler._gate.queued.of(modest.node.peer_id) > 0
+    engine_held_up.set()
+    assert (await answer).shape[0] == 2
+    for item, sender in zip(sessions, senders, strict=True):
+        for _ in range(num_frames):
+            assert (await item.answer()).shape[0] == num_tokens
+        await sender
+    await until(lambda: server.handler.queued_bytes == 0)
+
+
+async def send_steps(session: Opened, num_tokens: int, count: int) -> None:
+    """Send steps that start over each time, without waiting for an answer."""
+    table, _ = session.numbers_for(num_tokens)
+    hidden_TD = torch.zeros(num_tokens, session.target.hidden_size)
+    for number in range(count):
+        await session.send(*session.sealed(table, hidden_TD, step=number))

@@ -1,0 +1,110 @@
+"""Chains over the blocks left to the swarm, from records that may say anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from planetserve.client.planning import ChainPlanner, ModelFacts
+from planetserve.clock import SystemClock
+from planetserve.config import ClientConfig
+from planetserve.errors import MissingBlocksError, NoChainAvailable
+from planetserve.swarm.ping import RttTable
+from planetserve.types import CLIENT, BlockSpan, Hop, ServerInfo, ServerState
+
+FACTS = ModelFacts("tiny", "tiny-prefix", "f" * 64, 8, 16, torch.float32)
+
+
+def planner(**options: Any) -> ChainPlanner:
+    return ChainPlanner(ClientConfig(**options), FACTS, RttTable(max_peers=16, clock=SystemClock()))
+
+
+def server(name: str, start: int, end: int, **fields: Any) -> ServerInfo:
+    known: dict[str, Any] = {
+        "peer_id": name,
+        "model": FACTS.prefix,
+        "fingerprint": FACTS.fingerprint,
+        "span": BlockSpan(start, end),
+        "num_blocks": 8,
+        "state": ServerState.ONLINE,
+        "dtype": "float32",
+        "addresses": (),
+        "decode_ms_per_block": 1.0,
+        "tokens_per_s_per_block": 1000.0,
+        "network_bytes_per_s": 1e8,
+        "free_cache_tokens": 4096,
+        "max_session_tokens": 2048,
+    }
+    return ServerInfo(**known | fields)
+
+
+def test_hops_carry_true_block_numbers() -> None:
+    chain = planner(local_blocks="0:2,-1:").plan([server("a", 0, 4), server("b", 3, 8)], 1, 10)
+    assert chain.hops[0].start == 2
+    assert chain.hops[-1] == Hop("b", chain.hops[-1].start, 7)
+    assert chain.hops[0].end == chain.hops[1].start
+    assert chain.latency_ms > 0
+
+
+def test_servers_of_local_blocks_are_not_in_the_snapshot() -> None:
+    servers = [server("a", 0, 2), server("b", 1, 8), server("c", 7, 8)]
+    snapshot = planner(local_blocks="0:2,7:8").snapshot(servers, 1)
+    assert snapshot.num_blocks == 5
+    assert [(point.id, point.start, point.end) for point in snapshot.servers] == [("b", 0, 5)]
+
+
+def test_missing_blocks_and_full_caches_are_reported_by_true_numbers() -> None:
+    plan = planner(local_blocks="0:2").plan
+    with pytest.raises(MissingBlocksError, match="blocks 2:3, 6:8") as caught:
+        plan([server("a", 3, 6)], 1, 10)
+    assert caught.value.missing == ((2, 3), (6, 8))
+    with pytest.raises(NoChainAvailable, match="of blocks 2:8 have no server with free cache"):
+        plan([server("a", 0, 8, free_cache_tokens=9)], 1, 10)
+
+
+def test_trusted_blocks_are_cut_to_the_remote_ones() -> None:
+    made = planner(local_blocks="0:1,7:8", trusted_servers=("a",), trusted_blocks="0:2,-2:,7:8")
+    assert made.trusted == {BlockSpan(1, 2): {"a"}, BlockSpan(6, 7): {"a"}}
+    chain = made.plan([server("a", 0, 8, decode_ms_per_block=50.0), server("b", 0, 8)], 1, 1)
+    assert [hop.span for hop in chain if hop.peer_id == "a"] == [BlockSpan(1, 2), BlockSpan(6, 7)]
+
+
+def test_trusted_servers_leave_a_gap() -> None:
+    made = planner(trusted_servers=("a",), trusted_blocks="0:2")
+    servers = [server("a", 1, 8), server("b", 0, 8), server("c", 2, 8)]
+    with pytest.raises(MissingBlocksError) as caught:
+        made.plan(servers, 1, 1)
+    assert caught.value.missing == ((0, 1),)
+    assert [info.peer_id for info in made.barred(caught.value.missing, servers)] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        server("liar", 8, 9, num_blocks=9),
+        server("liar", 0, 9, num_blocks=9),
+        server("liar", 0, 4, num_blocks=4),
+        server("liar", 0, 8, free_cache_tokens=2**53),
+        server("liar", 0, 8, tokens_per_s_per_block=1e-300),
+        server("liar", 0, 8, next_rtt_ms={"liar": 5.0}, decode_ms_per_block=9.0),
+        server("liar", 0, 8, next_rtt_ms={"a": 5.0, "gone": 1.0}, decode_ms_per_block=9.0),
+    ],
+)
+def test_a_record_that_cannot_be_true_costs_only_its_author(lie: ServerInfo) -> None:
+    honest = server("a", 0, 8, next_rtt_ms={"liar": 3.0})
+    chain = planner().plan([honest, lie], 1, 1)
+    assert chain.hops == (Hop("a", 0, 8),)
+
+
+def test_of_two_claims_on_a_link_the_worse_counts() -> None:
+    servers = [
+        server("a", 0, 8, next_rtt_ms={"b": 1.0}),
+        server("b", 0, 8, next_rtt_ms={"a": 7.0}),
+        server("c", 0, 8, next_rtt_ms={"a": 2.0}),
+    ]
+    snapshot = planner().snapshot(servers, 1)
+    assert snapshot.rtt("a", "b") == 7.0
+    assert snapshot.rtt("a", "c") == 2.0
+    assert snapshot.rtt(CLIENT, "a") == snapshot.default_rtt_ms

@@ -1,0 +1,204 @@
+"""Linear backends: the same results, less memory, and plain layers wherever there is doubt."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from planetserve.errors import ConfigError
+from planetserve.model import linear_backends
+from planetserve.model.checkpoint import Checkpoint
+from planetserve.model.client_half import load_client_half
+from planetserve.model.linear import convert_head, convert_span
+from planetserve.model.linear_backends import BACKENDS, Auto, Packed, PackedLinear, unpack
+from planetserve.model.skeleton import SpanBlocks
+from planetserve.testing.checkpoints import SERVABLE_FAMILIES, make_tiny_checkpoint
+from planetserve.types import BlockSpan
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+needs_packing = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
+)
+
+
+def make_layer(
+    num_in: int = 48, num_out: int = 80, *, bias: bool = True, dtype: torch.dtype = torch.float32
+) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(num_in, num_out, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
+    return torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["packed", "plain", "auto"])
+def test_every_backend_gives_the_plain_product(name: str, bias: bool, dtype: torch.dtype) -> None:
+    plain = make_layer(bias=bias, dtype=dtype)
+    layer = copy.deepcopy(plain)
+    BACKENDS.create(name).convert(layer)
+    for shape in [(48,), (1, 48), (2, 48), (0, 48), (1, 1, 48), (2, 3, 48), (1, 130, 48)]:
+        x = torch.randn(shape).to(dtype)
+        assert layer(x).shape == plain(x).shape
+        assert close(layer(x), plain(x))
+    x = torch.randn(48, 7).to(dtype).t()
+    assert close(layer(x), plain(x))
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_layer_holds_its_weight_once(dtype: torch.dtype) -> None:
+    layer = make_layer(dtype=dtype)
+    assert Packed().convert(layer) == "packed"
+    assert isinstance(layer, PackedLinear)
+    assert sorted(name for name, _ in layer.named_parameters()) == ["bias", "packed"]
+    assert sum(value.numel() for value in layer.parameters()) == 48 * 80 + 80
+    assert {value.dtype for value in layer.parameters()} == {dtype}
+
+
+@needs_packing
+def test_a_packed_layer_can_be_made_plain_again() -> None:
+    plain = make_layer()
+    layer = copy.deepcopy(plain)
+    Packed().convert(layer)
+    unpack(layer)
+    assert type(layer) is nn.Linear
+    assert torch.equal(layer.weight, plain.weight)
+    assert torch.equal(layer(torch.ones(48)), plain(torch.ones(48)))
+
+
+@needs_packing
+def test_gpt2_layers_are_packed_too() -> None:
+    plain = Conv1D(80, 48).requires_grad_(False)
+    layer = copy.deepcopy(plain)
+    assert Packed().convert(layer) == "packed"
+    x = torch.randn(2, 3, 48)
+    assert close(layer(x), plain(x))
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@needs_packing
+def test_gradients_pass_through_a_packed_layer() -> None:
+    plain = make_layer()
+    layer = copy.deepcopy(plain)
+    Packed().convert(layer)
+    inputs = [torch.ones(1, 48, requires_grad=True) for _ in range(2)]
+    plain(inputs[0]).sum().backward()
+    layer(inputs[1]).sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+
+
+class OwnLinear(nn.Linear):
+    """A family's own idea of a linear layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.sign(), self.bias)
+
+
+def hooked() -> nn.Linear:
+    layer = make_layer()
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        OwnLinear(48, 80),
+        hooked(),
+        make_layer(dtype=torch.float64),
+        nn.Linear(48, 80, device="meta"),
+    ],
+    ids=["subclass", "hook", "float64", "device"],
+)
+@pytest.mark.parametrize("name", ["packed", "auto"])
+def test_other_layers_stay_as_they_are(name: str, layer: nn.Module) -> None:
+    weight = layer.weight
+    assert BACKENDS.create(name).convert(layer) == "plain"
+    assert layer.weight is weight
+
+
+def test_a_packed_product_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = linear_backends._multiply
+    monkeypatch.setattr(linear_backends, "_multiply", lambda *args: right(*args) * 1.0001)
+    layer = make_layer()
+    assert Packed().convert(layer) == "plain"
+    assert type(layer) is nn.Linear
+
+
+def test_a_weight_that_is_not_finite_stays_plain() -> None:
+    layer = make_layer()
+    layer.weight[3, 4] = float("nan")
+    assert Packed().convert(layer) == "plain"
+
+
+def test_without_the_operators_everything_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_backends, "_operators", lambda: None)
+    layer = make_layer(320, 320)
+    assert Packed().convert(layer) == "plain"
+    assert Auto().convert(layer) == "plain"
+
+
+def test_auto_times_a_shape_once_and_leaves_small_layers_alone() -> None:
+    auto = Auto()
+    assert auto.convert(make_layer()) == "plain"
+    assert auto.reasons() == ""
+    layers = [make_layer(512, 256) for _ in range(3)]
+    assert len({auto.convert(layer) for layer in layers}) == 1
+    assert auto.reasons().count("256x512") == 1
+
+
+def test_an_unknown_backend_is_refused(llama: Path) -> None:
+    blocks = SpanBlocks.load(Checkpoint.open(str(llama)), BlockSpan(0, 1), torch.float32)
+    with pytest.raises(ConfigError, match="auto, packed, plain"):
+        convert_span(blocks, "fast")
+
+
+@needs_packing
+@pytest.mark.parametrize("family", SERVABLE_FAMILIES)
+def test_a_packed_span_is_the_plain_one(family: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(str(make_tiny_checkpoint(tmp_path, family)))
+    span = BlockSpan(0, min(2, checkpoint.num_blocks))
+    plain, packed = (SpanBlocks.load(checkpoint, span, torch.float32) for _ in range(2))
+    names = [name for name, _ in packed.layers.named_modules()]
+    became = convert_span(packed, "packed")
+    assert [name for name, _ in packed.layers.named_modules()] == names
+    assert sum(became.values()) == sum(
+        type(module) in linear_backends.LAYER_TYPES for module in plain.layers.modules()
+    )
+    inputs = torch.randn(1, 9, checkpoint.hidden_size).split([5, 1, 1, 2], dim=1)
+    outputs = []
+    for blocks in (plain, packed):
+        cache = blocks.make_cache()
+        with torch.inference_mode():
+            outputs.append([blocks.run(hidden, past_key_values=cache) for hidden in inputs])
+    for expected, actual in zip(*outputs, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_packing
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_head_gives_the_same_logits(tied: bool, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 4096, "tie_word_embeddings": tied}
+    folder = make_tiny_checkpoint(tmp_path, "llama", **sizes)
+    model = load_client_half(
+        Checkpoint.open(str(folder)), torch.float32, "cpu", remote=lambda hidden: hidden
+    )
+    local = AutoModelForCausalLM.from_pretrained(folder)
+    convert_head(model)
+    hidden = torch.randn(1, 1, 32)
+    assert close(model.lm_head(hidden), local.lm_head(hidden))
+    ids = torch.tensor([[3, 4095]])
+    assert torch.equal(model.get_input_embeddings()(ids), local.get_input_embeddings()(ids))

@@ -30,6 +30,7 @@ OPTIONS = {
     "peer_open_burst": 24,
     "max_peer_sessions": 12,
     "max_peer_queued_mib": 1,
+    "max_peer_kv_share": 0.25,
 }
 
 

@@ -126,7 +126,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Hops that tile `[0, num_blocks)` in order; `latency_ms` is what the planner predicts."""
+    """Hops that tile the blocks which the swarm runs, in order; `latency_ms` is predicted."""
 
     hops: tuple[Hop, ...]
     latency_ms: float = 0.0

@@ -50,7 +50,6 @@ HEAVY = {
     "torch": {"tensors", "model", "engine", "server", "client", "testing", "demo"},
     "transformers": {"model", "engine", "client", "testing", "demo"},
     "safetensors": {"model", "testing"},
-    "pymoo": {"routing"},
 }
 
 MODULES = sorted(SOURCE.rglob("*.py"))

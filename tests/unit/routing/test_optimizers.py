@@ -1,0 +1,83 @@
+"""Every optimiser by name: legal chains, exact prices, and the exact front against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from brute_force import all_chains, random_snapshot
+
+from planetserve.errors import MissingBlocksError, NoChainAvailable
+from planetserve.routing.cost import check_chain, latency_ms, throughput_tokens_per_s
+from planetserve.routing.optimizers import OPTIMIZERS
+from planetserve.routing.optimizers.pareto_exact import ParetoExact
+from planetserve.routing.request import ChainRequest
+from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
+
+
+def _front(latency: np.ndarray, throughput: np.ndarray) -> list[tuple[float, float]]:
+    """The points that no chain beats in both, fastest first."""
+    found: list[tuple[float, float]] = []
+    for index in np.lexsort((-throughput, latency)):
+        if not found or throughput[index] > found[-1][1] * (1 + 1e-12):
+            found.append((float(latency[index]), float(throughput[index])))
+    return found
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 0.01])
+def test_exact_front_equals_brute_force(scale: float) -> None:
+    rng = np.random.default_rng(int(scale * 1000))
+    for _ in range(60):
+        snapshot = random_snapshot(rng, int(rng.integers(1, 7)), int(rng.integers(1, 9)), scale)
+        _, latency, throughput = all_chains(snapshot)
+        chains = ParetoExact().front(snapshot, ChainRequest())
+        for chain in chains:
+            check_chain(snapshot, chain)
+        got = [(chain.latency_ms, chain.throughput_tokens_per_s) for chain in chains]
+        expected = _front(latency, throughput)
+        assert len(got) == len(expected)
+        np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_chain_is_legal_and_priced_right(name: str) -> None:
+    rng = np.random.default_rng(5)
+    optimizer = OPTIMIZERS.create(name)
+    for _ in range(4):
+        snapshot = random_snapshot(rng, 6, 7)
+        chain = optimizer.plan(snapshot, ChainRequest())
+        check_chain(snapshot, chain)
+        assert chain.latency_ms == pytest.approx(latency_ms(snapshot, chain), rel=1e-12)
+        assert chain.throughput_tokens_per_s == pytest.approx(
+            throughput_tokens_per_s(snapshot, chain), rel=1e-12
+        )
+        _, latency, _ = all_chains(snapshot)
+        assert chain.latency_ms >= latency.min() * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_filters_and_gaps(name: str) -> None:
+    servers = (
+        ServerPoint("a", 0, 4, 1.0, 1e3, 1e7, 100, reputation=0.9),
+        ServerPoint("b", 2, 6, 1.0, 1e3, 1e7, 1000, reputation=0.9),
+        ServerPoint("c", 0, 6, 9.0, 1e3, 1e7, 1000, reputation=0.1),
+    )
+    snapshot = SwarmSnapshot(
+        num_blocks=6,
+        activation_bytes_per_token=4096,
+        hop_overhead_ms=1.0,
+        default_rtt_ms=10.0,
+        servers=servers,
+    )
+    optimizer = OPTIMIZERS.create(name)
+    trusted = optimizer.plan(snapshot, ChainRequest(min_reputation=0.5))
+    assert {hop.peer_id for hop in trusted} == {"a", "b"}
+    roomy = optimizer.plan(snapshot, ChainRequest(tokens=500))
+    assert "a" not in {hop.peer_id for hop in roomy}
+    with pytest.raises(NoChainAvailable):
+        optimizer.plan(snapshot, ChainRequest(tokens=5000))
+    with pytest.raises(MissingBlocksError) as caught:
+        optimizer.plan(snapshot, ChainRequest(blocked=frozenset("c"), min_reputation=0.95))
+    assert caught.value.missing == ((0, 6),)
+    with pytest.raises(MissingBlocksError) as caught:
+        optimizer.plan(snapshot, ChainRequest(blocked=frozenset({"b", "c"})))
+    assert caught.value.missing == ((4, 6),)

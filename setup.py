@@ -36,6 +36,7 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
+        "nsga2": ["pymoo>=0.6.1"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.15",

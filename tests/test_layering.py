@@ -50,6 +50,7 @@ HEAVY = {
     "torch": {"tensors", "model", "engine", "server", "client", "testing", "demo"},
     "transformers": {"model", "engine", "client", "testing", "demo"},
     "safetensors": {"model", "testing"},
+    "pymoo": {"routing"},
 }
 
 MODULES = sorted(SOURCE.rglob("*.py"))

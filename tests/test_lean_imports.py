@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "hivemind", "rich.console")
+HEAVY = ("torch", "transformers", "hivemind", "pymoo", "rich.console")
 
 LEAN = [
     "planetserve",

@@ -83,6 +83,17 @@ def throughput_tokens_per_s(snapshot: SwarmSnapshot, chain: Chain) -> float:
     return slowest
 
 
+def reputation(snapshot: SwarmSnapshot, chain: Chain) -> float:
+    """Product of the reputations of the servers used, each counted once and as at most 1."""
+    used = {hop.peer_id for hop in chain}
+    return math.prod(min(1.0, _server(snapshot, name).reputation) for name in sorted(used))
+
+
+def price(snapshot: SwarmSnapshot, chain: Chain) -> float:
+    """Price of one token through all blocks."""
+    return math.fsum((hop.end - hop.start) * _server(snapshot, hop.peer_id).price for hop in chain)
+
+
 def _server(snapshot: SwarmSnapshot, server_id: str) -> ServerPoint:
     position = snapshot.index.get(server_id, len(snapshot.servers))
     if position == len(snapshot.servers):

@@ -3,7 +3,7 @@
 A snapshot is immutable and complete: the same snapshot and request give the same chain, so a
 client can save the one it planned on and anybody can replay it. Values are checked when a snapshot
 is built, whether it comes from the directory or from a file; the file format is strict JSON,
-described in `docs/chain_optimization.md`.
+in the shape that `from_json` checks.
 
 The RTT table is symmetric. A pair it does not hold has `default_rtt_ms`; `"client"` names the
 client's end of the ring. Nothing here measures or fetches.

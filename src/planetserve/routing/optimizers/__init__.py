@@ -12,6 +12,8 @@ OPTIMIZERS: Registry[ChainOptimizer] = Registry(
     "chain_optimizers",
     {
         "greedy": f"{_HERE}.greedy:Greedy",
+        "latency_throughput_tradeoff": f"{_HERE}.nsga2:LatencyThroughputTradeoff",
+        "nsga2": f"{_HERE}.nsga2:Nsga2",
         "pareto_exact": f"{_HERE}.pareto_exact:ParetoExact",
         "petals_max_throughput": f"{_HERE}.petals:PetalsMaxThroughput",
         "petals_min_latency": f"{_HERE}.petals:PetalsMinLatency",

@@ -43,20 +43,28 @@ class FrontOptimizer(ChainOptimizer, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class FrontPoint:
-    """A chain of a front, and by what part of its latency another one might still beat it."""
+class ProvenFront:
+    """A front and what is proven of it."""
 
-    chain: Chain
-    gap: float
-    """0 when it is proven that no chain of at least this throughput is faster."""
+    chains: tuple[Chain, ...]
+    gaps: tuple[float, ...]
+    """By what part of its latency each chain might still be beaten by one of at least its
+    throughput; 0 when that is excluded."""
+    complete: bool
+    """Whether no other chain belongs on the front, as far as the gaps are 0."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether this is proven to be the front."""
+        return self.complete and not any(self.gaps)
 
 
 @runtime_checkable
 class ProvingOptimizer(FrontOptimizer, Protocol):
     """Also proves how good its front is."""
 
-    def solve(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[FrontPoint, ...]:
-        """The chains of `front` with what is proven of each.
+    def solve(self, snapshot: SwarmSnapshot, request: ChainRequest) -> ProvenFront:
+        """The chains of `front` with what is proven of them.
 
         Raises:
             MissingBlocksError, NoChainAvailable: as `plan`.

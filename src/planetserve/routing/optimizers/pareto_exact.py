@@ -9,9 +9,9 @@ by how much it might be beaten. `front` and `plan` take them as they are.
 from __future__ import annotations
 
 from planetserve.errors import ConfigError
-from planetserve.routing.exact.sweep import sweep
+from planetserve.routing.exact.sweep import DEFAULT_EFFORT, sweep
 from planetserve.routing.front import pick_chain
-from planetserve.routing.optimizers.base import FrontPoint
+from planetserve.routing.optimizers.base import ProvenFront
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
@@ -27,7 +27,7 @@ class ParetoExact:
             80 blocks, in about a second.
     """
 
-    def __init__(self, effort: int = 80_000):
+    def __init__(self, effort: int = DEFAULT_EFFORT):
         if effort < 0:
             raise ConfigError(f"effort must not be negative, got {effort}")
         self._effort = effort
@@ -36,10 +36,11 @@ class ParetoExact:
         return pick_chain(self.front(snapshot, request), request)
 
     def front(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[Chain, ...]:
-        return tuple(point.chain for point in self.solve(snapshot, request))
+        return self.solve(snapshot, request).chains
 
-    def solve(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[FrontPoint, ...]:
-        answers = sweep(RoutingProblem.build(snapshot, request), self._effort)
-        return tuple(
-            FrontPoint(answer.chain, answer.gap) for answer in answers if answer.chain is not None
+    def solve(self, snapshot: SwarmSnapshot, request: ChainRequest) -> ProvenFront:
+        swept = sweep(RoutingProblem.build(snapshot, request), self._effort)
+        found = [(answer.chain, answer.gap) for answer in swept.answers if answer.chain]
+        return ProvenFront(
+            tuple(chain for chain, _ in found), tuple(gap for _, gap in found), swept.complete
         )

@@ -1,0 +1,49 @@
+"""The first population: chains that are good in some direction, and random ones.
+
+The good ones are what the bounded sweep for the front of latency and throughput finds, the greedy
+chain and, with more objectives, chains with the least weighted sum of latency, mistrust and price.
+So with two objectives the search begins where the exact method stopped; without them (a cold
+start) it shows what evolution finds by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from planetserve.routing.evolution.objectives import log_mistrust, prices
+from planetserve.routing.exact.sweep import DEFAULT_EFFORT, sweep
+from planetserve.routing.optimizers.greedy import greedy_chain
+from planetserve.routing.optimizers.shortest_path import least_latency_hosts
+from planetserve.routing.problem import IntArray, RoutingProblem
+
+_WEIGHTS = 16
+
+
+def good_chains(problem: RoutingProblem, num_objectives: int, rng: np.random.Generator) -> IntArray:
+    """`[chains, num_blocks]` distinct good starts."""
+    found = [greedy_chain(problem)]
+    found += [answer.chain for answer in sweep(problem, DEFAULT_EFFORT).answers if answer.chain]
+    hosts = [problem.hosts(chain) for chain in found]
+    if num_objectives > 2:
+        hosts += _weighted(problem, num_objectives, rng)
+    return np.array(list(dict.fromkeys(hosts)), dtype=np.intp)
+
+
+def _weighted(
+    problem: RoutingProblem, num_objectives: int, rng: np.random.Generator
+) -> list[tuple[int, ...]]:
+    """Shortest paths where mistrust and price count as milliseconds at random rates of exchange."""
+    mistrust = log_mistrust(problem)
+    price = prices(problem) if num_objectives > 3 else np.zeros(problem.num_servers)
+    found = []
+    for exponent in rng.uniform(-2, 3, size=(_WEIGHTS, 2)):
+        per_mistrust, per_price = 10**exponent
+        changed = replace(
+            problem,
+            hop_ms=problem.hop_ms + per_mistrust * mistrust,
+            decode_ms=problem.decode_ms + per_price * price,
+        )
+        found.append(tuple(least_latency_hosts(changed)))
+    return found

@@ -1,0 +1,121 @@
+"""NSGA-II by pymoo on the operators of this package (Deb et al., 2002). Imported only when used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.core.crossover import Crossover
+from pymoo.core.duplicate import DuplicateElimination
+from pymoo.core.mutation import Mutation
+from pymoo.core.problem import Problem
+from pymoo.core.repair import Repair
+from pymoo.optimize import minimize
+
+from planetserve.routing.evolution.first import good_chains
+from planetserve.routing.evolution.objectives import evaluate
+from planetserve.routing.evolution.operators import Operators
+from planetserve.routing.problem import IntArray, RoutingProblem
+from planetserve.routing.snapshot import FloatArray
+
+
+def evolve(
+    problem: RoutingProblem,
+    num_objectives: int,
+    population: int,
+    generations: int,
+    seed: int,
+    warm_start: bool,
+) -> tuple[IntArray, FloatArray]:
+    """Run NSGA-II; every individual it ever evaluated, without repetitions, and its objectives."""
+    rng = np.random.default_rng(seed)
+    operators = Operators(problem)
+    first = operators.random(population, rng)
+    if warm_start:
+        good = good_chains(problem, num_objectives, rng)
+        first = np.concatenate([good, first])[: max(population, len(good) + population // 2)]
+    model = _Model(problem, num_objectives)
+    algorithm = NSGA2(
+        pop_size=population,
+        sampling=first,
+        crossover=_Crossover(operators, rng),
+        mutation=_Mutation(operators, rng),
+        repair=_Repair(operators, rng),
+        eliminate_duplicates=_SameHosts(),
+    )
+    # On a small swarm every chain is soon known; pymoo would look for new ones 100 times a
+    # generation. It ends the search when there are none.
+    algorithm.mating.n_max_iterations = 3
+    minimize(
+        model,
+        algorithm,
+        ("n_gen", generations),
+        seed=seed,
+        verbose=False,
+    )
+    hosts, objectives = np.concatenate(model.hosts), np.concatenate(model.objectives)
+    _, kept = np.unique(hosts, axis=0, return_index=True)
+    return hosts[kept], objectives[kept]
+
+
+class _Model(Problem):  # type: ignore[misc]
+    """pymoo's view of a routing problem; remembers what it evaluates."""
+
+    def __init__(self, problem: RoutingProblem, num_objectives: int):
+        super().__init__(
+            n_var=problem.num_blocks,
+            n_obj=num_objectives,
+            xl=0,
+            xu=problem.num_servers - 1,
+            vtype=int,
+        )
+        self._problem = problem
+        self.hosts: list[IntArray] = []
+        self.objectives: list[FloatArray] = []
+
+    def _evaluate(self, x: IntArray, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        hosts = x.astype(np.intp)
+        out["F"] = evaluate(self._problem, hosts, self.n_obj)
+        self.hosts.append(hosts)
+        self.objectives.append(out["F"])
+
+
+class _Crossover(Crossover):  # type: ignore[misc]
+    def __init__(self, operators: Operators, rng: np.random.Generator):
+        super().__init__(n_parents=2, n_offsprings=2, prob=0.9)
+        self._operators, self._rng = operators, rng
+
+    def _do(self, problem: Problem, x: IntArray, *args: Any, **kwargs: Any) -> IntArray:
+        return np.stack(self._operators.cross(x[0], x[1], self._rng))
+
+
+class _Mutation(Mutation):  # type: ignore[misc]
+    def __init__(self, operators: Operators, rng: np.random.Generator):
+        super().__init__(prob=0.9)
+        self._operators, self._rng = operators, rng
+
+    def _do(self, problem: Problem, x: IntArray, *args: Any, **kwargs: Any) -> IntArray:
+        return self._operators.mutate(x, self._rng)
+
+
+class _Repair(Repair):  # type: ignore[misc]
+    def __init__(self, operators: Operators, rng: np.random.Generator):
+        super().__init__()
+        self._operators, self._rng = operators, rng
+
+    def _do(self, problem: Problem, x: IntArray, **kwargs: Any) -> IntArray:
+        return self._operators.repair(x.astype(np.intp), self._rng)
+
+
+class _SameHosts(DuplicateElimination):  # type: ignore[misc]
+    """Equal rows are duplicates; by hashing, where pymoo's default measures all distances."""
+
+    def _do(self, pop: Any, other: Any, is_duplicate: Any) -> Any:
+        seen = set() if other is None else {row.tobytes() for row in other.get("X")}
+        for i, row in enumerate(pop.get("X")):
+            key = row.tobytes()
+            is_duplicate[i] = is_duplicate[i] or key in seen
+            if other is None:
+                seen.add(key)
+        return is_duplicate

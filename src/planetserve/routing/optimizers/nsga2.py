@@ -1,0 +1,91 @@
+"""Chains by NSGA-II: for the objectives that the exact front does not know.
+
+Two objectives are latency and throughput, the third is reputation, the fourth price. The exact
+method is better at two, and they are there to be measured against it; with additive third and
+fourth objectives the problem has no fast exact method. pymoo runs the search and is imported when
+a plan is made.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+from dataclasses import replace
+
+from planetserve.errors import ConfigError
+from planetserve.routing.front import pick_chain, undominated_rows
+from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.request import ChainRequest
+from planetserve.routing.snapshot import SwarmSnapshot
+from planetserve.types import Chain
+
+
+class Nsga2:
+    """Evolves a front.
+
+    Args:
+        objectives: 2 (latency, throughput), 3 (and reputation) or 4 (and price).
+        population: individuals per generation.
+        generations: how many.
+        seed: makes the outcome repeatable.
+        warm_start: begin with chains that fast methods find, besides random ones.
+
+    Raises:
+        ConfigError: an argument is out of range, or pymoo is not installed.
+    """
+
+    def __init__(
+        self,
+        objectives: int = 2,
+        population: int = 60,
+        generations: int = 40,
+        seed: int | None = 0,
+        warm_start: bool = True,
+    ):
+        if objectives not in (2, 3, 4):
+            raise ConfigError(f"objectives must be 2, 3 or 4, not {objectives!r}")
+        if population < 4 or generations < 1:
+            raise ConfigError("population must be at least 4 and generations at least 1")
+        if importlib.util.find_spec("pymoo") is None:
+            raise ConfigError("nsga2 needs pymoo: pip install 'planetserve[nsga2]'")
+        self._objectives = objectives
+        self._population = population
+        self._generations = generations
+        self._seed = seed
+        self._warm_start = warm_start
+
+    def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:
+        return pick_chain(self.front(snapshot, request), request)
+
+    def front(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[Chain, ...]:
+        from planetserve.routing.evolution.loop import evolve
+
+        problem = RoutingProblem.build(snapshot, request)
+        seed = secrets.randbelow(2**31) if self._seed is None else self._seed
+        hosts, objectives = evolve(
+            problem, self._objectives, self._population, self._generations, seed, self._warm_start
+        )
+        best = undominated_rows(objectives)
+        return tuple(problem.chain(hosts[i].tolist()) for i in best)
+
+
+class LatencyThroughputTradeoff:
+    """The mode that Hakim and Hasan (2025) proposed for Petals: NSGA-II's front, and a choice.
+
+    Without a pick in the request, the chain with the least time for the expected prompt and output
+    is taken when their lengths are known, and the knee of the front otherwise.
+
+    Args:
+        seed, population, generations: of the search, as for `Nsga2`.
+    """
+
+    def __init__(self, seed: int | None = 0, population: int = 60, generations: int = 40):
+        self._nsga2 = Nsga2(2, population, generations, seed)
+
+    def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:
+        if request.pick is None and request.prompt_tokens + request.output_tokens > 0:
+            request = replace(request, pick="request")
+        return pick_chain(self.front(snapshot, request), request)
+
+    def front(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[Chain, ...]:
+        return self._nsga2.front(snapshot, request)

@@ -115,16 +115,12 @@ async def test_a_full_cache_refuses_without_waiting_for_the_engine(
     quarter = CACHE_TOKENS // 4
     sessions = [await greedy.open(max_length=quarter) for _ in range(3)]
     assert server.engine.stats().free_cache_tokens == quarter
-    loop = asyncio.get_running_loop()
-    took_s = []
     for _ in range(10):
-        started_s = loop.time()
+        # The engine thread is held up: an answer proves that nobody asked it.
         error = await refusal(greedy, max_length=16)
-        took_s.append(loop.time() - started_s)
         assert isinstance(error, CacheExhausted)
         assert "--max_peer_kv_share" in str(error)
         assert error.retry_after_s > 0
-    assert sorted(took_s)[5] < 0.2, "the refusal itself waits for nothing"
     small = await modest.open(max_length=quarter // 2)
     assert "while others hold some" in str(await refusal(greedy, max_length=16))
     assert isinstance(await refusal(modest, max_length=quarter), CacheExhausted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from brute_force import all_chains, random_snapshot
+from planetserve.testing.brute_force import all_chains, random_snapshot
 
 from planetserve.errors import MissingBlocksError, NoChainAvailable
 from planetserve.routing.cost import check_chain, latency_ms, throughput_tokens_per_s

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from brute_force import random_snapshot
+from planetserve.testing.brute_force import random_snapshot
 
 from planetserve.errors import ConfigError
 from planetserve.routing.snapshot import MAX_SNAPSHOT_BYTES, ServerPoint, SwarmSnapshot

@@ -9,10 +9,10 @@ A section is a module in this folder with three functions:
 
 `tables` and `figures` read nothing but what `measure` answered, so that `--redraw` can make them
 again from the JSON file. To add a section: write the module, add it to `SECTIONS` below, and put
-`<!-- table SECTION.TABLE -->` and `<!-- end -->` on lines of their own into
-`docs/chain_optimization.md` wherever a table belongs; the command fills in what is between. Pictures
-go to `docs/images/chain_SECTION_FIGURE.png`; link to them there. A measurement that takes longer
-than some minutes should say on stdout what it is doing.
+`<!-- table SECTION.TABLE -->` and `<!-- end -->` on lines of their own into the page
+`docs/chain_optimization.md` wherever a table belongs; the command fills in what is between.
+Pictures go to `docs/images/chain_SECTION_FIGURE.png`; link to them there. A measurement that takes
+longer than some minutes should say on stdout what it is doing.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from chain.output import markdown, new_figure, say
-from chain.swarms import SWARMS
 from common import median, percentile
 
+from chain.output import markdown, new_figure, say
+from chain.swarms import SWARMS
 from planetserve.routing.cost import price, reputation
 from planetserve.routing.front import hypervolume
 from planetserve.routing.optimizers import OPTIMIZERS
@@ -137,7 +137,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     ]
     four = [
         ["random chains", RANDOM_CHAINS * len(rows), None],
-        ["of them not dominated or equalled by the front", _sum(rows, "four_undominated_random"), 0],
+        ["of them not covered by the front", _sum(rows, "four_undominated_random"), 0],
         ["members of a front that the greedy chain dominates",
          _sum(rows, "four_dominated_by_greedy"), 0],
         ["members of a front, median", median(r["four_front"] for r in rows), None],

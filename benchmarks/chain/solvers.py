@@ -1,8 +1,8 @@
 """Section `solvers`: how long a plan takes, from 10 to 10,000 servers, 80 blocks.
 
-Every time is of `plan` on a snapshot that nothing has been computed on yet, which includes building
-its matrix of round-trip times. Up to 1,000 servers all pairs have a time of their own; beyond, every
-server knows 32 others, as many as a directory record holds, and all other pairs have the default.
+Every time is of `plan` on a snapshot that nothing has been computed on yet, which includes what is
+made of its round-trip times. Up to 1,000 servers all pairs have a time of their own; beyond, every
+server knows 32 others, as many as a directory record holds; all other pairs have the default.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import resource
 import time
 from typing import Any
 
-from chain.output import markdown, new_figure, say
-from chain.swarms import SWARMS
 from common import median
 
+from chain.output import markdown, new_figure, say
+from chain.swarms import SWARMS
 from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot

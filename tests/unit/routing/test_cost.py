@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from planetserve.testing.brute_force import all_chains, random_snapshot
 
 from planetserve.errors import ConfigError
 from planetserve.routing.cost import check_chain, latency_ms, throughput_tokens_per_s
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
+from planetserve.testing.brute_force import all_chains, random_snapshot
 from planetserve.types import Chain, Hop
 
 SNAPSHOT = SwarmSnapshot(

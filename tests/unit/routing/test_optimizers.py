@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from planetserve.testing.brute_force import all_chains, random_snapshot
 
 from planetserve.errors import MissingBlocksError, NoChainAvailable
 from planetserve.routing.cost import check_chain, latency_ms, throughput_tokens_per_s
@@ -13,6 +12,7 @@ from planetserve.routing.optimizers.nsga2 import Nsga2
 from planetserve.routing.optimizers.pareto_exact import ParetoExact
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
+from planetserve.testing.brute_force import all_chains, random_snapshot
 from planetserve.types import Chain
 
 

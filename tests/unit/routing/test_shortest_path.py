@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from planetserve.testing.brute_force import all_chains, random_snapshot
 
 from planetserve.errors import ConfigError
 from planetserve.routing.cost import check_chain
 from planetserve.routing.optimizers.shortest_path import ShortestPath
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
+from planetserve.testing.brute_force import all_chains, random_snapshot
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1, 0.01])

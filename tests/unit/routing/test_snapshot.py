@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planetserve.testing.brute_force import random_snapshot
 
 from planetserve.errors import ConfigError
 from planetserve.routing.snapshot import MAX_SNAPSHOT_BYTES, ServerPoint, SwarmSnapshot
+from planetserve.testing.brute_force import random_snapshot
 from planetserve.types import CLIENT
 
 

@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "nsga2": ["pymoo>=0.6.1"],
+        "plot": ["matplotlib>=3.8"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.15",

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from planetserve import cli, demo, run_dht, run_server
+from planetserve import cli, demo, plan, run_dht, run_server
 from planetserve.config import ClientConfig, ServerConfig
+from planetserve.plan import command as plan_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,7 +19,10 @@ PARSERS = {
     "planetserve.run_server": run_server.parse,
     "planetserve.run_dht": run_dht.parse,
     "planetserve.demo": demo.parse,
+    "planetserve.plan": plan.parse,
 }
+
+EXAMPLES = (run_server.EXAMPLES, run_dht.EXAMPLES, plan_command.EXAMPLES)
 
 
 def shell_commands(text: str) -> list[str]:
@@ -29,27 +33,29 @@ def shell_commands(text: str) -> list[str]:
 
 COMMANDS = sorted(
     line.strip()
-    for text in [*TEXTS.values(), f"```sh\n{run_server.EXAMPLES}\n{run_dht.EXAMPLES}```"]
+    for text in [*TEXTS.values(), *(f"```sh\n{examples}```" for examples in EXAMPLES)]
     for line in shell_commands(text)
-    if "python -m planetserve." in line
+    if re.match(r"\s*(python -m planetserve\.|planetserve )", line)
 )
 
 
 def test_the_pages_show_how_to_start_everything() -> None:
-    shown = {line.split()[2] for line in COMMANDS}
+    shown = {line.split()[2] for line in COMMANDS if line.startswith("python")}
     assert {"planetserve.run_server", "planetserve.run_dht"} <= shown
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_shown_command_is_accepted(line: str) -> None:
     words = shlex.split(line)
-    module = words[words.index("-m") + 1]
-    PARSERS[module](words[words.index(module) + 1 :])
+    if words[0] == "planetserve":
+        words = ["python", "-m", cli.COMMANDS[words[1]][0], *words[2:]]
+    PARSERS[words[2]](words[3:])
 
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_flags_in_the_text_exist(page: str) -> None:
     known = {*ServerConfig.__dataclass_fields__, *run_dht.DhtConfig.__dataclass_fields__}
+    known |= {*plan_command.PlanConfig.__dataclass_fields__}
     known |= {*demo.Options.__dataclass_fields__, "config", "help", "version"}
     other = {"rm", "durations", "gpus", "edge"}  # of docker, pytest and a drawing
     named = re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", TEXTS[page])

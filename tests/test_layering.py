@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "run_server": BASE | {"cli", "server"},
     "run_dht": BASE | {"cli", "crypto", "swarm"},
     "demo": BASE | {"cli", "client", "model"},
+    "plan": BASE | {"cli", "client", "model", "routing"},
     "testing": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "model", "engine",
                        "swarm", "server", "client"},
 }  # fmt: skip
@@ -51,6 +52,7 @@ HEAVY = {
     "transformers": {"model", "engine", "client", "testing", "demo"},
     "safetensors": {"model", "testing"},
     "pymoo": {"routing"},
+    "matplotlib": {"plan"},
 }
 
 MODULES = sorted(SOURCE.rglob("*.py"))

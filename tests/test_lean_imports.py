@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "hivemind", "pymoo", "rich.console")
+HEAVY = ("torch", "transformers", "hivemind", "pymoo", "matplotlib", "rich.console")
 
 LEAN = [
     "planetserve",
@@ -20,6 +20,7 @@ LEAN = [
     "planetserve.run_server",
     "planetserve.run_dht",
     "planetserve.demo",
+    "planetserve.plan",
     "planetserve.wire.frame",
     "planetserve.wire.step",
     "planetserve.wire.messages",

@@ -39,6 +39,7 @@ C = TypeVar("C")
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("planetserve.run_server", "serve some blocks of a model"),
     "dht": ("planetserve.run_dht", "run a peer that others join the swarm through"),
+    "plan": ("planetserve.plan", "show which chain a request would get, and how fast it would be"),
     "demo": ("planetserve.demo", "a private swarm on this machine that completes a prompt"),
 }
 """Subcommand -> module with a `main(argv) -> None`, and what it does."""
@@ -236,6 +237,10 @@ def run(prog: str, main: Callable[[], None]) -> NoReturn:
         _exit(prog, error, 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. The interpreter would complain at its own flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     sys.exit(0)
 
 

@@ -93,7 +93,8 @@ class ClientConfig:
     ping_timeout: float = 2.0
     """Seconds after which a ping counts as lost."""
     chain_optimizer: str = "shortest_path"
-    """Name of the strategy that picks the chain of servers."""
+    """Name of the strategy that picks the chain of servers, and its options after a colon, as in
+    nsga2:objectives=4."""
     wait_for_blocks_timeout: float = 10.0
     """Seconds to wait for servers that hold missing blocks before giving up."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter, OrderedDict, deque
 from importlib import metadata
@@ -64,3 +65,30 @@ def test_entry_points_of_installed_packages_count(
     registry = make()
     assert registry.names() == ("counter", "ordered", "theirs")
     assert registry.create("theirs", iterable="ab") == deque("ab")
+
+
+class Strategy:
+    """What the registry below makes."""
+
+    def __init__(
+        self, size: int = 3, share: float = 0.5, seed: int | None = None, fast: bool = True
+    ):
+        self.values = (size, share, seed, fast)
+
+
+def test_options_after_the_name() -> None:
+    registry: Registry[Strategy] = Registry("way", "ways", {"one": f"{__name__}:Strategy"})
+    assert registry.create_from("one").values == (3, 0.5, None, True)
+    assert registry.create_from("one", seed=4, other=5).values == (3, 0.5, 4, True)
+    text = "one:size=7, share=1,fast=false,seed=2"
+    assert registry.create_from(text, seed=4).values == (7, 1, 2, False)
+    for wrong, says in (
+        ("two:size=1", "unknown way 'two'; choose one of: one"),
+        ("one:depth=1", "no option 'depth'; its options are size, share, seed, fast"),
+        ("one:size=1.5", "size=1.5 must be int"),
+        ("one:fast=1", "fast=1 must be bool"),
+        ("one:seed=x", "seed='x' must be int | None"),
+        ("one:size", "write options as in one:option=value"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            registry.create_from(wrong)

@@ -152,14 +152,7 @@ def _check_type(checkpoint: Checkpoint, wanted: str | None, name: str) -> None:
 def _load(
     checkpoint: Checkpoint, dtype: torch.dtype, config: ClientConfig, *, has_head: bool
 ) -> Any:
-    facts = ModelFacts(
-        name=checkpoint.name,
-        prefix=checkpoint.model_prefix,
-        fingerprint=checkpoint.fingerprint,
-        num_blocks=checkpoint.num_blocks,
-        hidden_size=checkpoint.hidden_size,
-        dtype=dtype,
-    )
+    facts = ModelFacts.of(checkpoint, dtype)
     split = split_blocks(config, checkpoint.num_blocks)
     local = None if config.local_blocks is None else LocalEnds.load(checkpoint, split, dtype)
     runtime = ClientRuntime(config, facts, local)

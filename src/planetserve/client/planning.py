@@ -23,6 +23,7 @@ from planetserve.errors import (
     NoChainAvailable,
     SessionLengthError,
 )
+from planetserve.model.checkpoint import Checkpoint
 from planetserve.routing.optimizers import OPTIMIZERS
 from planetserve.routing.points import server_point
 from planetserve.routing.request import ChainRequest
@@ -48,6 +49,18 @@ class ModelFacts:
     hidden_size: int
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> ModelFacts:
+        """The facts of a checkpoint whose activations travel as `dtype`."""
+        return cls(
+            name=checkpoint.name,
+            prefix=checkpoint.model_prefix,
+            fingerprint=checkpoint.fingerprint,
+            num_blocks=checkpoint.num_blocks,
+            hidden_size=checkpoint.hidden_size,
+            dtype=dtype,
+        )
+
 
 class ChainPlanner:
     """Plans chains for one client.
@@ -65,7 +78,7 @@ class ChainPlanner:
             if (inside := _overlap(span, self.remote)) is not None
         }
         """Remote blocks that only some servers may run, by their true numbers."""
-        self._optimizer = OPTIMIZERS.create(config.chain_optimizer)
+        self._optimizer = OPTIMIZERS.create_from(config.chain_optimizer)
         self._facts = facts
         self._rtt = rtt
         self._warned_dtype = False

@@ -229,6 +229,17 @@ class SwarmSnapshot:
         except UnicodeDecodeError as error:
             raise ConfigError(f"snapshot {str(path)!r} is not UTF-8 text") from error
 
+    def save(self, path: str | Path) -> None:
+        """Write the snapshot as a file for `load`.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        try:
+            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write snapshot {str(path)!r}: {error.strerror}") from error
+
 
 def uncovered_spans(covered: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
     """The maximal runs of False in `covered`, as half-open spans."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from planetserve.errors import ConfigError
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.types import Chain
@@ -70,3 +71,14 @@ class ProvingOptimizer(FrontOptimizer, Protocol):
             MissingBlocksError, NoChainAvailable: as `plan`.
         """
         ...
+
+
+def checked_seed(seed: int | None) -> int | None:
+    """`seed`, if numpy and pymoo take it.
+
+    Raises:
+        ConfigError: it is not in `[0, 2**32)`.
+    """
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be from 0 to {2**32 - 1}, not {seed!r}")
+    return seed

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from planetserve.errors import ConfigError
 from planetserve.routing.front import pick_chain, undominated_rows
+from planetserve.routing.optimizers.base import checked_seed
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
@@ -51,7 +52,7 @@ class Nsga2:
         self._objectives = objectives
         self._population = population
         self._generations = generations
-        self._seed = seed
+        self._seed = checked_seed(seed)
         self._warm_start = warm_start
 
     def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:

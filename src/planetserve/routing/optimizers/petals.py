@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from planetserve.routing.optimizers.base import checked_seed
 from planetserve.routing.problem import IntArray, RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import FloatArray, SwarmSnapshot
@@ -64,7 +65,7 @@ class PetalsMaxThroughput:
     """
 
     def __init__(self, seed: int | None = None):
-        self._seed = seed
+        self._seed = checked_seed(seed)
 
     def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:
         problem = RoutingProblem.build(snapshot, request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from planetserve.routing.optimizers.base import checked_seed
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
@@ -19,7 +20,7 @@ class RandomChain:
     """
 
     def __init__(self, seed: int | None = None):
-        self._seed = seed
+        self._seed = checked_seed(seed)
 
     def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:
         problem = RoutingProblem.build(snapshot, request)

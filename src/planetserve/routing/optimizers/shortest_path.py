@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from planetserve.errors import ConfigError
+from planetserve.routing.optimizers.base import checked_seed
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import FloatArray, SwarmSnapshot
@@ -32,7 +33,7 @@ class ShortestPath:
         if not 0.0 <= spread <= 1.0:
             raise ConfigError(f"spread must be between 0 and 1, not {spread!r}")
         self._spread = spread
-        self._seed = seed
+        self._seed = checked_seed(seed)
 
     def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:
         problem = RoutingProblem.build(snapshot, request)

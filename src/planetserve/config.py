@@ -89,12 +89,16 @@ class ClientConfig:
     ban_timeout: float = 15.0
     """Seconds for which a server that failed is not chosen again."""
     max_pinged: int = 3
-    """How many candidate servers per block are pinged to measure the round-trip time."""
+    """How many candidates for the first and for the last server are pinged in every
+    `update_period` to measure the round-trip time."""
     ping_timeout: float = 2.0
     """Seconds after which a ping counts as lost."""
     chain_optimizer: str = "shortest_path"
     """Name of the strategy that picks the chain of servers, and its options after a colon, as in
     nsga2:objectives=4."""
+    chain_spread: float = 0.1
+    """A chain may be slower than the best one by up to this share, so that clients that plan at
+    once choose different ones; 0 always takes the best."""
     wait_for_blocks_timeout: float = 10.0
     """Seconds to wait for servers that hold missing blocks before giving up."""
 
@@ -107,6 +111,8 @@ class ClientConfig:
             self, "max_retries", "min_backoff", "max_backoff", "ban_timeout", "max_pinged",
             "wait_for_blocks_timeout",
         )  # fmt: skip
+        if not 0 <= self.chain_spread <= 1:
+            raise ConfigError(f"chain_spread={self.chain_spread:g} is not between 0 and 1")
         if self.max_backoff < self.min_backoff:
             raise ConfigError(
                 f"max_backoff={self.max_backoff:g} is below min_backoff={self.min_backoff:g}"
@@ -188,6 +194,9 @@ class ServerConfig:
     """CPU threads for torch; by default torch's own choice."""
     throughput: float | Literal["auto"] = "auto"
     """Tokens per second through one block; auto measures it."""
+    network_mbps: float | None = None
+    """Mbit/s this server can send, announced instead of what it measures; by default 100 until
+    large pushes have shown the rate."""
 
     max_sessions: int = 1024
     """Open sessions, of all peers together."""
@@ -236,7 +245,10 @@ class ServerConfig:
                 f"max_peer_kv_share={self.max_peer_kv_share:g} is more than the whole cache; "
                 "give a share in (0, 1]"
             )
-        optional = ("num_blocks", "attn_cache_tokens", "inference_max_length", "num_threads")
+        optional = (
+            "num_blocks", "attn_cache_tokens", "inference_max_length", "num_threads",
+            "network_mbps",
+        )  # fmt: skip
         _require_positive(self, *(name for name in optional if getattr(self, name) is not None))
         if self.throughput != "auto":
             _require_positive(self, "throughput")

@@ -96,12 +96,15 @@ class ServerInfo:
     tokens_per_s_per_block: float
     """Tokens per second through one block when batched or prefilling."""
     network_bytes_per_s: float
+    """What it can send, as large pushes have shown."""
     free_cache_tokens: int
     max_session_tokens: int
     """Longest sequence a session may hold here (`--inference_max_length`)."""
     quant_type: str = "none"
     version: str = "0"
     public_name: str = ""
+    hop_overhead_ms: float = 0.0
+    """What a decode step costs here whatever its blocks, without load."""
     next_rtt_ms: Mapping[PeerId, float] = field(default_factory=dict)
     """Measured round-trip times to servers that may come next in a chain."""
     announced_at_s: float = 0.0

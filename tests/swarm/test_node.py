@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import socket
 import tempfile
 import threading
@@ -21,9 +22,10 @@ from planetserve.crypto.identity import Identity
 from planetserve.errors import ConfigError, PeerUnreachable, TransportError
 from planetserve.swarm import dht
 from planetserve.swarm import node as node_module
+from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import NodeConfig, SwarmNode
-from planetserve.swarm.ping import RttTable, ping, serve_ping
+from planetserve.swarm.ping import ping, serve_ping, whom_to_ping
 from planetserve.swarm.streams import FrameStream, open_stream, serve_streams
 
 PEER = Identity.generate().peer_id
@@ -298,8 +300,8 @@ class ManualClock:
 
 def test_round_trip_times_are_averaged_bounded_and_forgotten() -> None:
     clock = ManualClock()
-    table = RttTable(max_peers=2, clock=clock, max_age_s=100)
-    assert table.get_ms("a") is None
+    table = PeerAverages(max_peers=2, clock=clock, max_age_s=100)
+    assert table.get("a") is None
     table.add("a", 10.0)
     table.add("a", 20.0)
     assert 10.0 < table.snapshot()["a"] < 20.0
@@ -308,8 +310,42 @@ def test_round_trip_times_are_averaged_bounded_and_forgotten() -> None:
     table.add("c", 6.0)
     assert table.snapshot() == {"b": 5.0, "c": 6.0}
     clock.now = 151.0
-    assert table.get_ms("b") is None
+    assert table.get("b") is None
     assert table.snapshot() == {}
+
+
+def choose(names: list[str], rtt: PeerAverages, rng: random.Random) -> list[str]:
+    return whom_to_ping(names, rtt, most=8, keep=32, rng=rng)
+
+
+def test_few_candidates_are_all_pinged_in_every_round() -> None:
+    rtt = PeerAverages(128, ManualClock())
+    names = [f"s{number}" for number in range(8)]
+    for _ in range(3):
+        chosen = choose(names, rtt, random.Random(1))
+        assert set(chosen) == set(names)
+        for name in chosen:
+            rtt.add(name, 5.0)
+
+
+def test_many_candidates_are_searched_while_the_nearest_stay_fresh() -> None:
+    clock, rng = ManualClock(), random.Random(2)
+    rtt = PeerAverages(128, clock)
+    names = [f"s{number}" for number in range(200)]
+    distance = {name: float(1 + rng.randrange(200)) for name in names}
+    pinged: set[str] = set()
+    for _ in range(60):
+        chosen = choose(names, rtt, rng)
+        assert len(set(chosen)) == 8
+        for name in chosen:
+            rtt.add(name, distance[name])
+        pinged |= set(chosen)
+        clock.now += 60.0
+    assert len(pinged) > 150
+    nearest = sorted(names, key=lambda name: distance[name])
+    found = sorted(rtt.snapshot(), key=lambda name: distance[name])[:32]
+    # Not all of the nearest were found again in time, but few far ones took their place.
+    assert len(set(found) & set(nearest[:64])) > 20
 
 
 def test_folders_of_killed_processes_are_removed_and_others_not() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -31,9 +32,10 @@ from planetserve.errors import (
     RemoteProtocolError,
 )
 from planetserve.routing.snapshot import SwarmSnapshot
+from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import NodeConfig, SwarmNode
-from planetserve.swarm.ping import RttTable, ping
+from planetserve.swarm.ping import ping, whom_to_ping
 from planetserve.types import Chain, PeerId, ServerInfo, ServerState
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.25
 _LEAVING_S = 60.0
 _MAX_REVIVED = 8
+_KEPT_FRESH = 4
+"""Times `max_pinged` servers at either end of the chain are measured again and again."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -61,7 +65,8 @@ class ChainManager:
         self._strangers: dict[PeerId, ServerInfo] = {}
         self._excluded: list[ServerInfo] = []
         self._banned_until_s: dict[PeerId, float] = {}
-        self._rtt = RttTable(max_peers=256, clock=self._clock)
+        self._rtt = PeerAverages(max_peers=256, clock=self._clock)
+        self._rng = random.Random()
         self._planner = ChainPlanner(config, facts, self._rtt)
         self._node: SwarmNode | None = None
         self._directory: Directory | None = None
@@ -299,12 +304,18 @@ class ChainManager:
 
     async def _ping_edges(self) -> None:
         """Measure servers that could be first or last in a chain, a bounded number of them."""
-        remote = self._planner.remote
-        ends = ((remote.start, remote.start + 1), (remote.end - 1, remote.end))
-        edges = [info for info in self._servers.values() if _holds_some(info, ends)]
-        unknown = [info for info in edges if self._rtt.get_ms(info.peer_id) is None]
-        chosen = unknown[: 2 * self.config.max_pinged]
-        await asyncio.gather(*(self._ping(info) for info in chosen))
+        remote, most = self._planner.remote, self.config.max_pinged
+        now_measured = self.config.update_period / 2
+        chosen: set[PeerId] = set()
+        for block in (remote.start, remote.end - 1):
+            edges = [
+                info.peer_id
+                for info in self._servers.values()
+                if block in info.span and self._rtt.age_s(info.peer_id) > now_measured
+            ]
+            keep = _KEPT_FRESH * most
+            chosen.update(whom_to_ping(edges, self._rtt, most=most, keep=keep, rng=self._rng))
+        await asyncio.gather(*(self._ping(self._servers[peer_id]) for peer_id in chosen))
 
     async def _ping(self, info: ServerInfo) -> bool:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +35,14 @@ class SwarmMixin:
     def chain(self) -> Chain:
         """The chain in use: that of the latest session, or the one a session would get now."""
         return self.runtime.current_chain()
+
+    def save_snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Write what a chain would be planned on now to a file, for `planetserve plan --snapshot`.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        self.runtime.snapshot().save(os.fspath(path))
 
     @property
     def active_session(self) -> InferenceSession | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import secrets
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,18 +26,19 @@ from planetserve.errors import (
     SessionLengthError,
 )
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.routing.optimizers import OPTIMIZERS
+from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
 from planetserve.routing.points import server_point
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
-from planetserve.swarm.ping import RttTable
+from planetserve.swarm.averages import PeerAverages
 from planetserve.tensors import dtype_name
 from planetserve.types import CLIENT, BlockSpan, Chain, PeerId, ServerInfo
 
 logger = logging.getLogger(__name__)
 
-_HOP_OVERHEAD_MS = 1.0
 _DEFAULT_RTT_MS = 50.0
+_TRANSFER_OVERHEAD_MS = 0.5
+"""What a hop costs besides what its server announces: opening, sealing and handing over a frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ class ChainPlanner:
         ConfigError: `local_blocks`, `trusted_blocks` or `chain_optimizer` is wrong.
     """
 
-    def __init__(self, config: ClientConfig, facts: ModelFacts, rtt: RttTable):
+    def __init__(self, config: ClientConfig, facts: ModelFacts, rtt: PeerAverages):
         self.remote = split_blocks(config, facts.num_blocks).remote
         """The blocks that the swarm runs."""
         self.trusted = {
@@ -78,13 +81,27 @@ class ChainPlanner:
             if (inside := _overlap(span, self.remote)) is not None
         }
         """Remote blocks that only some servers may run, by their true numbers."""
-        self._optimizer = OPTIMIZERS.create_from(config.chain_optimizer)
+        self._config = config
+        self._make_optimizer(0)  # a mistyped name should fail here
         self._facts = facts
         self._rtt = rtt
         self._warned_dtype = False
 
-    def plan(self, servers: Sequence[ServerInfo], num_rows: int, lease_tokens: int) -> Chain:
+    def plan(
+        self,
+        servers: Sequence[ServerInfo],
+        num_rows: int,
+        lease_tokens: int,
+        seed: int | None = None,
+    ) -> Chain:
         """The chain that the optimizer picks among `servers` for a session of this size.
+
+        Args:
+            servers: those that may be used.
+            num_rows: sequences in the session's batch.
+            lease_tokens: tokens of each that every hop must have room for.
+            seed: decides among chains that are nearly equal, so that sessions spread over them;
+                below 2^32, fresh if None.
 
         Raises:
             MissingBlocksError: some blocks are held by none of them that may run them.
@@ -98,11 +115,11 @@ class ChainPlanner:
         same_dtype = [info for info in long_enough if info.dtype == wanted]
         tokens = num_rows * lease_tokens
         try:
-            return self._optimize(self.snapshot(same_dtype, num_rows), tokens)
+            return self._optimize(self.snapshot(same_dtype, num_rows), tokens, seed)
         except NoChainAvailable:
             if len(same_dtype) == len(long_enough):
                 raise
-        chain = self._optimize(self.snapshot(long_enough, num_rows), tokens)
+        chain = self._optimize(self.snapshot(long_enough, num_rows), tokens, seed)
         if not self._warned_dtype:
             self._warned_dtype = True
             logger.warning(
@@ -117,15 +134,16 @@ class ChainPlanner:
         """What the optimizer plans on. Its block 0 is the first one that the swarm runs."""
         points = [point for info in servers if (point := self._point(info)) is not None]
         known = {point.id for point in points}
+        usable = [info for info in servers if info.peer_id in known]
         return SwarmSnapshot(
             num_blocks=len(self.remote),
             activation_bytes_per_token=(
                 self._facts.hidden_size * self._facts.dtype.itemsize * num_rows
             ),
-            hop_overhead_ms=_HOP_OVERHEAD_MS,
+            hop_overhead_ms=_hop_overhead_ms(usable),
             default_rtt_ms=_DEFAULT_RTT_MS,
             servers=tuple(points),
-            rtt_ms=self._links([info for info in servers if info.peer_id in known]),
+            rtt_ms=self._links(usable),
         )
 
     def barred(
@@ -161,7 +179,7 @@ class ChainPlanner:
         known = {info.peer_id for info in servers}
         claims: dict[tuple[PeerId, PeerId], float] = {}
         for info in servers:
-            measured = self._rtt.get_ms(info.peer_id)
+            measured = self._rtt.get(info.peer_id)
             if measured is not None:
                 table[CLIENT][info.peer_id] = measured
             for peer_id, rtt_ms in info.next_rtt_ms.items():
@@ -173,14 +191,20 @@ class ChainPlanner:
             table.setdefault(one, {})[other] = rtt_ms
         return table
 
-    def _optimize(self, snapshot: SwarmSnapshot, tokens: int) -> Chain:
+    def _make_optimizer(self, seed: int) -> ChainOptimizer:
+        """The optimizer of the settings; those that draw among equals draw by `seed`."""
+        spread = self._config.chain_spread
+        return OPTIMIZERS.create_from(self._config.chain_optimizer, spread=spread, seed=seed)
+
+    def _optimize(self, snapshot: SwarmSnapshot, tokens: int, seed: int | None) -> Chain:
         first = self.remote.start
         trusted = {
             BlockSpan(span.start - first, span.end - first): names
             for span, names in self.trusted.items()
         }
+        optimizer = self._make_optimizer(secrets.randbits(32) if seed is None else seed)
         try:
-            chain = self._optimizer.plan(snapshot, ChainRequest(tokens=tokens, trusted=trusted))
+            chain = optimizer.plan(snapshot, ChainRequest(tokens=tokens, trusted=trusted))
         except MissingBlocksError as error:
             missing = tuple((start + first, end + first) for start, end in error.missing)
             text = f"no usable server holds {spans_text(missing)}"
@@ -210,6 +234,12 @@ class ChainPlanner:
                 f"(at most {longest}); shorten it or start servers with a larger "
                 "--inference_max_length"
             )
+
+
+def _hop_overhead_ms(servers: Sequence[ServerInfo]) -> float:
+    """One number for all, as the cost model has it: the median, which few liars cannot move."""
+    announced = [info.hop_overhead_ms for info in servers]
+    return _TRANSFER_OVERHEAD_MS + (statistics.median(announced) if announced else 0.0)
 
 
 def spans_text(missing: Sequence[tuple[int, int]]) -> str:

@@ -13,6 +13,7 @@ from planetserve.client.portal import Portal
 from planetserve.client.session import InferenceSession
 from planetserve.config import ClientConfig
 from planetserve.errors import SessionClosed
+from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.swarm.node import SwarmNode
 from planetserve.types import Chain
 
@@ -77,6 +78,14 @@ class ClientRuntime:
         latest = self._latest() if self._latest else None
         chain = latest.chain if latest else None
         return chain or self._manager.last_chain or self._portal.call(self._manager.plan(1, 1))
+
+    def snapshot(self) -> SwarmSnapshot:
+        """What a session's chain would be planned on now."""
+
+        async def take() -> SwarmSnapshot:
+            return self._manager.snapshot()
+
+        return self._portal.call(take())
 
     def close(self) -> None:
         """Close every session and leave the swarm. Idempotent."""

@@ -63,7 +63,9 @@ class EngineStats:
         free_cache_tokens: tokens that new sessions could lease.
         num_sessions: open sessions.
         queued_tokens: tokens of accepted steps that have not run yet.
-        decode_ms_per_block: what one block adds to a decode step's time, on the recent load.
+        decode_ms_per_block: what one block adds to a decode step's time, waiting for the steps of
+            other sessions included; 0 before `Engine.measure`.
+        overhead_ms: what a decode step takes besides, whatever its blocks.
         tokens_per_s_per_block: tokens per second through one block in large batches.
     """
 
@@ -74,4 +76,5 @@ class EngineStats:
     num_sessions: int
     queued_tokens: int
     decode_ms_per_block: float
+    overhead_ms: float
     tokens_per_s_per_block: float

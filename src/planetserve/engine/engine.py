@@ -9,7 +9,6 @@ in order, so a page freed by a close is free before a session that was opened la
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import functools
 import threading
 
@@ -17,10 +16,11 @@ import torch
 
 from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig, EngineStats
+from planetserve.engine.measure import measure_cost
 from planetserve.engine.span_runner import SpanRunner
+from planetserve.engine.speed import StepLatency
 from planetserve.engine.worker import Job, Worker
 from planetserve.errors import (
-    PlanetServeError,
     QueueFull,
     RemoteProtocolError,
     SessionClosed,
@@ -47,8 +47,11 @@ class Engine:
         )
         # Per open session, its unfinished steps and how many tokens each has.
         self._pending: dict[bytes, dict[asyncio.Future[torch.Tensor], int]] = {}
+        self._num_blocks: dict[bytes, int] = {}
         self._max_length = min(config.inference_max_length, runner.num_pages * runner.page_size)
         self._num_items = 0
+        self._clock = clock
+        self._latency: StepLatency | None = None
         self._worker = Worker(runner, config, clock)
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -99,6 +102,7 @@ class Engine:
             raise SessionClosed("this server is shutting down")
         self._leases.open(session_id, peer_id, num_rows, max_length)
         self._pending[session_id] = {}
+        self._num_blocks[session_id] = len(span)
         self._worker.post(functools.partial(self._worker.open, session_id, num_rows, span))
 
     def close_session(self, session_id: bytes) -> None:
@@ -109,6 +113,7 @@ class Engine:
         pending = self._pending.pop(session_id, None)
         if pending is None:
             return
+        del self._num_blocks[session_id]
         self._leases.close(session_id)
         for future in pending:
             if not future.done() and not future.get_loop().is_closed():
@@ -160,14 +165,17 @@ class Engine:
         future.add_done_callback(pending.pop)
         item = WorkItem(self._num_items, session_id, table.rows, table.reorder)
         self._num_items += 1
-        job = Job(item, table.positions, hidden_TD, future)
+        job = Job(item, table.positions, hidden_TD, future, self._clock.monotonic())
+        if all(piece.num_tokens == 1 for piece in table.rows):
+            num_blocks = self._num_blocks[session_id]
+            future.add_done_callback(lambda done: self._on_decoded(job, num_blocks, done))
         self._worker.post(functools.partial(self._worker.accept, job))
         return future
 
     def stats(self) -> EngineStats:
         """What the engine holds and how fast it has been lately."""
         pages_used, queued_tokens = self._worker.usage
-        decode_ms, tokens_per_s = self._worker.speed
+        latency = self._latency
         return EngineStats(
             pages_total=self.runner.num_pages,
             pages_used=pages_used,
@@ -175,12 +183,13 @@ class Engine:
             free_cache_tokens=self._leases.free_tokens,
             num_sessions=len(self._pending),
             queued_tokens=queued_tokens,
-            decode_ms_per_block=decode_ms,
-            tokens_per_s_per_block=tokens_per_s,
+            decode_ms_per_block=latency.ms_per_block(self._clock.monotonic()) if latency else 0.0,
+            overhead_ms=latency.cost.overhead_ms if latency else 0.0,
+            tokens_per_s_per_block=self._worker.speed.tokens_per_s_per_block,
         )
 
-    def measure(self) -> None:
-        """Time a short prompt and a few single steps; blocks for less than a second or so.
+    async def measure(self) -> None:
+        """Time a short prompt and a few single steps, for less than a second or so.
 
         For after `start` and before the first session. The cache is empty again afterwards.
 
@@ -190,18 +199,16 @@ class Engine:
         """
         if self._thread is None or self._pending:
             raise SessionError("measure an engine that is started and has no sessions")
-        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        cost = await measure_cost(self._worker, self.runner, self._clock, self._max_length)
+        self._latency = StepLatency(cost, self._clock.monotonic())
 
-        def run() -> None:
-            try:
-                self._worker.measure(self._max_length)
-            except PlanetServeError as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-        self._worker.post(run)
-        done.result()
+    def _on_decoded(self, job: Job, num_blocks: int, done: asyncio.Future[torch.Tensor]) -> None:
+        if self._latency is None or done.cancelled() or done.exception() is not None:
+            return
+        now_s = self._clock.monotonic()
+        self._latency.add(
+            1000 * (now_s - job.submitted_s), num_blocks, alone=job.ran_alone, now_s=now_s
+        )
 
     def _check_length(self, length: int) -> None:
         if length > self._max_length:

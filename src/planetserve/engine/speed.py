@@ -1,41 +1,99 @@
-"""How fast a span runs lately: moving averages over real batches, in the units servers announce.
+"""How fast a span runs lately, in the units that servers announce.
 
-Written by the engine thread, read anywhere (`reading` is replaced as a whole).
+A step through `n` blocks takes `overhead_ms + n * decode_ms_per_block`: the first part is what a
+step costs whatever its blocks, the second grows with them. Both are timed once at load
+(`Engine.measure`). Afterwards every decode step is timed from its arrival to its result, so that
+waiting for other sessions' steps counts: that is the time per block *under the current load*.
+
+Pure: times come in as arguments. `StepLatency` belongs to the event loop's thread, `PassSpeed` to
+the engine thread, which replaces its reading as a whole so that anybody may read it.
 """
 
 from __future__ import annotations
 
-from planetserve.scheduler.batch import ScheduledBatch
+import math
+from dataclasses import dataclass
 
-_WEIGHT = 0.1
-_MIN_LARGE_BATCH = 16
-"""Only batches of at least this many tokens say something about throughput."""
+_PASS_WEIGHT = 0.1
+_MIN_LARGE_PASS = 16
+"""Only passes of at least this many tokens say something about throughput."""
 
-
-class Speedometer:
-    """Moving averages of decode latency and of throughput, per block."""
-
-    def __init__(self, num_blocks: int):
-        self._num_blocks = num_blocks
-        self.reading = (0.0, 0.0)
-        """Milliseconds of a decode step per block, tokens per second through a block.
-        0 for what has not been seen yet."""
-
-    def reset(self) -> None:
-        """Forget everything so far."""
-        self.reading = (0.0, 0.0)
-
-    def record(self, batch: ScheduledBatch, elapsed_s: float) -> None:
-        """Take a batch into account that ran for `elapsed_s`."""
-        decode_ms, tokens_per_s = self.reading
-        seconds_per_block = max(elapsed_s, 1e-9) / self._num_blocks
-        if any(piece.num_tokens == 1 for piece in batch.pieces):
-            decode_ms = _average(decode_ms, 1000 * seconds_per_block)
-        num_tokens = batch.num_tokens
-        if num_tokens >= _MIN_LARGE_BATCH:
-            tokens_per_s = _average(tokens_per_s, num_tokens / seconds_per_block)
-        self.reading = (decode_ms, tokens_per_s)
+_AVERAGE_S = 5.0
+"""Steps of about this long a time are averaged, however many they are."""
+_MAX_WEIGHT = 0.2
+_ALONE_WEIGHT = 0.05
+_FORGET_S = 30.0
+"""Time constant with which the load of a server fades that has been idle for `_AVERAGE_S`: nobody
+measures it any more."""
+_LEAST_MS = 1e-6
 
 
-def _average(old: float, new: float) -> float:
-    return new if old == 0 else old + _WEIGHT * (new - old)
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Time of one decode step through `n` blocks: `overhead_ms + n * ms_per_block`."""
+
+    overhead_ms: float
+    ms_per_block: float
+
+    @classmethod
+    def fit(cls, all_ms: float, one_ms: float | None, num_blocks: int) -> StepCost:
+        """From a step through all of `num_blocks` blocks and, if it was timed, one through one."""
+        if one_ms is None or num_blocks == 1:
+            return cls(0.0, max(all_ms / num_blocks, _LEAST_MS))
+        slope = (all_ms - one_ms) / (num_blocks - 1)
+        # Noise can make few blocks look as dear as many, or an overhead negative.
+        slope = min(max(slope, _LEAST_MS), all_ms / num_blocks)
+        return cls(all_ms - num_blocks * slope, slope)
+
+
+class StepLatency:
+    """Decode time per block under the current load, from finished steps.
+
+    Args:
+        cost: as timed without load.
+        now_s: monotonic time.
+    """
+
+    def __init__(self, cost: StepCost, now_s: float):
+        self.cost = cost
+        self._alone_ms = cost.ms_per_block
+        self._recent_ms = cost.ms_per_block
+        self._latest_s = now_s
+
+    def add(self, elapsed_ms: float, num_blocks: int, *, alone: bool, now_s: float) -> None:
+        """Count in one decode step.
+
+        Args:
+            elapsed_ms: from its arrival to its result.
+            num_blocks: blocks it went through.
+            alone: nothing else was in the engine meanwhile, so this is what a step takes unloaded.
+            now_s: monotonic time.
+        """
+        sample = max(elapsed_ms - self.cost.overhead_ms, _LEAST_MS) / num_blocks
+        if alone:
+            self._alone_ms += _ALONE_WEIGHT * (sample - self._alone_ms)
+        weight = min(_MAX_WEIGHT, -math.expm1((self._latest_s - now_s) / _AVERAGE_S))
+        known = self.ms_per_block(now_s)
+        self._recent_ms = known + weight * (sample - known)
+        self._latest_s = now_s
+
+    def ms_per_block(self, now_s: float) -> float:
+        """The recent average; without recent steps it returns to that of an unloaded server."""
+        idle_s = max(0.0, now_s - self._latest_s - _AVERAGE_S)
+        return self._alone_ms + math.exp(-idle_s / _FORGET_S) * (self._recent_ms - self._alone_ms)
+
+
+class PassSpeed:
+    """Tokens per second through one block, from large passes."""
+
+    def __init__(self) -> None:
+        self.tokens_per_s_per_block = 0.0
+        """0 until a large pass has run."""
+
+    def record(self, num_tokens: int, num_blocks: int, elapsed_s: float) -> None:
+        """Take a pass into account that ran for `elapsed_s`."""
+        if num_tokens < _MIN_LARGE_PASS:
+            return
+        newest = num_tokens * num_blocks / max(elapsed_s, 1e-9)
+        known = self.tokens_per_s_per_block or newest
+        self.tokens_per_s_per_block = known + _PASS_WEIGHT * (newest - known)

@@ -20,33 +20,29 @@ import torch
 from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.engine.speed import Speedometer
+from planetserve.engine.speed import PassSpeed
 from planetserve.errors import PlanetServeError, RemoteError, RemoteProtocolError, SessionError
 from planetserve.scheduler.batch import Piece, WorkItem
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.types import BlockSpan
-from planetserve.wire.step import RowSlice
 
 logger = logging.getLogger(__name__)
 
 _Result = tuple["asyncio.Future[torch.Tensor]", torch.Tensor | PlanetServeError]
 
-_MEASURE_SESSION = b"measure"
-_MEASURE_ITEM = -1
-_MEASURE_PREFILL = 64
-_MEASURE_DECODES = 8
-_MEASURE_LIMIT_S = 0.6
-
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A submitted step on its way through the engine. `future` is None for measurements."""
+    """A submitted step on its way through the engine."""
 
     item: WorkItem
     positions: tuple[int, ...] | None
     hidden_TD: torch.Tensor
-    future: asyncio.Future[torch.Tensor] | None
+    future: asyncio.Future[torch.Tensor]
+    submitted_s: float
     outputs: list[torch.Tensor] = field(default_factory=list)
+    ran_alone: bool = False
+    """Whether nothing else was in the engine between its arrival and its result."""
 
 
 class Worker:
@@ -71,18 +67,15 @@ class Worker:
         self._spans: dict[bytes, BlockSpan] = {}
         self._jobs: dict[int, Job] = {}
         self._resolved: list[tuple[Job, torch.Tensor | PlanetServeError]] = []
-        self._speed = Speedometer(len(runner.span))
+        self.speed = PassSpeed()
+        """Written on the engine thread, read anywhere."""
+        self._idle_since_s = 0.0
         self._usage = (0, 0)
 
     @property
     def usage(self) -> tuple[int, int]:
         """Pages in use and queued tokens, as of the last tick. For any thread."""
         return self._usage
-
-    @property
-    def speed(self) -> tuple[float, float]:
-        """`Speedometer.reading`. For any thread."""
-        return self._speed.reading
 
     def post(self, command: Callable[[], None]) -> None:
         """Have `command` run on the engine thread. For any thread; never waits."""
@@ -156,7 +149,6 @@ class Worker:
 
     def _tick(self) -> None:
         batch = self._scheduler.schedule()
-        started_s = self._clock.monotonic()
         try:
             self._runner.prepare(batch)
         except Exception as error:  # noqa: BLE001 - kernels may raise anything
@@ -169,12 +161,13 @@ class Worker:
             self._forward(batch.pieces)
         except Exception as error:  # noqa: BLE001 - as above, and so may a family's code
             self._isolate(batch.pieces, error)
-        else:
-            self._speed.record(batch, self._clock.monotonic() - started_s)
+        is_single = len({piece.session_id for piece in batch.pieces}) == 1
         for item_id in self._scheduler.commit(batch):
             job = self._jobs.pop(item_id)
+            job.ran_alone = is_single and job.submitted_s >= self._idle_since_s
             whole = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs)
             self._resolved.append((job, whole))
+        self._idle_since_s = self._clock.monotonic()
 
     def _forward(self, pieces: Sequence[Piece]) -> None:
         """Run pieces, one pass per span that their sessions use, and hand the outputs to jobs."""
@@ -202,12 +195,15 @@ class Worker:
             else:
                 positions += job.positions[piece.offset : end]
         hidden_TD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        return self._runner.forward(
+        started_s = self._clock.monotonic()
+        output_TD = self._runner.forward(
             pieces,
             hidden_TD.to(self._runner.device, self._runner.dtype),
             torch.tensor(positions, device=self._runner.device),
             span,
         ).cpu()
+        self.speed.record(len(positions), len(span), self._clock.monotonic() - started_s)
+        return output_TD
 
     def _isolate(self, pieces: Sequence[Piece], cause: Exception) -> None:
         """Run a failed batch again session by session, and drop the sessions that fail alone."""
@@ -243,40 +239,12 @@ class Worker:
         resolved, self._resolved = self._resolved, []
         by_loop: dict[asyncio.AbstractEventLoop, list[_Result]] = {}
         for job, value in resolved:
-            if job.future is not None:
-                by_loop.setdefault(job.future.get_loop(), []).append((job.future, value))
+            by_loop.setdefault(job.future.get_loop(), []).append((job.future, value))
         for loop, results in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_resolve, results)
             except RuntimeError:
                 logger.debug("%d results for an event loop that is closed", len(results))
-
-    def measure(self, max_length: int) -> None:
-        """Time a short prompt and a few single steps, then leave the cache empty.
-
-        Raises:
-            RemoteError: the pass failed.
-        """
-        prefill = max(1, min(_MEASURE_PREFILL, max_length - 1 - _MEASURE_DECODES))
-        deadline_s = self._clock.monotonic() + _MEASURE_LIMIT_S
-        start = 0
-        self.open(_MEASURE_SESSION, 1, self._runner.span)
-        for count in [1, prefill, *[1] * _MEASURE_DECODES]:
-            if start + count > max_length or self._clock.monotonic() > deadline_s:
-                break
-            hidden_TD = torch.randn(count, self._runner.hidden_size)
-            item = WorkItem(_MEASURE_ITEM, _MEASURE_SESSION, (RowSlice(0, start, count),))
-            self.accept(Job(item, None, hidden_TD, None))
-            while self._scheduler.has_work:
-                self._tick()
-            _, result = self._resolved.pop()
-            if isinstance(result, PlanetServeError):
-                raise result
-            if start == 0:
-                self._speed.reset()  # the first pass also warms caches and allocators up
-            start += count
-        self.forget(_MEASURE_SESSION)
-        self._tick()
 
 
 def _resolve(results: list[_Result]) -> None:

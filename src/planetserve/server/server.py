@@ -32,6 +32,7 @@ from planetserve.routing.points import server_point
 from planetserve.server.announcer import Announcer
 from planetserve.server.handler import ServedModel, SessionHandler
 from planetserve.server.limits import ServerLimits
+from planetserve.server.neighbours import Neighbours
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import NodeConfig, SwarmNode
 from planetserve.swarm.ping import serve_ping
@@ -41,7 +42,8 @@ from planetserve.types import BlockSpan, ServerInfo, ServerState
 logger = logging.getLogger(__name__)
 
 DEFAULT_NETWORK_BYTES_PER_S = 12_500_000.0
-"""Announced as this server's link rate: 100 Mbit/s, a usual home downlink."""
+"""Announced until large pushes have shown this server's rate: 100 Mbit/s."""
+_BYTES_PER_S_PER_MBPS = 125_000.0
 DRAIN_TIMEOUT_S = 30.0
 _UNMEASURED_MS = 1000.0
 """Announced per block while the span is still loading: nobody should plan on it."""
@@ -63,8 +65,13 @@ class Server:
         self._dtype: torch.dtype
         self._max_session_tokens = 0
         self._directory = Directory(node, clock)
+        self._neighbours = Neighbours(node, self._directory, self._clock)
         self._announcer = Announcer(
-            self._directory, self.info, config.update_period, config.expiration_s
+            self._directory,
+            self.info,
+            self._measure_neighbours,
+            config.update_period,
+            config.expiration_s,
         )
         self._closed = False
 
@@ -115,13 +122,24 @@ class Server:
             addresses=self.node.addresses(),
             decode_ms_per_block=decode_ms,
             tokens_per_s_per_block=tokens_per_s,
-            network_bytes_per_s=DEFAULT_NETWORK_BYTES_PER_S,
+            network_bytes_per_s=self._network_bytes_per_s(),
+            hop_overhead_ms=stats.overhead_ms if stats else 0.0,
+            next_rtt_ms=self._neighbours.rtt_ms,
             free_cache_tokens=stats.free_cache_tokens if stats else 0,
             max_session_tokens=self._max_session_tokens or 1,
             version=planetserve.__version__,
             public_name=self.config.public_name,
             announced_at_s=self._clock.unix(),
         )
+
+    def _network_bytes_per_s(self) -> float:
+        if self.config.network_mbps is not None:
+            return self.config.network_mbps * _BYTES_PER_S_PER_MBPS
+        # A slow peer says nothing of this server's link: that carries what the best one took.
+        return max(self.node.send_rates.snapshot().values(), default=DEFAULT_NETWORK_BYTES_PER_S)
+
+    async def _measure_neighbours(self) -> None:
+        await self._neighbours.measure(self._prefix, self.checkpoint.fingerprint, self.span)
 
     async def close(self, drain_timeout_s: float = 0.0) -> None:
         """Stop admitting, wait for open sessions, announce leaving, release everything."""
@@ -311,7 +329,7 @@ def _build_engine(
     engine = Engine(runner, config, SystemClock())
     engine.start()
     try:
-        engine.measure()
+        asyncio.run(engine.measure())
     except BaseException:
         engine.close()
         raise

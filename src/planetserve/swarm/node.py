@@ -28,6 +28,7 @@ from planetserve.clock import Clock, SystemClock
 from planetserve.crypto.identity import Identity
 from planetserve.errors import ConfigError, PeerUnreachable, TransportError
 from planetserve.swarm import dht, multiaddr
+from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.daemon import Daemon
 from planetserve.swarm.records import RecordChecker
 from planetserve.swarm.streams import FrameStream, StreamHandler, short
@@ -44,6 +45,7 @@ MAX_LARGE_FRAMES_PER_PEER = 8
 
 _EVERYWHERE = ("/ip4/0.0.0.0/tcp/{port}", "/ip6/::/tcp/{port}")
 _REJOIN_PERIOD_S = 10.0
+_MAX_MEASURED_PEERS = 64
 
 FrameTap = Callable[[str, PeerId, FrameHeader], None]
 """Called with "sent" or "received", the remote peer and the header of each frame."""
@@ -135,6 +137,8 @@ class SwarmNode:
         self.clock = clock
         self.records = RecordChecker(clock)
         self.taps: list[FrameTap] = []
+        self.send_rates = PeerAverages(max_peers=_MAX_MEASURED_PEERS, clock=clock)
+        """Bytes per second that peers took from this node, where it had to wait for them."""
         self.streams: set[FrameStream] = set()
         self.protocols: dict[str, StreamHandler] = {}
         self.stopped = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Round-trip times: measuring one, answering others' pings, remembering a bounded number.
+"""Round-trip times: whom to ping, measuring one, and answering others' pings.
 
 A ping travels the same path as activations (a frame on a stream), so it includes both daemons. It
 says how far a peer is, not how busy its engine is.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import statistics
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from planetserve.clock import Clock
 from planetserve.errors import HopTimeout, RemoteProtocolError
+from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.streams import FrameStream, open_stream, serve_streams
 from planetserve.types import PeerId
@@ -25,7 +24,6 @@ PROTOCOL = "/planetserve/ping/1"
 _NUM_SAMPLES = 3
 _MAX_PINGS_PER_STREAM = 64
 _IDLE_TIMEOUT_S = 30.0
-_NEWEST_WEIGHT = 0.3
 
 
 async def ping(
@@ -58,6 +56,24 @@ async def ping(
     return statistics.median(samples[1:])
 
 
+def whom_to_ping(
+    candidates: Sequence[PeerId], rtt: PeerAverages, *, most: int, keep: int, rng: random.Random
+) -> list[PeerId]:
+    """At most `most` of `candidates`: all of a few; of many, some unknown ones, drawn by lot, and
+    of the `keep` nearest known ones those that were measured longest ago.
+
+    So the nearest stay fresh while the search among the others goes on.
+    """
+    distance = rtt.snapshot()
+    unknown = [peer_id for peer_id in candidates if peer_id not in distance]
+    known = [peer_id for peer_id in candidates if peer_id in distance]
+    nearest = sorted(known, key=lambda peer_id: distance[peer_id])[:keep]
+    nearest.sort(key=rtt.age_s, reverse=True)
+    rng.shuffle(unknown)
+    chosen = unknown[: max(-(-most // 2), most - len(nearest))]
+    return chosen + nearest[: most - len(chosen)]
+
+
 async def serve_ping(node: SwarmNode) -> None:
     """Answer pings until the node closes.
 
@@ -85,48 +101,3 @@ async def _answer(stream: FrameStream) -> None:
             raise RemoteProtocolError(f"{header.type.name} frame on a ping stream")
         pong = FrameHeader(FrameType.PONG, session=header.session, sequence=header.sequence)
         await stream.send(pong)
-
-
-@dataclass(slots=True)
-class _Average:
-    rtt_ms: float
-    measured_at: float
-
-
-class RttTable:
-    """Moving averages of round-trip times, of the peers measured last.
-
-    Args:
-        max_peers: how many to remember; the one measured longest ago is forgotten first.
-        clock: source of monotonic time.
-        max_age_s: a measurement older than this is no longer given.
-    """
-
-    def __init__(self, max_peers: int, clock: Clock, max_age_s: float = 600.0):
-        self._max_peers = max_peers
-        self._clock = clock
-        self._max_age_s = max_age_s
-        self._averages: OrderedDict[PeerId, _Average] = OrderedDict()
-
-    def add(self, peer_id: PeerId, rtt_ms: float) -> None:
-        """Count in one measurement."""
-        now = self._clock.monotonic()
-        known = self.get_ms(peer_id)
-        if known is not None:
-            rtt_ms = _NEWEST_WEIGHT * rtt_ms + (1 - _NEWEST_WEIGHT) * known
-        self._averages[peer_id] = _Average(rtt_ms, now)
-        self._averages.move_to_end(peer_id)
-        if len(self._averages) > self._max_peers:
-            self._averages.popitem(last=False)
-
-    def get_ms(self, peer_id: PeerId) -> float | None:
-        """The peer's average round-trip time; None if it is unknown or too old."""
-        known = self._averages.get(peer_id)
-        if known is None or self._clock.monotonic() - known.measured_at > self._max_age_s:
-            return None
-        return known.rtt_ms
-
-    def snapshot(self) -> dict[PeerId, float]:
-        """All averages that are not too old."""
-        known = ((peer_id, self.get_ms(peer_id)) for peer_id in self._averages)
-        return {peer_id: rtt_ms for peer_id, rtt_ms in known if rtt_ms is not None}

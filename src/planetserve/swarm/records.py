@@ -90,6 +90,7 @@ class ServerBody(Body):
     decode_ms_per_block: Positive
     tokens_per_s_per_block: Positive
     network_bytes_per_s: Positive
+    hop_overhead_ms: Milliseconds
     free_cache_tokens: Count
     max_session_tokens: Count
     quant_type: ShortText

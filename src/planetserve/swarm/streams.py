@@ -30,6 +30,7 @@ from planetserve.errors import (
     RemoteProtocolError,
     StreamClosed,
 )
+from planetserve.swarm.rates import DrainMeter
 from planetserve.swarm.sockets import readable, writable
 from planetserve.types import PeerId
 from planetserve.wire.frame import HEADER_BYTES, FrameHeader
@@ -73,6 +74,8 @@ class FrameStream:
         self._receiving = False
         self._can_send = True
         self._closed = False
+        self._num_sent_bytes = 0
+        self._drain = DrainMeter()
         node.streams.add(self)
 
     @property
@@ -106,14 +109,16 @@ class FrameStream:
             raise StreamClosed(f"the stream to {short(self.remote)} is closed")
         first, offset = 0, 0
         self._num_active += 1
+        self._drain.begin(asyncio.get_running_loop().time())
         try:
             while first < len(views):
                 batch = [views[first][offset:], *views[first + 1 : first + _MAX_BUFFERS_PER_CALL]]
                 try:
                     count = self._socket.sendmsg(batch)
                 except BlockingIOError:
-                    await writable(self._socket)
+                    await self._wait_writable()
                     continue
+                self._num_sent_bytes += count
                 offset += count
                 while first < len(views) and offset >= views[first].nbytes:
                     offset -= views[first].nbytes
@@ -124,7 +129,16 @@ class FrameStream:
         finally:
             if 0 < first < len(views) or offset:
                 self._stop_sending()  # cancelled inside the frame
+            self._drain.end(asyncio.get_running_loop().time())
             self._release()
+
+    async def _wait_writable(self) -> None:
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        await writable(self._socket)
+        rate = self._drain.waited(self._num_sent_bytes, began_s, loop.time())
+        if rate is not None:
+            self._node.send_rates.add(self.remote, rate)
 
     async def receive(self, timeout_s: float | None = None) -> tuple[FrameHeader, bytearray]:
         """The next frame. The payload is the caller's to keep.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,14 +12,15 @@ from planetserve.client.planning import ChainPlanner, ModelFacts
 from planetserve.clock import SystemClock
 from planetserve.config import ClientConfig
 from planetserve.errors import MissingBlocksError, NoChainAvailable
-from planetserve.swarm.ping import RttTable
+from planetserve.swarm.averages import PeerAverages
 from planetserve.types import CLIENT, BlockSpan, Hop, ServerInfo, ServerState
 
 FACTS = ModelFacts("tiny", "tiny-prefix", "f" * 64, 8, 16, torch.float32)
 
 
 def planner(**options: Any) -> ChainPlanner:
-    return ChainPlanner(ClientConfig(**options), FACTS, RttTable(max_peers=16, clock=SystemClock()))
+    rtt = PeerAverages(max_peers=16, clock=SystemClock())
+    return ChainPlanner(ClientConfig(**options), FACTS, rtt)
 
 
 def server(name: str, start: int, end: int, **fields: Any) -> ServerInfo:
@@ -108,3 +110,40 @@ def test_of_two_claims_on_a_link_the_worse_counts() -> None:
     assert snapshot.rtt("a", "b") == 7.0
     assert snapshot.rtt("a", "c") == 2.0
     assert snapshot.rtt(CLIENT, "a") == snapshot.default_rtt_ms
+
+
+def test_the_snapshot_has_one_overhead_for_all_that_a_liar_cannot_move() -> None:
+    servers = [server(name, 0, 8, hop_overhead_ms=2.0) for name in ("a", "b", "c")]
+    honest = planner().snapshot(servers, 1)
+    lied = planner().snapshot([*servers, server("liar", 0, 8, hop_overhead_ms=1e7)], 1)
+    assert honest.hop_overhead_ms == lied.hop_overhead_ms > 2.0
+
+
+NEARLY_EQUAL = [
+    server(f"{stage}{number}", 4 * stage, 4 * stage + 4, decode_ms_per_block=5.0 + 0.02 * number)
+    for stage in range(2)
+    for number in range(8)
+]
+
+
+@pytest.mark.parametrize(("spread", "most", "least"), [(0.1, 0.4, 0.0), (0.0, 1.0, 1.0)])
+def test_clients_that_plan_at_once_take_different_chains(
+    spread: float, most: float, least: float
+) -> None:
+    chains = [planner(chain_spread=spread).plan(NEARLY_EQUAL, 1, 10, seed) for seed in range(200)]
+    load = Counter(hop.peer_id for chain in chains for hop in chain)
+    busiest = max(load.values()) / len(chains)
+    assert least <= busiest <= most
+    best = min(chain.latency_ms for chain in chains)
+    assert max(chain.latency_ms for chain in chains) <= (1 + spread) * best
+
+
+def test_sessions_of_one_client_spread_as_well() -> None:
+    made = planner()
+    first_hops = {made.plan(NEARLY_EQUAL, 1, 10).hops[0].peer_id for _ in range(60)}
+    assert len(first_hops) > 2
+
+
+def test_spread_is_offered_only_to_optimizers_that_know_it() -> None:
+    chain = planner(chain_optimizer="greedy", chain_spread=0.5).plan(NEARLY_EQUAL, 1, 10)
+    assert len(chain) == 2

@@ -99,6 +99,7 @@ async def generate(engine: Engine, model: Tiny, rng: random.Random, num_steps: i
 async def test_sessions_at_once_match_transformers(tiny, family, num_sessions):
     engine = make_engine(tiny, family, max_batch_tokens=32)
     try:
+        await engine.measure()
         async with asyncio.TaskGroup() as group:
             for number in range(num_sessions):
                 group.create_task(generate(engine, tiny(family), random.Random(number), 8))
@@ -303,14 +304,16 @@ async def test_numbers_that_are_not_finite_reach_nobody_else(tiny):
 
 
 async def test_measuring_leaves_an_empty_cache_and_plausible_speeds(engine):
-    engine.measure()
+    await engine.measure()
+    await settled(engine)
     stats = engine.stats()
     assert stats.decode_ms_per_block > 0
+    assert stats.overhead_ms >= 0
     assert stats.tokens_per_s_per_block > 0
     assert stats.pages_used == 0
     engine.open_session(b"s", "peer", 1, 8)
     with pytest.raises(SessionError):
-        engine.measure()
+        await engine.measure()
 
 
 async def test_closing_fails_what_is_pending_and_stops_the_thread(tiny):

@@ -73,11 +73,28 @@ def test_same_snapshot_same_chain() -> None:
 def test_spread_gives_different_chains_within_its_bound() -> None:
     snapshot = random_snapshot(np.random.default_rng(5), num_servers=60, num_blocks=24, scale=0.2)
     best = ShortestPath().plan(snapshot, ChainRequest()).latency_ms
-    chains = [ShortestPath(spread=0.2, seed=s).plan(snapshot, ChainRequest()) for s in range(30)]
+    chains = [ShortestPath(spread=0.2, seed=s).plan(snapshot, ChainRequest()) for s in range(40)]
     assert len({chain.hops for chain in chains}) > 5
     for chain in chains:
         check_chain(snapshot, chain)
         assert best <= chain.latency_ms <= best * 1.2
+
+
+def test_a_preference_outlives_others_coming_and_going() -> None:
+    servers = [ServerPoint(f"s{n}", 0, 4, 1.0, 1e3, 1e8, 1000) for n in range(20)]
+    moved = 0
+    for seed in range(20):
+        optimizer = ShortestPath(spread=0.2, seed=seed)
+        (chosen,) = optimizer.plan(of_equals(servers), ChainRequest()).hops
+        left = [server for server in servers if server.id != f"s{seed}"]
+        (again,) = optimizer.plan(of_equals(left), ChainRequest()).hops
+        moved += again != chosen
+        assert again == chosen or chosen.peer_id == f"s{seed}"
+    assert moved < 5
+
+
+def of_equals(servers: list[ServerPoint]) -> SwarmSnapshot:
+    return SwarmSnapshot(4, 1024.0, 1.0, 10.0, tuple(servers))
 
 
 def test_spread_must_be_a_fraction() -> None:

@@ -9,6 +9,9 @@ their spans and visited again, so this is the whole space of chains: `num_blocks
 
 from __future__ import annotations
 
+import hashlib
+import secrets
+
 import numpy as np
 
 from planetserve.errors import ConfigError
@@ -26,7 +29,9 @@ class ShortestPath:
         spread: 0 gives the optimum. Otherwise every server's and link's cost is first raised by a
             random factor of up to `1 + spread`, so that many clients planning on one snapshot take
             different chains. The chain found is at most `1 + spread` times as slow as the optimum.
-        seed: of those random factors; None draws a fresh one for every plan.
+        seed: of those random factors; None draws a fresh one for every plan. With one seed a
+            server keeps its factor whoever else is there, so that others' coming and going
+            changes no preference.
     """
 
     def __init__(self, spread: float = 0.0, seed: int | None = None):
@@ -37,11 +42,18 @@ class ShortestPath:
 
     def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:
         problem = RoutingProblem.build(snapshot, request)
-        factors = np.ones(problem.num_servers)
-        if self._spread > 0:
-            rng = np.random.default_rng(self._seed)
-            factors += rng.random(problem.num_servers) * self._spread
+        if not self._spread:
+            return problem.chain(least_latency_hosts(problem))
+        seed = secrets.randbits(32) if self._seed is None else self._seed
+        ids = [problem.snapshot.servers[position].id for position in problem.members]
+        factors = 1 + self._spread * np.array([_draw(seed, server_id) for server_id in ids])
         return problem.chain(least_latency_hosts(problem, factors))
+
+
+def _draw(seed: int, server_id: str) -> float:
+    """A number in [0, 1) that follows from both."""
+    digest = hashlib.blake2b(server_id.encode(), digest_size=4, key=seed.to_bytes(4, "big"))
+    return int.from_bytes(digest.digest(), "big") / 2**32
 
 
 def least_latency_hosts(problem: RoutingProblem, factors: FloatArray | None = None) -> list[int]:

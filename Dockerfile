@@ -6,6 +6,8 @@
 
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /build
+# The kernels in src/planetserve/native are compiled here; the second stage needs no compiler.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev
 RUN python -m venv /opt/planetserve
 COPY setup.py pyproject.toml constraints.txt README.md LICENSE ./
 COPY src src

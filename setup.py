@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 INIT = (ROOT / "src" / "planetserve" / "__init__.py").read_text(encoding="utf-8")
@@ -23,6 +23,17 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"planetserve": ["py.typed", "demo_model/*"]},
+    # Loaded with ctypes. Without a C compiler the installation goes on without it.
+    ext_modules=[
+        Extension(
+            "planetserve.native._kernels",
+            ["src/planetserve/native/kernels.c"],
+            depends=[f"src/planetserve/native/{part}.inc" for part in ("isa", "linear", "attend")],
+            extra_compile_args=["-O3"],
+            libraries=["m"],
+            optional=True,
+        )
+    ],
     install_requires=[
         "torch>=2.6",
         "transformers>=5.16,<6",

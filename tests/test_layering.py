@@ -29,8 +29,9 @@ ALLOWED: dict[str, set[str]] = {
     "scheduler": BASE | {"wire"},
     # 2: adapters; apart from what is named here they do not know each other
     "tensors": BASE | {"wire"},
-    "model": BASE,
-    "engine": BASE | {"scheduler", "wire", "model", "tensors"},
+    "native": BASE,
+    "model": BASE | {"native"},
+    "engine": BASE | {"scheduler", "wire", "model", "native", "tensors"},
     "swarm": BASE | {"wire", "crypto"},
     # 3: roles
     "server": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "model", "engine",
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
 
 HEAVY = {
     "hivemind": {"swarm"},
-    "torch": {"tensors", "model", "engine", "server", "client", "testing", "demo"},
+    "torch": {"tensors", "native", "model", "engine", "server", "client", "testing", "demo"},
     "transformers": {"model", "engine", "client", "testing", "demo"},
     "safetensors": {"model", "testing"},
     "pymoo": {"routing"},

@@ -186,7 +186,7 @@ class ServerConfig:
     """Most tokens, of all sessions together, in one forward pass."""
     page_size: int = 16
     """Tokens in one page of the KV cache."""
-    attention_backend: str = "sdpa"
+    attention_backend: str = "auto"
     """Name of the attention implementation."""
     linear_backend: str = "auto"
     """How linear layers are stored and multiplied on a CPU: auto, packed or plain."""

@@ -77,7 +77,11 @@ class AttentionBackend(Protocol):
 BACKENDS: Registry[AttentionBackend] = Registry(
     "attention backend",
     "attention_backends",
-    {"sdpa": "planetserve.engine.sdpa:SdpaBackend"},
+    {
+        "auto": "planetserve.engine.native_attention:best_backend",
+        "native": "planetserve.engine.native_attention:NativeBackend",
+        "sdpa": "planetserve.engine.sdpa:SdpaBackend",
+    },
 )
 
 

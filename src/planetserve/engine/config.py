@@ -28,7 +28,7 @@ class EngineConfig:
     page_size: int = 16
     max_batch_tokens: int = 512
     inference_max_length: int = 2048
-    attention_backend: str = "sdpa"
+    attention_backend: str = "auto"
     scheduling_policy: str = "deficit_round_robin"
     num_threads: int | None = None
     max_queued_steps: int = 64

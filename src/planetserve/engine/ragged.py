@@ -67,6 +67,24 @@ class Group:
     mask_BTS: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class ShortPieces:
+    """The pieces of a few tokens, as kernels that follow page tables take them.
+
+    Attributes:
+        pieces_N4: int64; per piece its first token in the batch, its tokens, the position of the
+            first one, and where its page table starts in `tables`.
+        tables: int32 page numbers.
+        max_context: tokens of the longest sequence.
+        is_all: whether the batch has no other pieces.
+    """
+
+    pieces_N4: torch.Tensor
+    tables: torch.Tensor
+    max_context: int
+    is_all: bool
+
+
 class RaggedBatch:
     """Pieces laid end to end in one `[1, tokens, hidden]` pass."""
 
@@ -87,7 +105,8 @@ class RaggedBatch:
         self._null_page = null_page
         self._max_grouped_pages = max_grouped_context // page_size
         self._device = device
-        self._groups: dict[Visibility, tuple[Group, ...]] = {}
+        self._groups: dict[tuple[Visibility, int], tuple[Group, ...]] = {}
+        self._short: dict[int, ShortPieces] = {}
         slots = array("q")
         self._offsets = []
         for piece in pieces:
@@ -95,17 +114,47 @@ class RaggedBatch:
             slots.extend(piece.slots)
         self.slots_T = torch.frombuffer(slots, dtype=torch.int64).to(device)
 
-    def groups(self, visibility: Visibility) -> tuple[Group, ...]:
-        """The attention calls that serve the batch; together they cover every token once."""
-        found = self._groups.get(visibility)
+    def groups(self, visibility: Visibility, longer_than: int = 0) -> tuple[Group, ...]:
+        """The attention calls that serve the pieces of more than `longer_than` tokens.
+
+        Together they cover every token of these pieces once.
+        """
+        found = self._groups.get((visibility, longer_than))
         if found is None:
-            found = self._groups[visibility] = tuple(self._make_groups(visibility))
+            made = tuple(self._make_groups(visibility, longer_than))
+            found = self._groups[visibility, longer_than] = made
         return found
 
-    def _make_groups(self, visibility: Visibility) -> list[Group]:
+    def short(self, max_tokens: int) -> ShortPieces:
+        """The pieces of at most `max_tokens` tokens."""
+        found = self._short.get(max_tokens)
+        if found is None:
+            found = self._short[max_tokens] = self._make_short(max_tokens)
+        return found
+
+    def _make_short(self, max_tokens: int) -> ShortPieces:
+        numbers, tables, longest = array("q"), array("i"), 0
+        for piece, offset in zip(self._pieces, self._offsets, strict=True):
+            if piece.num_tokens <= max_tokens:
+                numbers.extend((offset, piece.num_tokens, piece.start, len(tables)))
+                tables.extend(piece.pages)
+                longest = max(longest, piece.end)
+        if not numbers:
+            empty = torch.empty(0, 4, dtype=torch.int64)
+            return ShortPieces(empty, torch.empty(0, dtype=torch.int32), 0, is_all=False)
+        return ShortPieces(
+            torch.frombuffer(numbers, dtype=torch.int64).view(-1, 4),
+            torch.frombuffer(tables, dtype=torch.int32),
+            longest,
+            is_all=len(numbers) == 4 * len(self._pieces),
+        )
+
+    def _make_groups(self, visibility: Visibility, longer_than: int) -> list[Group]:
         groups = []
         short: dict[int, list[tuple[int, int]]] = {}
         for index, piece in enumerate(self._pieces):
+            if piece.num_tokens <= longer_than:
+                continue
             num_pages = len(piece.pages) - visibility.first_key(piece.start) // self._page_size
             if piece.num_tokens <= MAX_GROUPED_TOKENS and num_pages <= self._max_grouped_pages:
                 short.setdefault(piece.num_tokens, []).append((num_pages, index))

@@ -10,6 +10,8 @@ S keys, D width of a key, E width of a value, P pages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -48,14 +50,27 @@ class SdpaBackend:
             return _merge(_attend_group(query, key, value, groups[0], options))
         _, num_heads, num_tokens, _ = query_1HTD.shape
         output = query_1HTD.new_empty(1, num_tokens, num_heads, value_1KTD.shape[-1])
-        for group in groups:
-            key, value = _context(key_1KTD, value_1KTD, pages, group)
-            part = _merge(_attend_group(_split(query_1HTD, group), key, value, group, options))
-            if isinstance(group.tokens, slice):
-                output[:, group.tokens] = part
-            else:
-                output.index_copy_(1, group.tokens, part)
+        attend_groups(groups, query_1HTD, key_1KTD, value_1KTD, pages, options, output)
         return output
+
+
+def attend_groups(
+    groups: Sequence[Group],
+    query_1HTD: torch.Tensor,
+    key_1KTD: torch.Tensor,
+    value_1KTD: torch.Tensor,
+    pages: LayerPages,
+    options: AttentionOptions,
+    output_1THE: torch.Tensor,
+) -> None:
+    """Fill in the outputs of the tokens of some groups."""
+    for group in groups:
+        key, value = _context(key_1KTD, value_1KTD, pages, group)
+        part = _merge(_attend_group(_split(query_1HTD, group), key, value, group, options))
+        if isinstance(group.tokens, slice):
+            output_1THE[:, group.tokens] = part
+        else:
+            output_1THE.index_copy_(1, group.tokens, part)
 
 
 def _split(query_1HTD: torch.Tensor, group: Group) -> torch.Tensor:

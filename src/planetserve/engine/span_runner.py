@@ -43,7 +43,7 @@ class SpanRunner:
         blocks: SpanBlocks,
         num_pages: int,
         page_size: int,
-        attention_backend: str = "sdpa",
+        attention_backend: str = "auto",
         allow_ragged: bool = True,
     ):
         backend = attention.BACKENDS.create(attention_backend)

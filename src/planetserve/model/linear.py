@@ -18,14 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from planetserve.model.linear_backends import (
-    BACKENDS,
-    LAYER_TYPES,
-    PLAIN,
-    TIMED_ROWS,
-    unpack,
-    why_not_convertible,
-)
+from planetserve.model.converted_linear import unpack
+from planetserve.model.linear_backends import BACKENDS, PLAIN, TIMED_ROWS, why_not_convertible
 from planetserve.model.skeleton import SpanBlocks
 
 logger = logging.getLogger(__name__)
@@ -54,8 +48,7 @@ def convert_span(blocks: SpanBlocks, backend_name: str) -> Counter[str]:
     except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
         logger.warning("linear layers stay plain: the span fails with packed ones (%s)", error)
         for layer in layers:
-            if type(layer) not in LAYER_TYPES:
-                unpack(layer)
+            unpack(layer)
         return Counter({PLAIN: len(layers)})
     summary = ", ".join(f"{count} {name}" for name, count in sorted(became.items()))
     _log(f"blocks {blocks.span}", summary, backend.reasons())

@@ -9,15 +9,25 @@ import pytest
 import torch
 
 from planetserve.engine import sdpa
+from planetserve.engine.attention import BACKENDS as REGISTRY
 from planetserve.engine.attention import AttentionOptions
 from planetserve.engine.kv_cache import PagedKvCache
 from planetserve.engine.ragged import RaggedBatch, Visibility
+from planetserve.native import library
 from planetserve.scheduler.batch import Piece
 
 PAGE_SIZE = 4
 NUM_PAGES = 96
 KEY_WIDTH = 6
 VALUE_WIDTH = 5
+
+BACKENDS = [
+    "sdpa",
+    pytest.param(
+        "native",
+        marks=pytest.mark.skipif(library.kernels() is None, reason="no kernels were compiled"),
+    ),
+]
 
 
 def make_piece(start: int, num_tokens: int, pages: list[int]) -> Piece:
@@ -66,7 +76,12 @@ OPTIONS = {
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("max_grouped_context", [0, 16, 1 << 30])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_piece_attends_to_its_own_past(name, max_grouped_context, num_kv_heads, monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_piece_attends_to_its_own_past(
+    backend, name, max_grouped_context, num_kv_heads, monkeypatch
+):
+    # The kernels take widths that fill vectors.
+    key_width, value_width = (KEY_WIDTH, VALUE_WIDTH) if backend == "sdpa" else (48, 32)
     monkeypatch.setattr(sdpa, "_MAX_LOGITS", 200)  # so that long queries are cut
     rng = random.Random(f"{name} {max_grouped_context} {num_kv_heads}")
     torch.manual_seed(5)
@@ -85,19 +100,19 @@ def test_every_piece_attends_to_its_own_past(name, max_grouped_context, num_kv_h
     cache.write(
         0,
         torch.arange(NUM_PAGES * PAGE_SIZE),
-        torch.randn(NUM_PAGES * PAGE_SIZE, num_kv_heads, KEY_WIDTH),
-        torch.randn(NUM_PAGES * PAGE_SIZE, num_kv_heads, VALUE_WIDTH),
+        torch.randn(NUM_PAGES * PAGE_SIZE, num_kv_heads, key_width),
+        torch.randn(NUM_PAGES * PAGE_SIZE, num_kv_heads, value_width),
     )
     total = sum(piece.num_tokens for piece in pieces)
-    query = torch.randn(1, 4, total, KEY_WIDTH)
-    key = torch.randn(1, num_kv_heads, total, KEY_WIDTH)
-    value = torch.randn(1, num_kv_heads, total, VALUE_WIDTH)
+    query = torch.randn(1, 4, total, key_width)
+    key = torch.randn(1, num_kv_heads, total, key_width)
+    value = torch.randn(1, num_kv_heads, total, value_width)
     batch = RaggedBatch(
         pieces, PAGE_SIZE, cache.null_page, max_grouped_context, torch.device("cpu")
     )
     pages = cache.write(0, batch.slots_T, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    output = sdpa.SdpaBackend().attend(query, key, value, pages, batch, OPTIONS[name])
-    assert output.shape == (1, total, 4, VALUE_WIDTH)
+    output = REGISTRY.create(backend).attend(query, key, value, pages, batch, OPTIONS[name])
+    assert output.shape == (1, total, 4, value_width)
     token = 0
     for piece, (start, end) in zip(pieces, past, strict=True):
         slots = [piece.pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in range(piece.end)]

@@ -13,17 +13,24 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from planetserve.errors import ConfigError
-from planetserve.model import linear_backends
+from planetserve.model import converted_linear, onednn_linear
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.client_half import load_client_half
+from planetserve.model.converted_linear import unpack
 from planetserve.model.linear import convert_head, convert_span
-from planetserve.model.linear_backends import BACKENDS, Auto, Packed, PackedLinear, unpack
+from planetserve.model.linear_backends import BACKENDS, Auto, Native, Packed
+from planetserve.model.native_linear import NativeLinear
+from planetserve.model.onednn_linear import PackedLinear
 from planetserve.model.skeleton import SpanBlocks
+from planetserve.native import library
 from planetserve.testing.checkpoints import SERVABLE_FAMILIES, make_tiny_checkpoint
 from planetserve.types import BlockSpan
 
 DTYPES = [torch.float32, torch.bfloat16]
 
+needs_kernels = pytest.mark.skipif(
+    library.kernels() is None, reason="the kernels were not compiled"
+)
 needs_packing = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
 )
@@ -43,7 +50,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", ["packed", "plain", "auto"])
+@pytest.mark.parametrize("name", ["packed", "native", "plain", "auto"])
 def test_every_backend_gives_the_plain_product(name: str, bias: bool, dtype: torch.dtype) -> None:
     plain = make_layer(bias=bias, dtype=dtype)
     layer = copy.deepcopy(plain)
@@ -55,6 +62,40 @@ def test_every_backend_gives_the_plain_product(name: str, bias: bool, dtype: tor
     x = torch.randn(48, 7).to(dtype).t()
     assert close(layer(x), plain(x))
     assert torch.equal(layer.weight, plain.weight)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 6, 7, 12, 14, 15, 16, 17, 29, 40, 100])
+def test_the_kernels_multiply_any_number_of_rows(num_rows: int, dtype: torch.dtype) -> None:
+    plain = make_layer(50, 83, dtype=dtype)
+    layer = copy.deepcopy(plain)
+    assert Native().convert(layer) == "native"
+    assert isinstance(layer, NativeLinear)
+    assert torch.equal(layer.weight, plain.weight)
+    x = torch.randn(num_rows, 50).to(dtype)
+    exact = F.linear(x.double(), plain.weight.double(), plain.bias.double())
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    assert (layer(x).double() - exact).norm() <= tolerance * exact.norm()
+    unpack(layer)
+    assert type(layer) is nn.Linear
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_gives_the_same_products(dtype: torch.dtype) -> None:
+    kernels = library.kernels()
+    weight, x, add = (torch.randn(shape).to(dtype) for shape in [(83, 50), (19, 50), (19, 83)])
+    exact = x.double() @ weight.double().t() + add.double()
+    for level in range(1, kernels.level + 1):
+        kernels.use_level(level)
+        try:
+            result = kernels.linear(x, library.pack(weight), 83, add_TO=add)
+        finally:
+            kernels.use_level(None)
+        tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+        assert (result.double() - exact).norm() <= tolerance * exact.norm()
 
 
 @needs_packing
@@ -123,7 +164,7 @@ def hooked() -> nn.Linear:
     ],
     ids=["subclass", "hook", "float64", "device"],
 )
-@pytest.mark.parametrize("name", ["packed", "auto"])
+@pytest.mark.parametrize("name", ["packed", "native", "auto"])
 def test_other_layers_stay_as_they_are(name: str, layer: nn.Module) -> None:
     weight = layer.weight
     assert BACKENDS.create(name).convert(layer) == "plain"
@@ -131,8 +172,8 @@ def test_other_layers_stay_as_they_are(name: str, layer: nn.Module) -> None:
 
 
 def test_a_packed_product_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = linear_backends._multiply
-    monkeypatch.setattr(linear_backends, "_multiply", lambda *args: right(*args) * 1.0001)
+    right = onednn_linear.product
+    monkeypatch.setattr(onednn_linear, "product", lambda *args: right(*args) * 1.0001)
     layer = make_layer()
     assert Packed().convert(layer) == "plain"
     assert type(layer) is nn.Linear
@@ -145,7 +186,8 @@ def test_a_weight_that_is_not_finite_stays_plain() -> None:
 
 
 def test_without_the_operators_everything_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_backends, "_operators", lambda: None)
+    monkeypatch.setattr(onednn_linear, "_operators", lambda: None)
+    monkeypatch.setattr(library, "kernels", lambda: None)
     layer = make_layer(320, 320)
     assert Packed().convert(layer) == "plain"
     assert Auto().convert(layer) == "plain"
@@ -162,21 +204,24 @@ def test_auto_times_a_shape_once_and_leaves_small_layers_alone() -> None:
 
 def test_an_unknown_backend_is_refused(llama: Path) -> None:
     blocks = SpanBlocks.load(Checkpoint.open(str(llama)), BlockSpan(0, 1), torch.float32)
-    with pytest.raises(ConfigError, match="auto, packed, plain"):
+    with pytest.raises(ConfigError, match="auto, native, packed, plain"):
         convert_span(blocks, "fast")
 
 
-@needs_packing
 @pytest.mark.parametrize("family", SERVABLE_FAMILIES)
-def test_a_packed_span_is_the_plain_one(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("packed", marks=needs_packing), pytest.param("native", marks=needs_kernels)],
+)
+def test_a_packed_span_is_the_plain_one(backend: str, family: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(str(make_tiny_checkpoint(tmp_path, family)))
     span = BlockSpan(0, min(2, checkpoint.num_blocks))
     plain, packed = (SpanBlocks.load(checkpoint, span, torch.float32) for _ in range(2))
     names = [name for name, _ in packed.layers.named_modules()]
-    became = convert_span(packed, "packed")
+    became = convert_span(packed, backend)
     assert [name for name, _ in packed.layers.named_modules()] == names
     assert sum(became.values()) == sum(
-        type(module) in linear_backends.LAYER_TYPES for module in plain.layers.modules()
+        type(module) in converted_linear.LAYER_TYPES for module in plain.layers.modules()
     )
     inputs = torch.randn(1, 9, checkpoint.hidden_size).split([5, 1, 1, 2], dim=1)
     outputs = []

@@ -1,0 +1,139 @@
+/* Kernels for what a decode step does most: products of few rows, attention over pages.
+ *
+ * Plain C with the vector extensions of GCC and Clang. `isa.inc` is compiled once per
+ * instruction set that the target may have; `ps_level` says at run time which one this processor
+ * runs, and every entry point takes that level first. Nothing here allocates, checks or keeps
+ * state: `planetserve.native` does. All matrices are row-major; widths and strides count elements.
+ */
+
+#include <stdint.h>
+#include <string.h>
+
+/* Columns of a weight panel: panel p holds outputs [16p, 16p + 16) as [K][16]. */
+#define PANEL 16
+
+typedef struct {
+    /* Strides of queries [T, heads, key_width] and of outputs [T, heads, value_width]. */
+    long query_token, query_head, output_token, output_head;
+    long heads, kv_heads, key_width, value_width, page_size;
+    long window, chunk; /* 0 for none */
+    float scale, softcap; /* softcap 0 for none */
+} attention_shape;
+
+#define CAT_(a, b) a##_##b
+#define CAT(a, b) CAT_(a, b)
+#define NAME(f) CAT(f, ISA)
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define ISA avx512bf16
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#define LANES 16
+#define MAX_ROWS 16
+#define PAIR_ROWS 14
+#define HAS_DPBF16 1
+#include "isa.inc"
+#undef ISA
+#undef TARGET
+#undef HAS_DPBF16
+
+#define ISA avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define HAS_DPBF16 0
+#include "isa.inc"
+#undef ISA
+#undef TARGET
+#undef LANES
+#undef MAX_ROWS
+#undef PAIR_ROWS
+
+#define ISA avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define MAX_ROWS 6
+#define PAIR_ROWS 0
+#include "isa.inc"
+
+#define DISPATCH(f, ...)                        \
+    switch (level) {                            \
+    case 3: f##_avx512bf16(__VA_ARGS__); break; \
+    case 2: f##_avx512(__VA_ARGS__); break;     \
+    default: f##_avx2(__VA_ARGS__);             \
+    }
+
+/* 0: none of these kernels runs here; else the best level. */
+int ps_level(void) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return 1;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+}
+
+#elif defined(__aarch64__)
+
+#define ISA neon
+#define TARGET
+#define LANES 4
+#define MAX_ROWS 6
+#define PAIR_ROWS 0
+#define HAS_DPBF16 0
+#include "isa.inc"
+
+#define DISPATCH(f, ...) f##_neon(__VA_ARGS__)
+int ps_level(void) { return 1; }
+
+#else
+#error "no kernels for this processor"
+#endif
+
+/* Raised with every change of what an entry point means; `planetserve.native` checks it. */
+int ps_version(void) { return 1; }
+
+/* y[m] = x[m] W^T (+ bias) (+ add[m]) for m < rows. `packed` is W [outs, width] in panels. */
+void ps_linear_f32(int level, const float *x, long x_stride, long rows, long width,
+                   const float *packed, long outs, const float *bias, const float *add,
+                   long add_stride, float *y, long y_stride) {
+    DISPATCH(linear_f32, x, x_stride, rows, width, packed, outs, bias, add, add_stride, y, y_stride)
+}
+
+/* The same in bfloat16; sums are float32. Panels are [width / 2][16][2]. */
+void ps_linear_bf16(int level, const uint16_t *x, long x_stride, long rows, long width,
+                    const uint16_t *packed, long outs, const uint16_t *bias, const uint16_t *add,
+                    long add_stride, uint16_t *y, long y_stride) {
+    DISPATCH(linear_bf16, x, x_stride, rows, width, packed, outs, bias, add, add_stride, y,
+             y_stride)
+}
+
+
+/* Attention of `pieces` runs of new tokens over pages that hold their keys already.
+ *
+ * Piece i: {first token, tokens, position of the first, offset of its table in `tables`}.
+ * Pages are [page][slot][kv head][width]. `scratch` is float32,
+ * heads * (longest context + key_width + value_width) + 64 long. `sinks` per head, or NULL. */
+void ps_attend_f32(int level, const attention_shape *shape, const float *query, const float *keys,
+                   const float *values, const int32_t *tables, const int64_t *pieces, long count,
+                   const float *sinks, float *scratch, float *output) {
+    DISPATCH(attend_f32, shape, query, keys, values, tables, pieces, count, sinks, scratch, output)
+}
+
+void ps_attend_bf16(int level, const attention_shape *shape, const uint16_t *query,
+                    const uint16_t *keys, const uint16_t *values, const int32_t *tables,
+                    const int64_t *pieces, long count, const float *sinks, float *scratch,
+                    uint16_t *output) {
+    DISPATCH(attend_bf16, shape, query, keys, values, tables, pieces, count, sinks, scratch, output)
+}
+
+/* Copies keys or values of `count` tokens, [token][head][width] with strides, to slots of pages.
+ * Widths and strides are bytes here. */
+void ps_store(const char *from, long token_stride, long head_stride, long heads, long head_bytes,
+              const int64_t *slots, long count, char *pages) {
+    for (long t = 0; t < count; t++) {
+        char *to = pages + slots[t] * heads * head_bytes;
+        for (long h = 0; h < heads; h++)
+            memcpy(to + h * head_bytes, from + t * token_stride + h * head_stride, head_bytes);
+    }
+}

@@ -1,0 +1,186 @@
+"""The compiled kernels as functions of tensors. Shapes are the caller's to check, but for dtypes.
+
+Legend: T tokens, K inputs, O outputs, H heads, D width of a key, E width of a value.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+logger = logging.getLogger(__name__)
+
+PANEL = 16
+"""Outputs of a weight panel, as in kernels.c."""
+WIDTH_MULTIPLE = 16
+"""Heads of other widths than multiples of this have no attention kernel."""
+
+_VERSION = 1
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_LINEAR = [
+    _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG
+]  # fmt: skip
+_ATTEND = [_INT, *[_POINTER] * 6, _LONG, *[_POINTER] * 3]
+_STORE = [_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER]
+
+
+class AttentionShape(ctypes.Structure):
+    """`attention_shape` of kernels.c; strides count elements, 0 is for no window, chunk or cap."""
+
+    _fields_ = [
+        *((name, ctypes.c_long) for name in (
+            "query_token", "query_head", "output_token", "output_head", "heads", "kv_heads",
+            "key_width", "value_width", "page_size", "window", "chunk",
+        )),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Kernels:
+    """The entry points of a loaded library, for CPU tensors of a dtype in `dtypes`."""
+
+    dtypes = tuple(_SUFFIX)
+
+    def __init__(self, library: ctypes.CDLL):
+        self._best: int = library.ps_level()
+        self._level = self._best
+        self._linear = {}
+        self._attend = {}
+        for dtype, suffix in _SUFFIX.items():
+            self._linear[dtype] = _declared(library, f"ps_linear_{suffix}", _LINEAR)
+            self._attend[dtype] = _declared(library, f"ps_attend_{suffix}", _ATTEND)
+        self._store = _declared(library, "ps_store", _STORE)
+
+    @property
+    def level(self) -> int:
+        """The best instruction set of this processor; 0 if none of those known runs on it."""
+        return self._best
+
+    def use_level(self, level: int | None) -> None:
+        """Use another instruction set than the best one, which None goes back to."""
+        if level is not None and not 0 < level <= self._best:
+            raise ValueError(f"this processor has instruction sets 1 to {self._best}")
+        self._level = self._best if level is None else level
+
+    def linear(
+        self,
+        x_TK: torch.Tensor,
+        packed: torch.Tensor,
+        num_outputs: int,
+        bias_O: torch.Tensor | None = None,
+        add_TO: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`x W^T + bias + add`, `[T, O]`.
+
+        Args:
+            x_TK: rows may have any stride, elements of a row must follow one another.
+            packed: what `pack` made of `W`.
+            num_outputs: O.
+            bias_O: contiguous.
+            add_TO: added last, as x is laid out.
+        """
+        rows, width = x_TK.shape
+        y_TO = x_TK.new_empty(rows, num_outputs)
+        self._linear[x_TK.dtype](
+            self._level, x_TK.data_ptr(), x_TK.stride(0), rows, width,
+            packed.data_ptr(), num_outputs,
+            None if bias_O is None else bias_O.data_ptr(),
+            None if add_TO is None else add_TO.data_ptr(),
+            0 if add_TO is None else add_TO.stride(0),
+            y_TO.data_ptr(), num_outputs,
+        )  # fmt: skip
+        return y_TO
+
+    def store(self, rows_THD: torch.Tensor, slots_T: torch.Tensor, pages: torch.Tensor) -> None:
+        """Copy keys or values, contiguous in their last dimension, to int64 slots of pages."""
+        num_tokens, num_heads, width = rows_THD.shape
+        size = rows_THD.element_size()
+        self._store(
+            rows_THD.data_ptr(), rows_THD.stride(0) * size, rows_THD.stride(1) * size,
+            num_heads, width * size, slots_T.data_ptr(), num_tokens, pages.data_ptr(),
+        )  # fmt: skip
+
+    def attend(
+        self,
+        shape: AttentionShape,
+        query: torch.Tensor,
+        pages: tuple[torch.Tensor, torch.Tensor],
+        tables: torch.Tensor,
+        pieces_N4: torch.Tensor,
+        sinks_H: torch.Tensor | None,
+        scratch: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of runs of tokens over pages; see `ps_attend_f32` in kernels.c.
+
+        Args:
+            shape: strides and sizes of everything else.
+            query: queries of all tokens of the batch.
+            pages: contiguous pages of keys and of values.
+            tables: int32 page numbers of all pieces.
+            pieces_N4: int64 first token, tokens, position of the first, offset in `tables`.
+            sinks_H: float32.
+            scratch: float32, of `scratch_size` elements.
+            output: receives the outputs of the pieces' tokens.
+        """
+        self._attend[query.dtype](
+            self._level, ctypes.byref(shape), query.data_ptr(),
+            pages[0].data_ptr(), pages[1].data_ptr(), tables.data_ptr(), pieces_N4.data_ptr(), len(pieces_N4),
+            None if sinks_H is None else sinks_H.data_ptr(),
+            scratch.data_ptr(), output.data_ptr(),
+        )  # fmt: skip
+
+
+def scratch_size(num_heads: int, key_width: int, value_width: int, max_context: int) -> int:
+    """Elements of the scratch buffer that `Kernels.attend` needs."""
+    return num_heads * (max_context + key_width + value_width) + 64
+
+
+def pack(weight_OK: torch.Tensor) -> torch.Tensor:
+    """The panels that `Kernels.linear` reads: outputs in groups of `PANEL`, inputs outside."""
+    num_outputs, width = weight_OK.shape
+    per_step = 4 // weight_OK.element_size()
+    padded = F.pad(weight_OK, (0, -width % per_step, 0, -num_outputs % PANEL))
+    panels = padded.view(-1, PANEL, padded.shape[1] // per_step, per_step)
+    return panels.transpose(1, 2).contiguous()
+
+
+def unpack(packed: torch.Tensor, num_outputs: int, width: int) -> torch.Tensor:
+    """The weight `[num_outputs, width]` that `packed` was made of, contiguous."""
+    return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:num_outputs, :width].contiguous()
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The kernels, if they were compiled and run on this processor."""
+    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
+        try:
+            library = ctypes.CDLL(str(path))
+            if library.ps_version() != _VERSION:
+                logger.warning("%s is of another version; install the package again", path.name)
+                continue
+            found = Kernels(library)
+        except (OSError, AttributeError) as error:
+            logger.warning("native kernels cannot be loaded: %s", error)
+            continue
+        if found.level:
+            return found
+    return None
+
+
+def _declared(
+    library: ctypes.CDLL, name: str, arguments: Sequence[type[Any]]
+) -> Callable[..., None]:
+    function: Any = getattr(library, name)
+    function.argtypes, function.restype = arguments, None
+    declared: Callable[..., None] = function
+    return declared

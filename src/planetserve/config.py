@@ -75,12 +75,15 @@ class ClientConfig:
     """Seconds a directory look-up or a whole-sequence forward pass may take."""
     step_timeout: float = 60.0
     """Seconds to wait for the answer to one inference step before its chain counts as failed."""
+    stall_timeout: float = 5.0
+    """Seconds during which nothing moves between two servers, although both answer pings, after
+    which the session stops using the way between them."""
     probe_after: float = 2.0
     """Seconds without an answer after which the servers of a step are pinged; a silent one is
     replaced without waiting for `step_timeout`."""
     update_period: float = 60.0
     """Seconds between refreshes of the list of servers."""
-    max_retries: int = 3
+    max_retries: int = 5
     """Failed attempts in a row after which an inference step raises its error; 0 never retries."""
     min_backoff: float = 1.0
     """Seconds to wait before the second retry; doubled for each further one."""
@@ -105,7 +108,7 @@ class ClientConfig:
     def __post_init__(self) -> None:
         _require_positive(
             self, "daemon_startup_timeout", "connect_timeout", "request_timeout", "step_timeout",
-            "update_period", "ping_timeout", "probe_after",
+            "update_period", "ping_timeout", "probe_after", "stall_timeout",
         )  # fmt: skip
         _require_not_negative(
             self, "max_retries", "min_backoff", "max_backoff", "ban_timeout", "max_pinged",

@@ -8,6 +8,7 @@ PlanetServeError                  blame     retryable
 ├── TransportError                UNKNOWN   yes
 │   ├── PeerUnreachable           UNKNOWN   yes
 │   ├── HopTimeout                UNKNOWN   yes
+│   │   └── EdgeStalled           UNKNOWN   yes   two hops answer, but nothing passes between them
 │   └── StreamClosed              UNKNOWN   yes
 ├── CryptoError                   UNKNOWN   no
 │   ├── HandshakeFailed           REMOTE    yes   the peer did not prove who it is
@@ -101,6 +102,19 @@ class HopTimeout(TransportError):
     """A peer did not answer within the step timeout."""
 
     code = "timeout"
+
+
+class EdgeStalled(HopTimeout):
+    """Both ends of an edge answer the client, yet nothing passes between them.
+
+    Which of them is at fault cannot be told, so neither is blamed: `edge` is to be avoided.
+    """
+
+    code = "edge_stalled"
+    edge: tuple[str, str] = ("", "")
+    """Peer ids of the sending and the receiving end."""
+    epoch: int | None = None
+    """Epoch of the edge, if one of its ends has said so."""
 
 
 class StreamClosed(TransportError):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from planetserve.testing.swarm import LocalSwarm, SeenFrame
-from planetserve.wire.frame import FrameType
+from planetserve.wire.frame import ANSWER_EDGE, FrameType
 
 CLIENT = "client"
 
@@ -44,7 +44,7 @@ def test_steps_go_around_the_ring(model: Any, swarm: LocalSwarm, prompt: torch.T
     expected = [
         (sender, receiver, step, edge)
         for step in range(4)
-        for edge, (sender, receiver) in enumerate(ring)
+        for edge, (sender, receiver) in zip([*range(len(hops)), ANSWER_EDGE], ring, strict=True)
     ]
     assert sorted(received) == sorted(expected)
 

@@ -26,7 +26,7 @@ from planetserve.swarm.node import NodeConfig, SwarmNode
 from planetserve.swarm.streams import FrameStream, open_stream
 from planetserve.tensors import tensor_from_payload
 from planetserve.types import CLIENT, PeerId
-from planetserve.wire.frame import Direction, FrameHeader, FrameType, WireDtype
+from planetserve.wire.frame import ANSWER_EDGE, Direction, FrameHeader, FrameType, WireDtype
 from planetserve.wire.messages import (
     ErrorReply,
     NextHop,
@@ -198,7 +198,7 @@ class Stranger:
             edge,
             control,
             EdgeSealer(inbound, session_id, edge, epoch, FORWARD, time.monotonic()),
-            EdgeOpener(outbound, session_id, edge + 1, epoch, FORWARD),
+            EdgeOpener(outbound, session_id, ANSWER_EDGE, epoch, FORWARD),
             message.num_rows,
         )
         if deal:
@@ -216,7 +216,7 @@ class Stranger:
 
     def nowhere(self) -> NextHop:
         """A next hop that is not there."""
-        return NextHop(peer_id=self.node.peer_id, end=3, addresses=[])
+        return NextHop(peer_id=self.node.peer_id, edge=1, fresh=True, end=3, addresses=[])
 
 
 MeetServer = Callable[[], Awaitable[Stranger]]

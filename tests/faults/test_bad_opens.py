@@ -32,7 +32,6 @@ WELL_FORMED: dict[str, tuple[dict[str, Any], type[PlanetServeError]]] = {
     "no blocks": ({"start": 1, "end": 1}, RemoteProtocolError),
     "reversed blocks": ({"start": 2, "end": 1}, RemoteProtocolError),
     "a first hop with an upstream peer": ({"previous": PEER}, RemoteProtocolError),
-    "a later hop without one": ({"edge": 1}, RemoteProtocolError),
     "a low-order offer": ({"offer": "A" * 43 + "="}, HandshakeFailed),
     "rows past the server's length": ({"max_length": 257}, SessionLengthError),
     "the largest length": ({"max_length": 1 << 24}, SessionLengthError),

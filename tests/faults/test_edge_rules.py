@@ -291,7 +291,7 @@ BAD_HEADERS = {
     "unknown dtype": packed(dtype=7),
     "unknown direction": packed(direction=2),
     "other codec": packed(codec=1),
-    "unknown flag": packed(flags=2),
+    "unknown flag": packed(flags=4),
     "padding": packed(zero=1),
     "many dimensions": packed(num_dims=200),
     "tensor longer than its payload": packed(dtype=1, num_dims=2, dim0=2**16, dim1=2**16),

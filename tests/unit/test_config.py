@@ -63,7 +63,7 @@ def test_client_defaults_that_petals_users_rely_on(name: str, value: object) -> 
 
 
 def test_retries_are_bounded_by_default_and_cannot_be_unbounded() -> None:
-    assert ClientConfig().max_retries == 3
+    assert ClientConfig().max_retries == 5
     with pytest.raises(ConfigError, match="max_retries=None is not a whole number"):
         from_mapping(ClientConfig, {"max_retries": None})
 

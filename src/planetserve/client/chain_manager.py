@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from planetserve.client.planning import ChainPlanner, ModelFacts, spans_text
-from planetserve.client.ring import RingSession, RingSpec
+from planetserve.client.ring import RingSession
+from planetserve.client.ring_spec import Gap, RingSpec
 from planetserve.clock import Clock, SystemClock
 from planetserve.config import ClientConfig
 from planetserve.crypto.identity import peer_id_bytes
@@ -24,6 +25,7 @@ from planetserve.errors import (
     Blame,
     CapacityError,
     ConfigError,
+    EdgeStalled,
     HopTimeout,
     MissingBlocksError,
     ModelMismatchError,
@@ -31,6 +33,7 @@ from planetserve.errors import (
     PlanetServeError,
     RemoteProtocolError,
 )
+from planetserve.history import History
 from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.directory import Directory
@@ -45,6 +48,8 @@ _LEAVING_S = 60.0
 _MAX_REVIVED = 8
 _KEPT_FRESH = 4
 """Times `max_pinged` servers at either end of the chain are measured again and again."""
+_PROMPT_RETRIES = 2
+"""Servers that fail together are found one by one: the first retries do not wait."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -65,6 +70,7 @@ class ChainManager:
         self._strangers: dict[PeerId, ServerInfo] = {}
         self._excluded: list[ServerInfo] = []
         self._banned_until_s: dict[PeerId, float] = {}
+        self._avoid_until_s: dict[tuple[PeerId, PeerId], float] = {}
         self._rtt = PeerAverages(max_peers=256, clock=self._clock)
         self._rng = random.Random()
         self._planner = ChainPlanner(config, facts, self._rtt)
@@ -139,6 +145,7 @@ class ChainManager:
         """
         deadline_s = self._clock.monotonic() + self.config.wait_for_blocks_timeout
         while True:
+            self._planner.avoided_edges = self._edges_to_avoid()
             try:
                 return self._planner.plan(self._usable(), num_rows, lease_tokens)
             except NoChainAvailable as error:
@@ -150,14 +157,16 @@ class ChainManager:
             with contextlib.suppress(PlanetServeError):
                 await self.refresh()
 
-    async def open_ring(self, num_rows: int, lease_tokens: int) -> RingSession:
-        """Plan a chain and open a session on it.
+    async def open_ring(
+        self, num_rows: int, lease_tokens: int, history: History | None = None
+    ) -> RingSession:
+        """Plan a chain, open a session on it, and begin to fill it with `history`.
 
         Raises:
             PlanetServeError: as `plan`, or a hop refuses or cannot be reached.
         """
         chain = await self.plan(num_rows, lease_tokens)
-        servers = {hop.peer_id: self._servers[hop.peer_id] for hop in chain}
+        servers = self._infos(chain)
         spec = RingSpec(
             num_rows=num_rows,
             max_length=lease_tokens,
@@ -165,14 +174,47 @@ class ChainManager:
             dtype=_wire_dtype(servers.values()),
             connect_timeout_s=self.config.connect_timeout,
             step_timeout_s=self.config.step_timeout,
+            stall_timeout_s=self.config.stall_timeout,
             probe_after_s=self.config.probe_after,
             ping_timeout_s=self.config.ping_timeout,
         )
-        ring = await RingSession.open(self.node, chain, servers, spec)
+        ring = await RingSession.open(self.node, chain, servers, spec, history)
+        self._show(chain)
+        return ring
+
+    async def mend_ring(
+        self, ring: RingSession, num_rows: int, lease_tokens: int, history: History
+    ) -> None:
+        """Have the condemned hops of `ring` replaced.
+
+        Raises:
+            NoChainAvailable: nobody can take their place now.
+            PlanetServeError: as `RingSession.mend`.
+        """
+
+        async def plan_gap(gap: Gap) -> tuple[Chain, Mapping[PeerId, ServerInfo]]:
+            self._planner.avoided_edges = self._edges_to_avoid()
+            chain = self._planner.plan(self._usable(), num_rows, lease_tokens, gap=gap)
+            return chain, self._infos(chain)
+
+        await ring.mend(plan_gap, history)
+        self._show(ring.chain)
+
+    def _infos(self, chain: Chain) -> dict[PeerId, ServerInfo]:
+        return {hop.peer_id: self._servers[hop.peer_id] for hop in chain}
+
+    def _show(self, chain: Chain) -> None:
         self.last_chain = chain
         if self.config.show_route:
             logger.info("route: %s", chain)
-        return ring
+
+    def _edges_to_avoid(self) -> set[tuple[PeerId, PeerId]]:
+        now_s = self._clock.monotonic()
+        avoided = {
+            edge: until_s for edge, until_s in self._avoid_until_s.items() if until_s > now_s
+        }
+        self._avoid_until_s = avoided
+        return set(avoided)
 
     def can_avoid(self, peers: Iterable[PeerId], num_rows: int, lease_tokens: int) -> bool:
         """Leave `peers` out of the next plans; say whether a chain without them exists now."""
@@ -189,18 +231,29 @@ class ChainManager:
         for hop in chain:
             self._banned_until_s.pop(hop.peer_id, None)
 
-    async def report_failure(self, error: PlanetServeError, chain: Chain | None) -> None:
-        """Keep the peer at fault out of the next plans; find it by pinging if nobody named it."""
+    async def report_failure(
+        self, error: PlanetServeError, chain: Chain | None
+    ) -> Sequence[PeerId]:
+        """Keep the peer at fault out of the next plans; find it by pinging if nobody named it.
+
+        Returns:
+            The peers at fault.
+        """
         if error.blame is Blame.LOCAL:
-            return
-        culprits: Iterable[PeerId] = [error.peer_id] if error.peer_id else []
+            return ()
+        now_s = self._clock.monotonic()
+        if isinstance(error, EdgeStalled):
+            self._avoid_until_s[error.edge] = now_s + self.config.ban_timeout
+            return ()
+        culprits: Sequence[PeerId] = [error.peer_id] if error.peer_id else []
         if not culprits and isinstance(error, HopTimeout) and chain is not None:
             culprits = await self._silent([hop.peer_id for hop in chain])
         wait_s = self.config.ban_timeout
         if isinstance(error, CapacityError):
             wait_s = error.retry_after_s
         for peer_id in culprits:
-            self._banned_until_s[peer_id] = self._clock.monotonic() + wait_s
+            self._banned_until_s[peer_id] = now_s + wait_s
+        return culprits
 
     def retry_delay_s(self, error: PlanetServeError, attempt: int) -> float | None:
         """Seconds to wait before retry number `attempt`; None when there must not be one."""
@@ -211,9 +264,10 @@ class ChainManager:
             return None
         if isinstance(error, CapacityError):
             return min(error.retry_after_s, self.config.max_backoff)
-        if attempt == 1:
+        if attempt <= _PROMPT_RETRIES:
             return 0.0
-        return min(self.config.min_backoff * 2 ** (attempt - 2), self.config.max_backoff)
+        doubled = 2 ** (attempt - 1 - _PROMPT_RETRIES)
+        return min(self.config.min_backoff * doubled, self.config.max_backoff)
 
     def snapshot(self, num_rows: int = 1) -> SwarmSnapshot:
         """What the optimizer plans on: live, permitted servers that are not banned.

@@ -12,12 +12,13 @@ import dataclasses
 import logging
 import secrets
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from planetserve.client.block_ranges import split_blocks, trusted_spans
+from planetserve.client.ring_spec import Gap
 from planetserve.config import ClientConfig
 from planetserve.errors import (
     ConfigError,
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 _DEFAULT_RTT_MS = 50.0
 _TRANSFER_OVERHEAD_MS = 0.5
 """What a hop costs besides what its server announces: opening, sealing and handing over a frame."""
+_AVOIDED_RTT_MS = 10_000.0
+"""Long enough that any other way is better, if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ class ChainPlanner:
         self._facts = facts
         self._rtt = rtt
         self._warned_dtype = False
+        self.avoided_edges: Collection[tuple[PeerId, PeerId]] = ()
+        """Pairs of servers between which nothing passes at the moment."""
 
     def plan(
         self,
@@ -93,6 +98,7 @@ class ChainPlanner:
         num_rows: int,
         lease_tokens: int,
         seed: int | None = None,
+        gap: Gap | None = None,
     ) -> Chain:
         """The chain that the optimizer picks among `servers` for a session of this size.
 
@@ -102,6 +108,7 @@ class ChainPlanner:
             lease_tokens: tokens of each that every hop must have room for.
             seed: decides among chains that are nearly equal, so that sessions spread over them;
                 below 2^32, fresh if None.
+            gap: plan only the hops that fill it.
 
         Raises:
             MissingBlocksError: some blocks are held by none of them that may run them.
@@ -115,11 +122,11 @@ class ChainPlanner:
         same_dtype = [info for info in long_enough if info.dtype == wanted]
         tokens = num_rows * lease_tokens
         try:
-            return self._optimize(self.snapshot(same_dtype, num_rows), tokens, seed)
+            return self._optimize(self.snapshot(same_dtype, num_rows, gap), tokens, seed, gap)
         except NoChainAvailable:
             if len(same_dtype) == len(long_enough):
                 raise
-        chain = self._optimize(self.snapshot(long_enough, num_rows), tokens, seed)
+        chain = self._optimize(self.snapshot(long_enough, num_rows, gap), tokens, seed, gap)
         if not self._warned_dtype:
             self._warned_dtype = True
             logger.warning(
@@ -130,20 +137,30 @@ class ChainPlanner:
             )
         return chain
 
-    def snapshot(self, servers: Sequence[ServerInfo], num_rows: int) -> SwarmSnapshot:
-        """What the optimizer plans on. Its block 0 is the first one that the swarm runs."""
-        points = [point for info in servers if (point := self._point(info)) is not None]
+    def snapshot(
+        self, servers: Sequence[ServerInfo], num_rows: int, gap: Gap | None = None
+    ) -> SwarmSnapshot:
+        """What the optimizer plans on. Its block 0 is the first one that the swarm runs.
+
+        With `gap`, its block 0 is the first of the gap, and the place of the client is taken by
+        the hops on both sides of it.
+        """
+        blocks = self.remote if gap is None else gap.span
+        points = [point for info in servers if (point := self._point(info, blocks)) is not None]
         known = {point.id for point in points}
         usable = [info for info in servers if info.peer_id in known]
+        links = self._links(usable)
+        if gap is not None:
+            links[CLIENT] = self._links_into(gap, self._links(servers), known)
         return SwarmSnapshot(
-            num_blocks=len(self.remote),
+            num_blocks=len(blocks),
             activation_bytes_per_token=(
                 self._facts.hidden_size * self._facts.dtype.itemsize * num_rows
             ),
             hop_overhead_ms=_hop_overhead_ms(usable),
             default_rtt_ms=_DEFAULT_RTT_MS,
             servers=tuple(points),
-            rtt_ms=self._links(usable),
+            rtt_ms=links,
         )
 
     def barred(
@@ -160,9 +177,9 @@ class ChainPlanner:
             )
         ]
 
-    def _point(self, info: ServerInfo) -> ServerPoint | None:
-        """The planner's view of a server, its span cut to the remote blocks and counted there."""
-        inside = _overlap(info.span, self.remote)
+    def _point(self, info: ServerInfo, blocks: BlockSpan) -> ServerPoint | None:
+        """The planner's view of a server, its span cut to `blocks` and counted there."""
+        inside = _overlap(info.span, blocks)
         if inside is None or info.num_blocks != self._facts.num_blocks:
             return None
         try:
@@ -170,7 +187,7 @@ class ChainPlanner:
         except ConfigError as error:
             logger.debug("a record is of no use: %s", error)
             return None
-        first = self.remote.start
+        first = blocks.start
         return dataclasses.replace(point, start=inside.start - first, end=inside.end - first)
 
     def _links(self, servers: Sequence[ServerInfo]) -> dict[str, dict[str, float]]:
@@ -187,20 +204,43 @@ class ChainPlanner:
                     pair = min(info.peer_id, peer_id), max(info.peer_id, peer_id)
                     # Of two claims the worse counts: nobody gains by saying he is near.
                     claims[pair] = max(rtt_ms, claims.get(pair, 0.0))
+        for one, other in self.avoided_edges:
+            if one in known and other in known:
+                claims[min(one, other), max(one, other)] = _AVOIDED_RTT_MS
         for (one, other), rtt_ms in claims.items():
             table.setdefault(one, {})[other] = rtt_ms
         return table
+
+    def _links_into(
+        self, gap: Gap, links: Mapping[str, Mapping[str, float]], known: Collection[PeerId]
+    ) -> dict[str, float]:
+        """Round-trip times between those who may fill a gap and both its sides, averaged."""
+
+        def rtt_ms(one: str, other: str) -> float:
+            if one == other:
+                return 0.0
+            found = links.get(one, {}).get(other, links.get(other, {}).get(one))
+            return _DEFAULT_RTT_MS if found is None else found
+
+        return {
+            peer_id: (rtt_ms(gap.before, peer_id) + rtt_ms(gap.after, peer_id)) / 2
+            for peer_id in known
+        }
 
     def _make_optimizer(self, seed: int) -> ChainOptimizer:
         """The optimizer of the settings; those that draw among equals draw by `seed`."""
         spread = self._config.chain_spread
         return OPTIMIZERS.create_from(self._config.chain_optimizer, spread=spread, seed=seed)
 
-    def _optimize(self, snapshot: SwarmSnapshot, tokens: int, seed: int | None) -> Chain:
-        first = self.remote.start
+    def _optimize(
+        self, snapshot: SwarmSnapshot, tokens: int, seed: int | None, gap: Gap | None
+    ) -> Chain:
+        blocks = self.remote if gap is None else gap.span
+        first = blocks.start
         trusted = {
-            BlockSpan(span.start - first, span.end - first): names
+            BlockSpan(inside.start - first, inside.end - first): names
             for span, names in self.trusted.items()
+            if (inside := _overlap(span, blocks)) is not None
         }
         optimizer = self._make_optimizer(secrets.randbits(32) if seed is None else seed)
         try:
@@ -213,7 +253,7 @@ class ChainPlanner:
             if not first:
                 raise
             raise NoChainAvailable(
-                f"some of blocks {self.remote} have no server with free cache for {tokens} "
+                f"some of blocks {blocks} have no server with free cache for {tokens} "
                 "tokens; ask for fewer tokens or try again later"
             ) from error
         hops = tuple(

@@ -1,104 +1,112 @@
-"""One session on one chain: opens every hop, sends to the first, takes answers from the last.
+"""One session on a chain of hops: sends to the first, takes answers from the last, mends the rest.
 
 Frames go client -> hop 1 -> ... -> hop n -> client; the streams to the hops in between carry only
-their OPEN, ERROR and CLOSE. A ring lives until its first failure: it never repairs itself, it says
-which peer failed, and `InferenceSession` builds another. Runs on the portal's loop.
+what opens, deals, rewires and ends. When hops are lost, `mend` puts others in their place: those
+that are left keep their KV cache, the hop before the gap (or the client) sends the new ones what
+they lack, and the step under way goes on. Which hops those are is the caller's to say (`condemn`),
+and so is who takes their place. Runs on the portal's loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
+from planetserve.client.hop_link import HopLink, Inbox
+from planetserve.client.ring_spec import Gap, RingSpec
+from planetserve.client.vigil import Vigil
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
-from planetserve.crypto.handshake import ClientHandshake
-from planetserve.crypto.secrets import ChannelSecret, new_edge_secret, seal_deal, wipe
+from planetserve.crypto.secrets import new_edge_secret, wipe
 from planetserve.errors import (
-    HopTimeout,
+    CapacityError,
+    EdgeStalled,
+    NoChainAvailable,
     PlanetServeError,
+    RemoteError,
     RemoteProtocolError,
     StreamClosed,
-    error_from_code,
+    TransportError,
 )
+from planetserve.history import History
 from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.ping import ping
-from planetserve.swarm.streams import FrameStream, open_stream
-from planetserve.tensors import dtype_name, tensor_bytes, tensor_from_payload, wire_dtype
-from planetserve.types import CLIENT, Chain, PeerId, ServerInfo
+from planetserve.tensors import tensor_bytes, tensor_from_payload, wire_dtype
+from planetserve.types import CLIENT, Chain, Hop, PeerId, ServerInfo
 from planetserve.wire.frame import (
+    ANSWER_EDGE,
     FLAG_KEEP_LAST,
+    FLAG_REPLAY,
     HEADER_BYTES,
+    MAX_EDGE,
     MAX_STEP_BYTES,
     Direction,
     FrameHeader,
     FrameType,
 )
-from planetserve.wire.messages import (
-    ErrorReply,
-    NextHop,
-    OpenSession,
-    SessionOpened,
-    decode,
-    from_text,
-    to_text,
-)
-from planetserve.wire.protocols import SESSION_PROTOCOL
+from planetserve.wire.messages import Rewire
 from planetserve.wire.step import StepTable
 
-T = TypeVar("T")
+MAX_CHUNKS_IN_FLIGHT = 8
+"""Chunks sent and not answered. As many as a hop takes in (docs/protocol.md, 12), so that a first
+hop whose next one is lost still reads what its client says of it."""
 
 _TABLE_ROOM_BYTES = 64 * 1024
 _POSITION_BYTES = 4
 _SMALL_FRAME_BYTES = 64 * 1024
-"""The daemon takes a frame below this at once, so sending it needs no watch."""
+"""The daemon takes a frame below this at once, so sending it needs no task."""
 _LAST_WORDS_TIMEOUT_S = 0.2
+_MENDABLE = (TransportError, CapacityError, RemoteError)
+"""Failures that leave the other hops' KV caches as they should be."""
+
+PlanGap = Callable[[Gap], Awaitable[tuple[Chain, Mapping[PeerId, ServerInfo]]]]
 
 
-@dataclass(frozen=True, slots=True)
-class RingSpec:
-    """What a session needs of its chain."""
+@dataclass(slots=True)
+class _Step:
+    """A step under way: its chunks, and what has come back of it."""
 
-    num_rows: int
-    max_length: int
-    """Tokens per row to lease at every hop; a session may grow past it while pages are free."""
-    hidden_size: int
-    dtype: torch.dtype
-    connect_timeout_s: float
-    step_timeout_s: float
-    probe_after_s: float
-    """Silence after which the hops are pinged: a dead one costs seconds, not the timeout."""
-    ping_timeout_s: float
+    tables: tuple[StepTable, ...]
+    hidden_TD: torch.Tensor
+    output_TD: torch.Tensor
+    keep_last: bool
+    num_answered: int = 0
+    offset: int = 0
+    room: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class RingSession:
-    """An open session on `chain`. Made by `open`; one step at a time."""
+    """An open session. Made by `open`; one step at a time."""
 
     sealer_type: ClassVar[Callable[..., Sealer]] = EdgeSealer
     opener_type: ClassVar[Callable[..., Opener]] = EdgeOpener
 
-    def __init__(self, chain: Chain, spec: RingSpec):
-        self.chain = chain
+    def __init__(self, node: SwarmNode, spec: RingSpec):
+        self.chain = Chain(())
         self.session_id = os.urandom(16)
+        self._node = node
         self._spec = spec
-        self._streams: list[FrameStream] = []
-        self._readers: list[asyncio.Task[None]] = []
-        self._inbox: asyncio.Queue[tuple[FrameHeader, bytearray] | PlanetServeError] = (
-            asyncio.Queue()
-        )
-        self._sealer: Sealer
-        self._opener: Opener
-        self._step = 0
-        self._max_chunk_tokens = 1
-        self._pinger: Callable[[PeerId], Awaitable[bool]]
-        self.leaving: set[PeerId] = set()
-        """Hops that have said they will leave soon; the session should move between two steps."""
+        self._links: list[HopLink] = []
+        self._condemned: set[HopLink] = set()
+        self._inbox: Inbox = asyncio.Queue()
+        self._vigil = Vigil(node, spec)
+        self._sealer: Sealer | None = None
+        self._opener: Opener | None = None
+        self._edge = -1
+        self._epoch = -1
+        self._epoch_in = 0
+        self._frames_sent = 0
+        self._frames_received = 0
+        self._number = 0
+        self._step: _Step | None = None
+        self._sending: asyncio.Task[None] | None = None
+        self._retired: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(
@@ -107,314 +115,444 @@ class RingSession:
         chain: Chain,
         servers: Mapping[PeerId, ServerInfo],
         spec: RingSpec,
+        history: History | None = None,
     ) -> RingSession:
-        """Open `chain`'s hops concurrently.
+        """Open `chain`'s hops concurrently, and begin to fill them with `history`.
 
         Raises:
             PlanetServeError: a hop refused or cannot be reached; `peer_id` names it.
         """
-        ring = cls(chain, spec)
-
-        async def answers(peer_id: PeerId) -> bool:
-            addresses = servers[peer_id].addresses
-            with contextlib.suppress(PlanetServeError):
-                await ping(node, peer_id, addresses, timeout_s=spec.ping_timeout_s)
-                return True
-            return False
-
-        ring._pinger = answers
+        ring = cls(node, spec)
+        ring.chain = chain
         try:
-            await ring._open_hops(node, servers)
+            await ring._splice(0, 0, chain.hops, servers, history)
         except BaseException:
             await ring.close()
             raise
         return ring
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether hops have been condemned and not replaced."""
+        return bool(self._condemned)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a step is under way; `resume` waits for it."""
+        return self._step is not None
+
+    @property
+    def leaving(self) -> set[PeerId]:
+        """Hops that have said they will leave soon; the session should do without them."""
+        return {link.peer_id for link in self._links if link.is_leaving}
+
     async def step(
         self, table: StepTable, hidden_TD: torch.Tensor, *, keep_last: bool = False
     ) -> torch.Tensor:
-        """Send one step around the ring and return its `[num_tokens, hidden]` outputs.
+        """Send one step around the ring and return its `[num_tokens, hidden]` outputs, in the
+        ring's dtype.
 
         Chunks of a long step follow one another through the hops like a pipeline. With
         `keep_last`, only the outputs of each row's last token come back; the others are zeros.
 
         Raises:
-            PlanetServeError: the step failed; the ring must be closed.
+            PlanetServeError: a hop failed. Either `condemn` takes the error, and after `mend` the
+                step goes on with `resume`, or the ring must be closed.
         """
-        tables = table.split(self._max_chunk_tokens)
-        caller_dtype = hidden_TD.dtype
+        tables = table.split(self._max_chunk_tokens())
         hidden_TD = hidden_TD.to(self._spec.dtype)
         output_TD = torch.zeros_like(hidden_TD) if keep_last else torch.empty_like(hidden_TD)
-        # The readers drain the last hop meanwhile, so sending everything first cannot deadlock.
-        await self._send_chunks(tables, hidden_TD, keep_last)
-        offset = 0
-        for chunk, piece in enumerate(tables):
-            header, payload = await self._next_frame()
-            chunk_TD = self._check_output(header, payload, piece, chunk, keep_last)
-            if keep_last:
-                output_TD[[offset + end for end in piece.last_tokens()]] = chunk_TD
+        self._step = step = _Step(tables, hidden_TD, output_TD, keep_last)
+        is_small = len(tables) == 1 and hidden_TD.nbytes < _SMALL_FRAME_BYTES
+        if is_small and (self._sending is None or self._sending.done()):
+            await self._send_chunk(step, 0)
+        else:
+            self._sending = asyncio.create_task(self._send_after(self._sending, step))
+        return await self.resume()
+
+    async def resume(self) -> torch.Tensor:
+        """Wait for the step under way.
+
+        Raises:
+            PlanetServeError: as `step`.
+        """
+        step = self._step
+        if step is None:
+            raise RuntimeError("no step is under way")
+        while step.num_answered < len(step.tables):
+            header, payload = await self._next_answer()
+            chunk_TD = self._check_output(step, header, payload)
+            if chunk_TD is None:
+                continue
+            piece = step.tables[step.num_answered]
+            if step.keep_last:
+                step.output_TD[[step.offset + end for end in piece.last_tokens()]] = chunk_TD
             else:
-                output_TD[offset : offset + piece.num_tokens] = chunk_TD
-            offset += piece.num_tokens
-        self._step += 1
-        return output_TD.to(caller_dtype)
+                step.output_TD[step.offset : step.offset + piece.num_tokens] = chunk_TD
+            step.offset += piece.num_tokens
+            step.num_answered += 1
+            step.room.set()
+        self._step = None
+        self._number += 1
+        for link in self._links:
+            link.is_filling = False
+        return step.output_TD
+
+    def condemn(self, error: PlanetServeError, culprits: Collection[PeerId] = ()) -> bool:
+        """Mark the hops that `error` takes out of the ring.
+
+        Args:
+            error: what `step`, `resume` or `mend` raised.
+            culprits: peers found to be at fault that the error does not name.
+
+        Returns:
+            Whether the rest of the ring can be kept; if not, it must be closed.
+        """
+        if not isinstance(error, _MENDABLE):
+            return False
+        peers = {error.peer_id, *culprits}
+        if isinstance(error, EdgeStalled):
+            peers.update(error.edge)
+        self._condemned |= {link for link in self._links if link.lost or link.peer_id in peers}
+        return self.is_broken
+
+    def condemn_leaving(self) -> None:
+        """Mark the hops that will leave."""
+        self._condemned |= {link for link in self._links if link.is_leaving}
+
+    async def mend(self, plan_gap: PlanGap, history: History) -> None:
+        """Replace the condemned hops and fill their replacements.
+
+        Args:
+            plan_gap: who runs the blocks of a gap from now on.
+            history: what the client has sent into the ring in steps that are answered.
+
+        Raises:
+            NoChainAvailable: nobody can run the blocks in the gap.
+            PlanetServeError: a new hop refused, or one that was thought alive is lost too.
+        """
+        bad = [
+            index
+            for index, link in enumerate(self._links)
+            if link in self._condemned or link.is_filling
+        ]
+        first, stop = bad[0], bad[-1] + 1
+        for link in self._links[first:stop]:
+            self._condemned.add(link)
+        span = dataclasses.replace(self._links[first].hop.span, end=self._links[stop - 1].hop.end)
+        before = self._links[first - 1].peer_id if first else CLIENT
+        after = self._links[stop].peer_id if stop < len(self._links) else CLIENT
+        chain, servers = await plan_gap(Gap(span, before, after))
+        await self._splice(first, stop, chain.hops, servers, history)
+        hops = tuple(link.hop for link in self._links)
+        self.chain = dataclasses.replace(self.chain, hops=hops)
 
     async def close(self) -> None:
         """Tell every hop that the session is over and release the streams. Never raises."""
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
-        await asyncio.gather(*(self._close_hop(stream) for stream in self._streams))
-        if hasattr(self, "_sealer"):
-            self._sealer.erase()
-            self._opener.erase()
-        self._readers, self._streams = [], []
+        await self._stop_sending()
+        await asyncio.gather(*self._retired, *(link.close() for link in self._links))
+        for end in (self._sealer, self._opener):
+            if end is not None:
+                end.erase()
+        self._links = []
 
-    async def _close_hop(self, stream: FrameStream) -> None:
-        with contextlib.suppress(PlanetServeError, asyncio.TimeoutError):
-            header = FrameHeader(FrameType.CLOSE, session=self.session_id)
-            await asyncio.wait_for(stream.send(header), timeout=1.0)
-        await stream.close()
-
-    async def _open_hops(self, node: SwarmNode, servers: Mapping[PeerId, ServerInfo]) -> None:
-        opening = [
-            asyncio.create_task(self._open_hop(node, servers, index))
-            for index in range(len(self.chain))
-        ]
-        try:
-            await asyncio.wait(opening)
-        finally:
-            for task in opening:
-                task.cancel()
-            results = await asyncio.gather(*opening, return_exceptions=True)
-            opened = [item for item in results if not isinstance(item, BaseException)]
-            self._streams = [item[0] for item in opened]
-        for item in results:
-            if isinstance(item, BaseException):
-                raise item
-        token_bytes = self._spec.hidden_size * self._spec.dtype.itemsize + _POSITION_BYTES
-        by_bytes = (MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES) // token_bytes
-        by_hops = min(item[1].max_chunk_tokens for item in opened)
-        self._max_chunk_tokens = max(1, min(by_bytes, by_hops))
-        await self._deal([item[2] for item in opened])
-        self._readers = [
-            asyncio.create_task(self._read(index, stream))
-            for index, stream in enumerate(self._streams)
-        ]
-
-    async def _open_hop(
-        self, node: SwarmNode, servers: Mapping[PeerId, ServerInfo], index: int
-    ) -> tuple[FrameStream, SessionOpened, ChannelSecret]:
-        hops = self.chain.hops
-        hop, info = hops[index], servers[hops[index].peer_id]
-        following = None
-        if index + 1 < len(hops):
-            after = hops[index + 1]
-            following = NextHop(
-                peer_id=after.peer_id,
-                end=after.end,
-                addresses=list(servers[after.peer_id].addresses),
+    async def _splice(
+        self,
+        first: int,
+        stop: int,
+        hops: Sequence[Hop],
+        servers: Mapping[PeerId, ServerInfo],
+        history: History | None,
+    ) -> None:
+        """Put `hops` in the place of links `[first, stop)`."""
+        if self._edge + len(hops) > MAX_EDGE:
+            raise NoChainAvailable("this session has had too many hops; open another")
+        for link in self._links[first:stop]:
+            self._retire(link)
+        self._epoch += 1
+        links = []
+        for hop in hops:
+            self._edge += 1
+            links.append(
+                HopLink(hop, servers[hop.peer_id], self._edge, self.session_id, self._inbox)
             )
-        handshake = ClientHandshake(self.session_id, index, hop.peer_id)
-        message = OpenSession(
-            model=info.model,
-            fingerprint=info.fingerprint,
-            dtype=dtype_name(self._spec.dtype),  # type: ignore[arg-type]
-            start=hop.start,
-            end=hop.end,
-            num_rows=self._spec.num_rows,
-            max_length=self._spec.max_length,
-            edge=index,
-            epoch=0,
-            previous=hops[index - 1].peer_id if index else CLIENT,
-            next=following,
-            offer=to_text(handshake.offer),
-        ).encode()
-        timeout_s = self._spec.connect_timeout_s
+        secrets = [new_edge_secret() for _ in range(len(hops) + 1)]
+        before = self._links[first - 1] if first else None
+        after = self._links[stop] if stop < len(self._links) else None
         try:
-            stream = await open_stream(
-                node, hop.peer_id, info.addresses, SESSION_PROTOCOL, timeout_s
-            )
-            try:
-                header = FrameHeader(FrameType.OPEN, session=self.session_id, edge=index)
-                await stream.send(header, message)
-                answer, payload = await stream.receive(timeout_s)
-                if answer.type is FrameType.ERROR:
-                    raise _remote_error(payload, hop.peer_id, set())
-                if answer.type is not FrameType.OPENED:
-                    raise RemoteProtocolError(f"expected OPENED, got {answer.type.name}")
-                opened = decode(SessionOpened, payload)
-                answer_key, signature = from_text(opened.answer), from_text(opened.signature)
-                return stream, opened, handshake.finish(message, answer_key, signature)
-            except BaseException:
-                await stream.close()
-                raise
-        except PlanetServeError as error:
-            error.peer_id = error.peer_id or hop.peer_id
+            await self._open_links(links, before, after, secrets)
+            await self._deal(links, before, secrets)
+        except BaseException:
+            for link in links:
+                self._retire(link)
             raise
-
-    async def _deal(self, channels: Sequence[ChannelSecret]) -> None:
-        """Give every hop the secrets of its two edges, and keep those of the ring's ends."""
-        secrets = [new_edge_secret() for _ in range(len(channels) + 1)]
-        edge, now_s = len(channels), time.monotonic()
-        forward = Direction.FORWARD
-        self._sealer = self.sealer_type(secrets[0], self.session_id, 0, 0, forward, now_s)
-        self._opener = self.opener_type(secrets[-1], self.session_id, edge, 0, forward)
-        try:
-            for index, channel in enumerate(channels):
-                blob = seal_deal(channel, 0, secrets[index], secrets[index + 1])
-                channel.erase()
-                header = FrameHeader(FrameType.DEAL, session=self.session_id, edge=index)
-                await self._streams[index].send(header, blob)
+        else:
+            self._take_ends(links, before, after, secrets)
         finally:
             wipe(*secrets)
+        for link in links:
+            link.is_filling = bool(self._links) or (history is not None and any(history.lengths))
+        self._condemned.difference_update(self._links[first:stop])
+        self._links[first:stop] = links
+        if before is None:
+            await self._refill(history)
 
-    async def _read(self, index: int, stream: FrameStream) -> None:
-        hops = self.chain.hops
-        peer_id = hops[index].peer_id
-        is_last = index == len(hops) - 1
-        # A hop may blame those it exchanges frames with, and nobody else.
-        neighbours = {hop.peer_id for hop in hops[max(0, index - 1) : index + 2]}
-        try:
-            while True:
-                header, payload = await stream.receive()
-                if header.type is FrameType.ERROR:
-                    raise _remote_error(payload, peer_id, neighbours)
-                if header.type is FrameType.LEAVING:
-                    self.leaving.add(peer_id)
-                    continue
-                if header.type is not FrameType.STEP or not is_last:
-                    raise RemoteProtocolError(f"{header.type.name} frame from hop {index}")
-                self._inbox.put_nowait((header, payload))
-        except PlanetServeError as error:
-            error.peer_id = error.peer_id or peer_id
-            self._inbox.put_nowait(error)
-            # Whoever is blocked in sending to the first hop must learn of it now.
-            await self._streams[0].close()
+    async def _open_links(
+        self,
+        links: Sequence[HopLink],
+        before: HopLink | None,
+        after: HopLink | None,
+        secrets: Sequence[bytearray],
+    ) -> None:
+        """Open the new hops, and tell the one after them to expect the last of them."""
+        following = None if after is None else after.as_next(fresh=False)
+        jobs = []
+        for index in reversed(range(len(links))):
+            if index:
+                previous = links[index - 1].peer_id
+            else:
+                previous = CLIENT if before is None else before.peer_id
+            jobs.append(
+                links[index].open(
+                    self._node,
+                    self._spec,
+                    epoch=self._epoch,
+                    previous=previous,
+                    following=following,
+                )
+            )
+            following = links[index].as_next(fresh=True)
+        if after is not None:
+            message = self._rewiring(previous=links[-1].peer_id)
+            jobs.append(self._rewire(after, message, secrets[-1], new_edge_secret()))
+        await _all(jobs)
 
-    async def _next_frame(self) -> tuple[FrameHeader, bytearray]:
-        try:
-            # Nearly every answer comes in time; only a late one is worth a task and a watch.
-            async with asyncio.timeout(self._spec.probe_after_s):
-                item = await self._inbox.get()
-        except TimeoutError:
-            item = await self._watched(self._inbox.get(), self._spec.probe_after_s)
-        if isinstance(item, PlanetServeError):
-            raise item
-        return item
+    async def _deal(
+        self, links: Sequence[HopLink], before: HopLink | None, secrets: Sequence[bytearray]
+    ) -> None:
+        """Give the new hops their keys, and the one before them its new neighbour."""
+        jobs = [
+            link.deal(self._epoch, secrets[index], secrets[index + 1])
+            for index, link in enumerate(links)
+        ]
+        if before is not None:
+            message = self._rewiring(following=links[0], max_chunk_tokens=links[0].max_chunk_tokens)
+            jobs.append(self._rewire(before, message, new_edge_secret(), secrets[0]))
+        await _all(jobs)
 
-    async def _watched(self, work: Coroutine[Any, Any, T], waited_s: float = 0.0) -> T:
-        """Wait for `work`, pinging the hops whenever nothing has happened for a while.
+    def _rewiring(
+        self,
+        previous: PeerId | None = None,
+        following: HopLink | None = None,
+        max_chunk_tokens: int = 1,
+    ) -> Rewire:
+        return Rewire(
+            epoch=self._epoch,
+            previous=previous,
+            next=None if following is None else following.as_next(fresh=True),
+            first_step=self._number,
+            max_chunk_tokens=max_chunk_tokens,
+        )
 
-        Args:
-            work: what to wait for.
-            waited_s: how long it has been waited for already.
+    async def _rewire(
+        self, link: HopLink, message: Rewire, inbound: bytearray, outbound: bytearray
+    ) -> None:
+        await link.rewire(message, inbound, outbound, self._spec.connect_timeout_s)
+
+    def _take_ends(
+        self,
+        links: Sequence[HopLink],
+        before: HopLink | None,
+        after: HopLink | None,
+        secrets: Sequence[bytearray],
+    ) -> None:
+        """Keep the keys of the edges that leave and enter the client, if these are new."""
+        session, forward = self.session_id, Direction.FORWARD
+        if before is None:
+            if self._sealer is not None:
+                self._sealer.erase()
+            self._sealer = self.sealer_type(
+                secrets[0], session, links[0].edge, self._epoch, forward, time.monotonic()
+            )
+            self._epoch_in, self._frames_sent = self._epoch, 0
+        if after is None:
+            if self._opener is not None:
+                self._opener.erase()
+            self._opener = self.opener_type(secrets[-1], session, ANSWER_EDGE, self._epoch, forward)
+            self._frames_received = 0
+
+    async def _refill(self, history: History | None) -> None:
+        """Send a new first hop what it lacks, and the step under way from its beginning."""
+        await self._stop_sending()
+        replay = None if history is None else history.replay()
+        if replay is None and self._step is None:
+            return
+        if replay is not None:
+            self._number = max(self._number, 1)
+        self._sending = asyncio.create_task(self._send_again(replay, self._step))
+
+    def _retire(self, link: HopLink) -> None:
+        """Let go of a hop without waiting for it."""
+        task = asyncio.create_task(link.close())
+        self._retired.add(task)
+        task.add_done_callback(self._retired.discard)
+
+    async def _next_answer(self) -> tuple[FrameHeader, bytearray]:
+        """The next STEP frame of the last hop.
 
         Raises:
-            HopTimeout: a hop is silent to two pings in a row (`peer_id` names it), or the step
-                timeout is over although all hops answer.
+            PlanetServeError: what a hop of the ring failed with.
         """
-        task = asyncio.ensure_future(work)
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + self._spec.step_timeout_s - waited_s
-        try:
-            if not waited_s:
-                await asyncio.wait([task], timeout=self._spec.probe_after_s)
-            while not task.done():
-                if loop.time() >= deadline_s:
-                    raise HopTimeout(
-                        f"no answer from the chain within {self._spec.step_timeout_s:g} s"
-                    )
-                await self._probe_until(task)
-                pause_s = min(self._spec.probe_after_s, max(0.0, deadline_s - loop.time()))
-                await asyncio.wait([task], timeout=pause_s)
-            return task.result()
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        while True:
+            try:
+                # Nearly every answer comes in time; only a late one is worth a task and a watch.
+                async with asyncio.timeout(self._spec.probe_after_s):
+                    item = await self._inbox.get()
+            except TimeoutError:
+                item = await self._vigil.watch(self._inbox.get(), self._links, self._my_frames)
+            link = item[0]
+            if link not in self._links:
+                continue  # late news of a hop that has been replaced
+            if len(item) == 2:
+                if isinstance(item[1], EdgeStalled) and item[1].epoch != link.epoch_out:
+                    continue  # about a neighbour that it no longer has
+                raise await self._judged(link, item[1])
+            if link is not self._links[-1]:
+                error = RemoteProtocolError("a hop in the middle of the ring sent a step frame")
+                error.peer_id = link.peer_id
+                raise error
+            return item[1], item[2]
 
-    async def _probe_until(self, task: asyncio.Future[T]) -> None:
-        """Ping the hops once; raise if one is silent and `task` has not finished meanwhile."""
-        probe = asyncio.ensure_future(self._silent_hop())
-        either: tuple[asyncio.Future[Any], ...] = (task, probe)
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            silent = probe.result() if probe.done() else None
-        finally:
-            probe.cancel()
-            await asyncio.gather(probe, return_exceptions=True)
-        if silent is not None and not task.done():
-            error = HopTimeout("a server has stopped answering")
-            error.peer_id = silent
-            raise error
+    def _my_frames(self) -> tuple[int, int]:
+        return self._frames_sent, self._frames_received
 
-    async def _silent_hop(self) -> PeerId | None:
-        """The first hop that answers neither of two pings."""
-        suspects = list(dict.fromkeys(hop.peer_id for hop in self.chain.hops))
-        for _ in range(2):
-            alive = await asyncio.gather(*(self._pinger(peer) for peer in suspects))
-            suspects = [peer for peer, answers in zip(suspects, alive, strict=True) if not answers]
-        return suspects[0] if suspects else None
+    async def _judged(self, link: HopLink, error: PlanetServeError) -> PlanetServeError:
+        """What a hop reported, as far as it is to be believed."""
+        index = self._links.index(link)
+        neighbours = self._links[max(0, index - 1) : index + 2]
+        if not isinstance(error, EdgeStalled):
+            # A hop may blame those it exchanges frames with, and nobody else.
+            if error.peer_id not in {item.peer_id for item in neighbours}:
+                error.peer_id = link.peer_id
+            return error
+        following = self._links[index + 1] if index + 1 < len(self._links) else None
+        if following is None or error.edge[1] != following.peer_id:
+            wrong = RemoteProtocolError("a hop complained of one that is not its next")
+            wrong.peer_id = link.peer_id
+            return wrong
+        return await self._vigil.judge_edge(error, following)
 
-    async def _send_chunks(
-        self, tables: tuple[StepTable, ...], hidden_TD: torch.Tensor, keep_last: bool
+    def _max_chunk_tokens(self) -> int:
+        token_bytes = self._spec.hidden_size * self._spec.dtype.itemsize + _POSITION_BYTES
+        by_bytes = (MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES) // token_bytes
+        by_hops = min(link.max_chunk_tokens for link in self._links)
+        return max(1, min(by_bytes, by_hops))
+
+    async def _send_after(self, earlier: asyncio.Task[None] | None, step: _Step) -> None:
+        if earlier is not None:
+            await asyncio.wait([earlier])
+        await self._send_again(None, step)
+
+    async def _send_again(
+        self, replay: tuple[StepTable, torch.Tensor] | None, step: _Step | None
     ) -> None:
-        first = self.chain.hops[0]
+        """Send what fills the first hop, then the chunks of a step. Failures go to the inbox."""
+        first = self._links[0]
+        try:
+            if replay is not None:
+                await self._send_replay(*replay)
+            if step is not None:
+                for chunk in range(len(step.tables)):
+                    while chunk - step.num_answered >= MAX_CHUNKS_IN_FLIGHT:
+                        step.room.clear()
+                        await step.room.wait()
+                    await self._send_chunk(step, chunk)
+        except PlanetServeError as error:
+            self._inbox.put_nowait((first, error))
+
+    async def _stop_sending(self) -> None:
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+    async def _send_replay(self, table: StepTable, hidden_TD: torch.Tensor) -> None:
+        hidden_TD = hidden_TD.to(self._spec.dtype)
+        tables = table.split(self._max_chunk_tokens())
         offset = 0
-        for chunk, table in enumerate(tables):
-            count = table.num_tokens
-            header = FrameHeader(
-                FrameType.STEP,
-                session=self.session_id,
-                edge=0,
-                step=self._step,
-                position=table.rows[0].start,
-                num_tokens=count,
-                span_start=first.start,
-                span_end=first.end,
-                dtype=wire_dtype(self._spec.dtype),
-                shape=(count, self._spec.hidden_size),
+        for chunk, piece in enumerate(tables):
+            part_TD = hidden_TD[offset : offset + piece.num_tokens]
+            await self._send(
+                piece,
+                part_TD,
+                step=self._number - 1,
                 chunk=chunk,
                 num_chunks=len(tables),
-                flags=FLAG_KEEP_LAST if keep_last else 0,
+                flags=FLAG_REPLAY,
             )
-            body = tensor_bytes(hidden_TD[offset : offset + count])
-            header, sealed = self._sealer.seal(header, [table.pack(), body], time.monotonic())
-            try:
-                if len(sealed) < _SMALL_FRAME_BYTES:
-                    await self._streams[0].send(header, sealed)
-                else:
-                    await self._watched(self._streams[0].send(header, sealed))
-            except StreamClosed as error:
-                error.peer_id = first.peer_id
-                raise await self._why_closed(error) from error
-            offset += count
+            offset += piece.num_tokens
 
-    async def _why_closed(self, error: PlanetServeError) -> PlanetServeError:
-        """What a hop said before the first stream closed, if its words arrive in time."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
-                while True:
-                    item = await self._inbox.get()
-                    if isinstance(item, PlanetServeError):
-                        return item
-        return error
+    async def _send_chunk(self, step: _Step, chunk: int) -> None:
+        offset = sum(piece.num_tokens for piece in step.tables[:chunk])
+        table = step.tables[chunk]
+        await self._send(
+            table,
+            step.hidden_TD[offset : offset + table.num_tokens],
+            step=self._number,
+            chunk=chunk,
+            num_chunks=len(step.tables),
+            flags=FLAG_KEEP_LAST if step.keep_last else 0,
+        )
+
+    async def _send(self, table: StepTable, hidden_TD: torch.Tensor, **fields: Any) -> None:
+        first = self._links[0]
+        if self._sealer is None:
+            raise StreamClosed("this ring is not open")
+        header = FrameHeader(
+            FrameType.STEP,
+            session=self.session_id,
+            edge=first.edge,
+            epoch=self._epoch_in,
+            position=table.rows[0].start,
+            num_tokens=table.num_tokens,
+            span_start=first.hop.start,
+            span_end=first.hop.end,
+            dtype=wire_dtype(self._spec.dtype),
+            shape=(table.num_tokens, self._spec.hidden_size),
+            **fields,
+        )
+        parts: list[bytes | memoryview] = [table.pack(), tensor_bytes(hidden_TD)]
+        header, sealed = self._sealer.seal(header, parts, time.monotonic())
+        self._frames_sent += 1
+        try:
+            await first.stream.send(header, sealed)
+        except StreamClosed as error:
+            # What the hop said before it closed the stream tells more: it goes to the inbox.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                    await first.ended.wait()
+                    return
+            error.peer_id = first.peer_id
+            raise
 
     def _check_output(
-        self,
-        header: FrameHeader,
-        payload: bytearray,
-        table: StepTable,
-        chunk: int,
-        keep_last: bool,
-    ) -> torch.Tensor:
-        """The chunk's outputs, after everything the last hop said of them has been checked."""
-        count = len(table.rows) if keep_last else table.num_tokens
-        last = self.chain.hops[-1]
+        self, step: _Step, header: FrameHeader, payload: bytearray
+    ) -> torch.Tensor | None:
+        """A chunk's outputs, after everything the last hop said of them has been checked.
+
+        None for a chunk that has been answered before, by a hop that was replaced since.
+        """
+        table, chunk = step.tables[step.num_answered], step.num_answered
+        count = len(table.rows) if step.keep_last else table.num_tokens
         shape = (count, self._spec.hidden_size)
         try:
+            if self._opener is None:
+                raise RemoteProtocolError("an answer before its keys")
             plaintext = self._opener.open(header, payload)
-            if (header.step, header.chunk, header.shape) != (self._step, chunk, shape):
+            self._frames_received += 1
+            if (header.step, header.chunk) < (self._number, chunk):
+                return None
+            if (header.step, header.chunk, header.shape) != (self._number, chunk, shape):
                 raise RemoteProtocolError("the last hop answered another step than was asked")
             if header.dtype is not wire_dtype(self._spec.dtype):
                 raise RemoteProtocolError("the last hop answered in another dtype")
@@ -423,14 +561,19 @@ class RingSession:
                 raise RemoteProtocolError("the last hop answered numbers that are not finite")
             return chunk_TD
         except PlanetServeError as error:
-            error.peer_id = last.peer_id
+            error.peer_id = self._links[-1].peer_id
             raise
 
 
-def _remote_error(
-    payload: bytearray, peer_id: PeerId, neighbours: Collection[PeerId]
-) -> PlanetServeError:
-    reply = decode(ErrorReply, payload)
-    error = error_from_code(reply.code, reply.message, reply.retry_after_s)
-    error.peer_id = reply.blamed_peer if reply.blamed_peer in neighbours else peer_id
-    return error
+async def _all(jobs: Sequence[Any]) -> None:
+    """Run coroutines at the same time; when all have ended, raise the first failure if any."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        await asyncio.wait(tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

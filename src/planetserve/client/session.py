@@ -1,10 +1,11 @@
 """An inference session: rows of KV cache held by a chain, and the history to rebuild them.
 
-Synchronous face of `RingSession`. A step either completes on the chain or the session moves: it
-leaves the failed chain, plans another without the peer at fault, replays its history there as one
-prefill, and sends the step again. Retries are bounded (`max_retries`); errors that a retry cannot
-mend are raised at once. Blocks that the client keeps to itself run here too, around the ring; what
-is replayed is what went into the ring.
+Synchronous face of `RingSession`. When hops are lost, the ring is mended with others in their place
+and the step goes on. When what the other hops hold cannot be trusted either, or nobody can take the
+place, the session opens a ring on another chain, fills it with its history, and sends the step
+again. Retries are bounded (`max_retries`); errors that a retry cannot mend are raised at once.
+Blocks that the client keeps to itself run here too, around the ring; what is replayed is what went
+into the ring.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from types import TracebackType
 import torch
 
 from planetserve.client.chain_manager import ChainManager
-from planetserve.client.history import History
 from planetserve.client.local_blocks import LocalEnds, LocalRows
 from planetserve.client.portal import Portal
 from planetserve.client.ring import RingSession
 from planetserve.errors import (
+    CapacityError,
     ConfigError,
+    NoChainAvailable,
     PlanetServeError,
     SessionClosed,
     SessionLengthError,
 )
+from planetserve.history import History
 from planetserve.types import Chain
 from planetserve.wire.step import MAX_ROWS, RowSlice, StepTable
 
@@ -227,52 +230,71 @@ class InferenceSession:
         if history is None:
             raise SessionClosed("this inference session is closed; open another")
         longest = max(piece.end for piece in table.rows)
-        if self._ring is not None and self._ring.leaving:
-            lease_tokens = max(longest, self._lease_tokens or 0)
-            if self._manager.can_avoid(self._ring.leaving, num_rows, lease_tokens):
-                logger.info("a server is leaving; moving to another chain")
-                await self._leave(None)
+        lease_tokens = max(longest, self._lease_tokens or 0)
+        self._avoid_leaving(num_rows, lease_tokens)
         attempt = 0
         while True:
             try:
-                if self._ring is None:
-                    self._ring = await self._rebuild(num_rows, longest, history)
-                output_TD = await self._ring.step(table, hidden_TD, keep_last=keep_last)
+                ring = await self._whole_ring(num_rows, lease_tokens, history)
+                if ring.is_waiting:
+                    output_TD = await ring.resume()
+                else:
+                    output_TD = await ring.step(table, hidden_TD, keep_last=keep_last)
                 history.append(table, hidden_TD)
-                self._manager.report_success(self._ring.chain)
-                return output_TD
+                self._manager.report_success(ring.chain)
+                return output_TD.to(hidden_TD.dtype)
             except PlanetServeError as error:
-                await self._leave(error)
                 attempt += 1
-                delay_s = self._manager.retry_delay_s(error, attempt)
-                if delay_s is None:
-                    raise
-                logger.warning(
-                    "%s (%s); trying another chain (attempt %d)", error, error.code, attempt
-                )
+                delay_s = await self._recover(error, attempt)
                 await asyncio.sleep(delay_s)
             except asyncio.CancelledError:
                 # Ctrl-C in the caller: what the servers hold is unknown, the history is not.
-                await self._leave(None)
+                await self._leave()
                 raise
 
-    async def _rebuild(self, num_rows: int, longest: int, history: History) -> RingSession:
-        lease_tokens = max(longest, self._lease_tokens or 0)
-        ring = await self._manager.open_ring(num_rows, lease_tokens)
-        replay = history.replay()
-        if replay is None:
-            return ring
-        try:
-            await ring.step(*replay, keep_last=True)
-        except BaseException:
-            await ring.close()
-            raise
+    def _avoid_leaving(self, num_rows: int, lease_tokens: int) -> None:
+        """Between two steps: have hops that will leave soon replaced, if others can be found."""
+        ring = self._ring
+        if ring is None or not ring.leaving:
+            return
+        if self._manager.can_avoid(ring.leaving, num_rows, lease_tokens):
+            logger.info("a server is leaving; another takes its place")
+            ring.condemn_leaving()
+
+    async def _whole_ring(self, num_rows: int, lease_tokens: int, history: History) -> RingSession:
+        """The session's ring, mended where it was broken, or a new one."""
+        ring = self._ring
+        if ring is not None and ring.is_broken:
+            try:
+                await self._manager.mend_ring(ring, num_rows, lease_tokens, history)
+                return ring
+            except NoChainAvailable:
+                await self._leave()
+                ring = None
+        if ring is None:
+            ring = self._ring = await self._manager.open_ring(num_rows, lease_tokens, history)
         return ring
 
-    async def _leave(self, error: PlanetServeError | None) -> None:
+    async def _recover(self, error: PlanetServeError, attempt: int) -> float:
+        """Settle what becomes of the ring; seconds until the next attempt.
+
+        Raises:
+            PlanetServeError: `error`, when there must not be another attempt.
+        """
+        ring = self._ring
+        culprits = await self._manager.report_failure(error, None if ring is None else ring.chain)
+        delay_s = self._manager.retry_delay_s(error, attempt)
+        keeps = ring is not None and delay_s is not None and ring.condemn(error, culprits)
+        if not keeps:
+            await self._leave()
+        if delay_s is None:
+            raise error
+        if keeps and isinstance(error, CapacityError):
+            delay_s = 0.0  # whoever takes the place of a full server need not be waited for
+        logger.warning("%s (%s); going on without it (attempt %d)", error, error.code, attempt)
+        return delay_s
+
+    async def _leave(self) -> None:
         ring, self._ring = self._ring, None
-        chain = ring.chain if ring else None
         if ring is not None:
             await ring.close()
-        if error is not None:
-            await self._manager.report_failure(error, chain)

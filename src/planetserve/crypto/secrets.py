@@ -16,6 +16,7 @@ AES-256-GCM as in RFC 5116 section 5.2, nonces as in its section 3.2: 4 fixed by
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 
@@ -105,8 +106,12 @@ def seal_deal(
     epoch: int,
     inbound_secret: bytes | bytearray,
     outbound_secret: bytes | bytearray,
+    rewire: bytes | bytearray | memoryview = b"",
 ) -> bytes:
     """What the client sends to a hop: the secrets of its two edges from `epoch` on.
+
+    `rewire` is the payload of the REWIRE frame that the deal belongs to, if any; the deal opens
+    only together with it.
 
     Raises:
         LocalProtocolError: a secret of another length, an epoch that is not later than the last
@@ -119,7 +124,7 @@ def seal_deal(
     plaintext = bytearray(_DEAL.size)
     _DEAL.pack_into(plaintext, 0, epoch, inbound_secret, outbound_secret)
     try:
-        blob = channel.seal(plaintext, _DEAL_CONTEXT)
+        blob = channel.seal(plaintext, _deal_context(rewire))
     finally:
         wipe(plaintext)
     channel.dealt_epoch = epoch
@@ -127,17 +132,20 @@ def seal_deal(
 
 
 def open_deal(
-    channel: ChannelSecret, blob: bytes | bytearray | memoryview
+    channel: ChannelSecret,
+    blob: bytes | bytearray | memoryview,
+    rewire: bytes | bytearray | memoryview = b"",
 ) -> tuple[int, bytearray, bytearray]:
     """The epoch of a deal, and the secrets of the edges that enter and leave this hop.
 
-    The caller makes its openers and sealers of them and wipes them.
+    The caller makes its openers and sealers of them and wipes them. `rewire` is the payload of the
+    REWIRE frame that came before it, if any.
 
     Raises:
-        DecryptionFailed: forged, replayed, out of order, or not later than the last deal. The
-            channel is erased.
+        DecryptionFailed: forged, replayed, out of order, not later than the last deal, or of
+            another REWIRE. The channel is erased.
     """
-    plaintext = channel.open(blob, _DEAL_CONTEXT)
+    plaintext = channel.open(blob, _deal_context(rewire))
     try:
         epoch = int.from_bytes(plaintext[:4], "big")
         if len(plaintext) != _DEAL.size or epoch <= channel.dealt_epoch:
@@ -147,6 +155,10 @@ def open_deal(
         return epoch, plaintext[4 : 4 + SECRET_BYTES], plaintext[4 + SECRET_BYTES :]
     finally:
         wipe(plaintext)
+
+
+def _deal_context(rewire: bytes | bytearray | memoryview) -> bytes:
+    return _DEAL_CONTEXT + hashlib.sha256(rewire).digest() if rewire else _DEAL_CONTEXT
 
 
 class _Cipher:

@@ -235,8 +235,8 @@ class SessionHandler:
             BlockSpan(message.start, message.end)
         ):
             raise RemoteProtocolError(f"this server serves blocks {model.span}")
-        if (message.previous == CLIENT) != (message.edge == 0) or header.edge != message.edge:
-            raise RemoteProtocolError("the first hop, and only it, follows the client")
+        if message.edge == 0 and message.previous != CLIENT or header.edge != message.edge:
+            raise RemoteProtocolError("edge 0 comes from the client")
         if (header.session, message.edge) in self._sessions:
             raise RemoteProtocolError("this session is already open here")
 
@@ -253,7 +253,7 @@ class SessionHandler:
             reason = "push.unknown"
             session = await self._find(header.session, hello.edge, stream.remote)
             reason = "push.mismatch"
-            session.attach(stream.remote, hello)
+            session.attach(stream, hello)
         except PlanetServeError as error:
             # The session, if there is one, goes on: whoever said this is not its upstream hop.
             await self._refuse(stream, header, error, reason)

@@ -1,9 +1,12 @@
 """One session at one hop: frames in, engine steps, frames out, in order and bounded.
 
-`ingest` takes STEP frames from the one peer that the session names and hands them to the engine;
-`pump` waits for the engine's answers in the same order and pushes them to the next hop, or to the
-client. The queue between them is bounded, so a slow consumer stops the reading of its own
-producer and nobody else's. Any failure ends the session with one typed error to the client.
+The client's stream brings deals, rewirings and the end, and at the first hop the STEP frames;
+`ingest` takes those of the hop before from its push stream. What they become goes through the
+engine, and `_pump` hands its answers to the outlet (`outlet.py`) in the same order. The queue
+between them is bounded, so a slow consumer stops the reading of its own producer and nobody else's.
+
+A neighbour that is lost leaves the session waiting: the client names another in its place. Any
+other failure ends the session with one typed error to the client.
 """
 
 from __future__ import annotations
@@ -20,33 +23,30 @@ import torch
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
 from planetserve.crypto.secrets import ChannelSecret, open_deal, wipe
 from planetserve.engine.engine import Engine
-from planetserve.errors import (
-    PlanetServeError,
-    RemoteProtocolError,
-    SessionClosed,
-    StreamClosed,
-)
+from planetserve.errors import PlanetServeError, RemoteProtocolError, StreamClosed
 from planetserve.server.gate import StepGate
+from planetserve.server.outlet import Outlet
 from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.streams import FrameStream, open_stream
-from planetserve.tensors import tensor_bytes, tensor_from_payload
-from planetserve.wire.frame import (
-    FLAG_KEEP_LAST,
-    Direction,
-    FrameHeader,
-    FrameType,
-    WireDtype,
+from planetserve.swarm.streams import FrameStream
+from planetserve.tensors import tensor_from_payload
+from planetserve.types import CLIENT
+from planetserve.wire.frame import HEADER_BYTES, Direction, FrameHeader, FrameType, WireDtype
+from planetserve.wire.messages import (
+    OpenSession,
+    Progress,
+    PushHello,
+    Rewire,
+    decode,
+    error_reply,
 )
-from planetserve.wire.messages import OpenSession, PushHello, error_reply
-from planetserve.wire.protocols import PUSH_PROTOCOL
 from planetserve.wire.step import StepTable
 
 logger = logging.getLogger(__name__)
 
 MAX_STEPS_IN_FLIGHT = 8
-_UPSTREAM_GRACE_S = 0.5
+"""Steps that a hop takes in before it stops reading; a client has no more chunks under way."""
+_MAX_REWIRES = 256
 _DEAL_TIMEOUT_S = 10.0
-_CONNECT_TIMEOUT_S = 5.0
 _LAST_WORDS_TIMEOUT_S = 1.0
 _WIRE_DTYPES = {
     "float32": (WireDtype.FLOAT32, torch.float32),
@@ -98,7 +98,6 @@ class ServerSession:
         """Names the session in the engine; unique in this process."""
         self.session_id = session_id
         self.open = message
-        self._node = node
         self._engine = engine
         self._gate = gate
         self._num_queued_bytes = 0
@@ -108,11 +107,26 @@ class ServerSession:
         self._queue: asyncio.Queue[_Pending] = asyncio.Queue(MAX_STEPS_IN_FLIGHT)
         self._held: list[tuple[FrameHeader, StepTable, torch.Tensor]] = []
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._attached = message.edge == 0
+        self._previous = message.previous
+        self._epoch = message.epoch
+        self._inlet: FrameStream | None = control if message.previous == CLIENT else None
+        self._expected = (0, 0)
         self._channel = channel
-        self._sealer: Sealer
-        self._opener: Opener
+        self._opener: Opener | None = None
+        self._outlet = Outlet(
+            node,
+            session_id,
+            message,
+            control,
+            self._torch_dtype,
+            report=self._report_parked,
+            fail=self.fail,
+        )
         self._dealt = asyncio.Event()
+        self._num_rewires = 0
+        self._frames_received = 0
+        self._num_running = 0
+        self._num_questions = 0
         self.last_frame_s = 0.0
         """Monotonic time of the latest frame; the handler's idle check reads it."""
 
@@ -123,8 +137,10 @@ class ServerSession:
             Why the session failed, of which the client is told in one ERROR frame; None if it
             just ended. Nothing is raised.
         """
-        control = self.ingest(self._control) if self.open.edge == 0 else self._watch()
-        tasks = [asyncio.create_task(control), asyncio.create_task(self._pump())]
+        tasks = [
+            asyncio.create_task(self._follow_client()),
+            asyncio.create_task(self._pump()),
+        ]
         try:
             await asyncio.wait([*tasks, self._failure], return_when=asyncio.FIRST_COMPLETED)
             # What ended the session from outside comes first: the tasks fail because of it.
@@ -136,7 +152,9 @@ class ServerSession:
                 task.cancel()
             self._failure.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._erase()
+            self._channel.erase()
+            self._set_opener(None)
+            await self._outlet.close()
             self._leave_gate(self._num_queued_bytes)
         return None if error is None else await self._report(error)
 
@@ -152,49 +170,76 @@ class ServerSession:
             async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
                 await self._control.send(header)
 
-    def attach(self, remote: str, hello: PushHello) -> None:
+    def attach(self, stream: FrameStream, hello: PushHello) -> None:
         """Accept the upstream hop's stream.
 
         Raises:
             RemoteProtocolError: not the peer, edge or epoch the client named, or a second stream.
         """
-        expected = (self.open.previous, self.open.edge, self.open.epoch)
-        if (remote, hello.edge, hello.epoch) != expected or self._attached:
+        expected = (self._previous, self.open.edge, self._epoch)
+        if (stream.remote, hello.edge, hello.epoch) != expected or self._inlet is not None:
             raise RemoteProtocolError("a push stream that this session does not expect")
-        self._attached = True
+        self._inlet = stream
 
     async def ingest(self, stream: FrameStream) -> None:
-        """Take STEP frames from `stream` until CLOSE or its end.
+        """Take STEP frames from the attached push stream, until it ends or another takes its place.
 
         Raises:
             PlanetServeError: a frame that does not belong here, or a step the engine refuses.
         """
-        if stream is self._control:
-            await self._take_deal()
-        else:
-            await self._dealt.wait()
-        while True:
+        await self._dealt.wait()
+        while stream is self._inlet:
             try:
                 header, payload = await stream.receive()
             except StreamClosed:
-                if stream is self._control:
-                    return
-                # Closing a session reaches the hops in any order; only a session that lives on
-                # without its upstream has failed.
-                await asyncio.sleep(_UPSTREAM_GRACE_S)
-                raise
-            if header.type is FrameType.CLOSE and stream is self._control:
+                # The client learns of a lost hop from its own stream, and names another here.
                 return
             if header.type is not FrameType.STEP:
                 raise RemoteProtocolError(f"unexpected {header.type.name} frame")
-            self.last_frame_s = asyncio.get_running_loop().time()
-            await self._enter_gate(len(payload))
-            table, hidden_TD = self._read_step(header, payload)
-            await self._submit(header, table, hidden_TD)
+            await self._take_step(stream, header, payload)
+
+    async def _follow_client(self) -> None:
+        """Do what the client's stream says, until CLOSE or its end."""
+        control = self._control
+        await self._take_first_deal()
+        while True:
+            try:
+                header, payload = await control.receive()
+            except StreamClosed:
+                return
+            match header.type:
+                case FrameType.CLOSE:
+                    return
+                case FrameType.STEP if self._inlet is control:
+                    await self._take_step(control, header, payload)
+                case FrameType.REWIRE:
+                    await self._rewire(payload)
+                case FrameType.STATUS if not payload:
+                    await self._answer_status()
+                case _:
+                    raise RemoteProtocolError(f"unexpected {header.type.name} frame")
+
+    async def _take_step(
+        self, stream: FrameStream, header: FrameHeader, payload: bytearray
+    ) -> None:
+        self.last_frame_s = asyncio.get_running_loop().time()
+        await self._enter_gate(len(payload))
+        if stream is not self._inlet:  # replaced while this frame waited
+            self._leave_gate(len(payload))
+            return
+        table, hidden_TD = self._read_step(header, payload)
+        self._frames_received += 1
+        if (header.step, header.chunk) < self._expected:
+            # Sent again by a hop that cannot know how far this one came; what it became has left.
+            self._leave_gate(len(payload))
+            return
+        await self._submit(header, table, hidden_TD)
 
     def _read_step(self, header: FrameHeader, payload: bytearray) -> tuple[StepTable, torch.Tensor]:
-        message = self.open
-        plaintext = self._opener.open(header, payload)
+        message, opener = self.open, self._opener
+        if opener is None:
+            raise RemoteProtocolError("a step frame before its keys")
+        plaintext = opener.open(header, payload)
         if (header.span_start, header.span_end) != (message.start, message.end):
             raise RemoteProtocolError("a step frame for other blocks")
         shape = (header.num_tokens, self._engine.runner.hidden_size)
@@ -207,6 +252,8 @@ class ServerSession:
 
     async def _submit(self, header: FrameHeader, table: StepTable, hidden_TD: torch.Tensor) -> None:
         if self._engine.runner.chunkable or header.num_chunks == 1:
+            self._expected = (header.step, header.chunk + 1)
+            self._num_running += 1
             future = self._engine.submit(self.key, table, hidden_TD)
             await self._queue.put(_Pending([(header, table)], future))
             return
@@ -217,38 +264,111 @@ class ServerSession:
             raise RemoteProtocolError("chunks out of order or too many")
         if header.chunk == header.num_chunks - 1:
             held, self._held = self._held, []
+            self._expected = (header.step, header.num_chunks)
             whole = StepTable.merge([piece for _, piece, _ in held])
+            self._num_running += 1
             future = self._engine.submit(self.key, whole, torch.cat([part for *_, part in held]))
             await self._queue.put(_Pending([(head, piece) for head, piece, _ in held], future))
 
-    async def _watch(self) -> None:
-        """Between the ends of the ring the client's stream deals, and says when to stop."""
-        try:
-            await self._take_deal()
-            header, _ = await self._control.receive()
-        except StreamClosed:
-            return
-        if header.type is not FrameType.CLOSE:
-            raise RemoteProtocolError(f"unexpected {header.type.name} frame")
-
-    async def _take_deal(self) -> None:
+    async def _take_first_deal(self) -> None:
         """Receive the secrets of this hop's two edges; only then can a step be opened or sent."""
-        header, payload = await self._control.receive(_DEAL_TIMEOUT_S)
-        if header.type is not FrameType.DEAL:
-            raise RemoteProtocolError(f"expected DEAL, got {header.type.name}")
-        epoch, inbound, outbound = open_deal(self._channel, bytes(payload))
+        inbound, outbound = await self._take_deal(self.open.epoch)
         try:
-            edge, forward = self.open.edge, Direction.FORWARD
-            if epoch != self.open.epoch:
-                raise RemoteProtocolError("secrets for another epoch than was opened")
-            now_s = asyncio.get_running_loop().time()
-            self._opener = self.opener_type(inbound, self.session_id, edge, epoch, forward)
-            self._sealer = self.sealer_type(
-                outbound, self.session_id, edge + 1, epoch, forward, now_s
-            )
+            self._set_opener(inbound)
+            sealer = self._new_sealer(outbound, self._outlet.edge, self.open.epoch)
         finally:
             wipe(inbound, outbound)
         self._dealt.set()
+        self._outlet.start(sealer)
+
+    async def _rewire(self, payload: bytearray) -> None:
+        """Put another hop in the place of one that the client has given up."""
+        message = decode(Rewire, payload)
+        self._num_rewires += 1
+        following, previous = message.next, message.previous
+        if (
+            self._num_rewires > _MAX_REWIRES
+            or (following is None and previous is None)
+            or (following is not None and self.open.next is None)
+            or (previous is not None and self._inlet is self._control)
+            or previous == CLIENT
+        ):
+            raise RemoteProtocolError("a rewiring that does not fit the session")
+        inbound, outbound = await self._take_deal(message.epoch, payload)
+        try:
+            if previous is not None:
+                self._change_inlet(previous, message.epoch)
+                self._set_opener(inbound)
+            if following is not None:
+                sealer = self._new_sealer(outbound, following.edge, message.epoch)
+                self._outlet.rewire(message, sealer)
+        finally:
+            wipe(inbound, outbound)
+        header = FrameHeader(
+            FrameType.REWIRED, session=self.session_id, edge=self.open.edge, epoch=message.epoch
+        )
+        await self._control.send(header)
+
+    def _change_inlet(self, previous: str, epoch: int) -> None:
+        inlet, self._inlet = self._inlet, None
+        if inlet is not None and inlet is not self._control:
+            inlet.abort()
+        self._previous, self._epoch = previous, epoch
+        self._frames_received = 0
+        if self._held:  # the rest of that step comes from the new hop, from its beginning
+            self._leave_gate(sum(header.payload_bytes for header, _, _ in self._held))
+            self._held.clear()
+
+    async def _take_deal(
+        self, expected_epoch: int, rewire: bytearray | bytes = b""
+    ) -> tuple[bytearray, bytearray]:
+        header, payload = await self._control.receive(_DEAL_TIMEOUT_S)
+        if header.type is not FrameType.DEAL:
+            raise RemoteProtocolError(f"expected DEAL, got {header.type.name}")
+        epoch, inbound, outbound = open_deal(self._channel, bytes(payload), rewire)
+        if epoch != expected_epoch:
+            wipe(inbound, outbound)
+            raise RemoteProtocolError("secrets for another epoch than was announced")
+        return inbound, outbound
+
+    def _set_opener(self, secret: bytearray | None) -> None:
+        if self._opener is not None:
+            self._opener.erase()
+        self._opener = None
+        if secret is not None:
+            self._opener = self.opener_type(
+                secret, self.session_id, self.open.edge, self._epoch, Direction.FORWARD
+            )
+
+    def _new_sealer(self, secret: bytearray, edge: int, epoch: int) -> Sealer:
+        now_s = asyncio.get_running_loop().time()
+        return self.sealer_type(secret, self.session_id, edge, epoch, Direction.FORWARD, now_s)
+
+    async def _answer_status(self) -> None:
+        inlet = self._inlet
+        # A question must not look like movement to the one who asks.
+        self._num_questions += inlet is self._control
+        asked_bytes = self._num_questions * HEADER_BYTES
+        progress = Progress(
+            frames_received=self._frames_received,
+            frames_sent=self._outlet.frames_sent,
+            bytes_received=0 if inlet is None else inlet.bytes_received - asked_bytes,
+            steps_running=self._num_running,
+        )
+        header = FrameHeader(FrameType.STATUS, session=self.session_id, edge=self.open.edge)
+        await self._control.send(header, progress.encode())
+
+    async def _report_parked(self, error: PlanetServeError) -> None:
+        """Tell the client that the next hop is lost; it may name another."""
+        reply = error_reply(error, error.peer_id or "")
+        header = FrameHeader(
+            FrameType.PARKED,
+            session=self.session_id,
+            edge=self.open.edge,
+            epoch=self._outlet.epoch,
+        )
+        async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+            await self._control.send(header, reply.encode())
 
     async def _enter_gate(self, num_bytes: int) -> None:
         is_only, must = not self._num_queued_bytes, bool(self._held)
@@ -259,92 +379,23 @@ class ServerSession:
         self._num_queued_bytes -= num_bytes
         self._gate.leave(self._control.remote, num_bytes)
 
-    def _erase(self) -> None:
-        self._channel.erase()
-        if self._dealt.is_set():
-            self._opener.erase()
-            self._sealer.erase()
-
     async def _pump(self) -> None:
-        target = self._control
-        following = self.open.next
         try:
-            if following is not None:
-                target = await self._connect_next()
             while True:
                 pending = await self._queue.get()
                 output_TD = await pending.output
+                self._num_running -= 1
                 offset = 0
                 for header, table in pending.chunks:
                     end = offset + table.num_tokens
-                    await self._send(target, header, table, output_TD[offset:end])
+                    await self._outlet.push(header, table, output_TD[offset:end])
                     offset = end
                 self._leave_gate(pending.num_bytes)
-        except PlanetServeError as error:
-            if following is not None and isinstance(error, StreamClosed):
-                error.peer_id = following.peer_id
-            if isinstance(error, RemoteProtocolError) and self.open.edge:
+        except RemoteProtocolError as error:
+            if self._previous != CLIENT:
                 # The engine refused what the upstream hop computed.
-                error.peer_id = self.open.previous
+                error.peer_id = self._previous
             raise
-        finally:
-            if following is not None and target is not self._control:
-                await target.close()
-
-    async def _connect_next(self) -> FrameStream:
-        following = self.open.next
-        if following is None:
-            raise SessionClosed("the last hop has no next one")
-        try:
-            stream = await open_stream(
-                self._node,
-                following.peer_id,
-                following.addresses,
-                PUSH_PROTOCOL,
-                _CONNECT_TIMEOUT_S,
-            )
-            hello = PushHello(edge=self.open.edge + 1, epoch=self.open.epoch)
-            header = FrameHeader(
-                FrameType.HELLO, session=self.session_id, edge=hello.edge, epoch=hello.epoch
-            )
-            await stream.send(header, hello.encode())
-        except PlanetServeError as error:
-            error.peer_id = following.peer_id
-            raise
-        return stream
-
-    async def _send(
-        self, target: FrameStream, received: FrameHeader, table: StepTable, output_TD: torch.Tensor
-    ) -> None:
-        is_last = self.open.next is None
-        keep_last = bool(received.flags & FLAG_KEEP_LAST)
-        if is_last and keep_last:
-            output_TD = output_TD[table.last_tokens()]
-        output_TD = output_TD.to(self._torch_dtype)
-        header = FrameHeader(
-            FrameType.STEP,
-            session=self.session_id,
-            edge=self.open.edge + 1,
-            epoch=self.open.epoch,
-            step=received.step,
-            position=received.position,
-            num_tokens=received.num_tokens,
-            span_start=self.open.end,
-            span_end=0 if is_last else self._next_end,
-            dtype=self._dtype,
-            shape=tuple(output_TD.shape),
-            chunk=received.chunk,
-            num_chunks=received.num_chunks,
-            flags=received.flags,
-        )
-        body = tensor_bytes(output_TD)
-        parts: list[bytes | memoryview] = [body] if is_last else [table.pack(), body]
-        header, sealed = self._sealer.seal(header, parts, asyncio.get_running_loop().time())
-        await target.send(header, sealed)
-
-    @property
-    def _next_end(self) -> int:
-        return self.open.next.end if self.open.next else 0
 
     async def _report(self, error: BaseException) -> PlanetServeError:
         if not isinstance(error, PlanetServeError):

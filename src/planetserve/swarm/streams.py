@@ -71,6 +71,8 @@ class FrameStream:
         self._slot_request: asyncio.Future[Any] | None = None
         self._holds_slot = False
         self._num_active = 0
+        self.bytes_received = 0
+        """Bytes read so far, those of a frame that is still under way included."""
         self._receiving = False
         self._can_send = True
         self._closed = False
@@ -227,6 +229,7 @@ class FrameStream:
         if not piece:
             raise EOFError
         buffer += piece
+        self.bytes_received += len(piece)
         if not waited:
             # A peer that sends faster than this node reads must not keep the event loop to itself.
             await asyncio.sleep(0)

@@ -25,6 +25,7 @@ MAX_DIMS = 4
 SESSION_BYTES = 16
 
 _HEADER = struct.Struct(">BBH16sHBBIQIIIHHBBBB4IHHI")
+_FLAGS = 3
 HEADER_BYTES = _HEADER.size
 
 
@@ -41,10 +42,21 @@ class FrameType(enum.IntEnum):
     PONG = 8
     LEAVING = 9
     DEAL = 10
+    REWIRE = 11
+    REWIRED = 12
+    PARKED = 13
+    STATUS = 14
 
 
 FLAG_KEEP_LAST = 1
 """On a STEP frame: the client needs only the last token of each row slice back."""
+FLAG_REPLAY = 2
+"""On a STEP frame: fills the KV cache of a hop that has just joined; nothing is answered."""
+
+ANSWER_EDGE = 0xFFFF
+"""The edge that enters the client."""
+MAX_EDGE = 1023
+"""Largest number of an edge that enters a hop."""
 
 
 class Direction(enum.IntEnum):
@@ -71,8 +83,9 @@ class WireDtype(enum.IntEnum):
 class FrameHeader:
     """Everything about a frame but its payload. Integers are unsigned and bounded by their width.
 
-    `edge` counts the ring's edges from the client: edge 0 enters the first hop. `sequence` is the
-    next number of its (edge, direction, epoch). `step` numbers the client's steps, `chunk` of
+    `edge` names an edge of the ring by the hop it enters, whose number no other hop of the session
+    ever has; `ANSWER_EDGE` enters the client. `sequence` is the next number of its (edge,
+    direction, epoch). `step` numbers the client's steps, `chunk` of
     `num_chunks` the pieces of one step, `position` is the first row's start in its KV cache,
     `num_tokens` the tokens of all rows together.
     """
@@ -143,7 +156,7 @@ class FrameHeader:
             way = Direction(direction)
         except ValueError as error:
             raise RemoteProtocolError(f"bad frame header: {error}") from error
-        if num_dims > MAX_DIMS or zero1 or zero2 or codec or flags & ~FLAG_KEEP_LAST:
+        if num_dims > MAX_DIMS or zero1 or zero2 or codec or flags & ~_FLAGS:
             raise RemoteProtocolError("bad frame header: dimensions, codec, flags or padding")
         if chunk >= num_chunks:
             raise RemoteProtocolError(f"bad frame header: chunk {chunk} of {num_chunks}")

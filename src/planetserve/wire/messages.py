@@ -1,4 +1,4 @@
-"""Control messages: strict JSON in the payload of OPEN, OPENED, HELLO, ERROR and CLOSE frames.
+"""Control messages: strict JSON in the payloads of all frames that are neither STEP nor DEAL.
 
 Every field is bounded, unknown fields are refused, and nothing is coerced. `decode` is the only
 way from bytes to a message.
@@ -13,11 +13,15 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planetserve.errors import CapacityError, PlanetServeError, RemoteProtocolError
+from planetserve.wire.frame import MAX_EDGE
 from planetserve.wire.step import MAX_POSITION, MAX_ROWS
 
 ShortText = Annotated[str, Field(max_length=256)]
 PeerText = Annotated[str, Field(min_length=1, max_length=128)]
 Block = Annotated[int, Field(ge=0, le=65535)]
+Edge = Annotated[int, Field(ge=0, le=MAX_EDGE)]
+Epoch = Annotated[int, Field(ge=0, le=2**31)]
+StepNumber = Annotated[int, Field(ge=0, lt=2**32)]
 KeyText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")]
 """32 bytes in base64 (RFC 4648, 4)."""
 SignatureText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{86}==$")]
@@ -37,9 +41,15 @@ class Message(BaseModel):
 
 
 class NextHop(Message):
-    """Where a hop pushes its outputs, and up to which block the next hop runs."""
+    """Where a hop pushes its outputs, and up to which block the next hop runs.
+
+    `edge` is the edge that enters the next hop. `fresh` says that its KV cache begins empty: what
+    fills this hop's has to be passed on to it too.
+    """
 
     peer_id: PeerText
+    edge: Edge
+    fresh: bool
     end: Block
     addresses: Annotated[list[ShortText], Field(max_length=16)]
 
@@ -49,7 +59,8 @@ class OpenSession(Message):
 
     `previous` is the peer whose frames this hop accepts ("client" for the first hop), `next` the
     peer it pushes to (None for the last hop, which answers the client on this stream). `edge` is
-    the edge that enters this hop. `offer` begins the handshake (`crypto/handshake.py`).
+    the edge that enters this hop and names the hop in the session. `offer` begins the handshake
+    (`crypto/handshake.py`).
     """
 
     model: ShortText
@@ -59,8 +70,8 @@ class OpenSession(Message):
     end: Block
     num_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)]
     max_length: Annotated[int, Field(ge=1, le=MAX_POSITION)]
-    edge: Annotated[int, Field(ge=0, le=1023)]
-    epoch: Annotated[int, Field(ge=0, le=2**31)]
+    edge: Edge
+    epoch: Epoch
     previous: PeerText
     next: NextHop | None
     offer: KeyText
@@ -82,12 +93,41 @@ class SessionOpened(Message):
 class PushHello(Message):
     """Hop -> next hop: this stream carries the named session's edge."""
 
-    edge: Annotated[int, Field(ge=1, le=1023)]
-    epoch: Annotated[int, Field(ge=0, le=2**31)]
+    edge: Annotated[int, Field(ge=1, le=MAX_EDGE)]
+    epoch: Epoch
+
+
+class Rewire(Message):
+    """Client -> hop: a neighbour is replaced; the secrets of the new edge follow in a deal.
+
+    `previous` and `next` are as in `OpenSession`, None for what stays as it is. `epoch` is that of
+    the edges that change. The hop sends `next` what it has sent on its edge so far, in frames of at
+    most `max_chunk_tokens`: what belongs to steps before `first_step` with FLAG_REPLAY, the rest as
+    it was.
+    """
+
+    epoch: Epoch
+    previous: PeerText | None
+    next: NextHop | None
+    first_step: StepNumber
+    max_chunk_tokens: Annotated[int, Field(ge=1, le=MAX_POSITION)]
+
+
+class Progress(Message):
+    """Hop -> client: how far a hop has come, since its neighbours are those of now.
+
+    Frames count when they have been opened and when they have been sealed; `bytes_received` count
+    what has come of a frame that is still under way, too. `steps_running` are in the engine.
+    """
+
+    frames_received: Annotated[int, Field(ge=0)]
+    frames_sent: Annotated[int, Field(ge=0)]
+    bytes_received: Annotated[int, Field(ge=0)]
+    steps_running: Annotated[int, Field(ge=0)]
 
 
 class ErrorReply(Message):
-    """Any node -> client or upstream: why a session failed. `peer_id` is who noticed."""
+    """Hop -> client or upstream: why a session failed, or (PARKED) cannot go on as it is."""
 
     code: Annotated[str, Field(max_length=32)]
     message: PrintableLine

@@ -22,7 +22,9 @@ from planetserve.wire.messages import (
     Message,
     NextHop,
     OpenSession,
+    Progress,
     PushHello,
+    Rewire,
     SessionOpened,
     decode,
     error_reply,
@@ -44,9 +46,12 @@ OPEN = OpenSession(
     edge=0,
     epoch=0,
     previous="client",
-    next=NextHop(peer_id=PEER, addresses=[f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}"], end=8),
+    next=NextHop(
+        peer_id=PEER, edge=1, fresh=True, addresses=[f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}"], end=8
+    ),
     offer=KEY,
 )
+NEXT = {"peer_id": PEER, "edge": 1, "fresh": True, "end": 8, "addresses": []}
 MESSAGES: list[Message] = [
     OPEN,
     OPEN.model_copy(update={"next": None}),
@@ -54,6 +59,8 @@ MESSAGES: list[Message] = [
         max_chunk_tokens=64, chunkable=True, free_cache_tokens=0, answer=KEY, signature=SIGNATURE
     ),
     PushHello(edge=1, epoch=0),
+    Rewire(epoch=3, previous=PEER, next=OPEN.next, first_step=7, max_chunk_tokens=64),
+    Progress(frames_received=2, frames_sent=1, bytes_received=2**40, steps_running=1),
     ErrorReply(code="capacity", message="full", retry_after_s=1.5, blamed_peer=PEER),
 ]
 JSON = st.recursive(
@@ -115,10 +122,12 @@ def test_every_required_field_is_required(message: Message) -> None:
         ("offer", KEY + "\n"),
         ("offer", "\u00e9" * 43 + "="),
         ("next", {"peer_id": PEER}),
-        ("next", {"peer_id": PEER, "end": 8, "addresses": ["a"] * 17}),
-        ("next", {"peer_id": PEER, "end": 8, "addresses": ["a" * 257]}),
-        ("next", {"peer_id": PEER, "end": 65536, "addresses": []}),
-        ("next", {"peer_id": PEER, "end": 8, "addresses": [], "more": 1}),
+        ("next", {**NEXT, "addresses": ["a"] * 17}),
+        ("next", {**NEXT, "addresses": ["a" * 257]}),
+        ("next", {**NEXT, "end": 65536}),
+        ("next", {**NEXT, "edge": 1024}),
+        ("next", {**NEXT, "fresh": 1}),
+        ("next", {**NEXT, "more": 1}),
     ],
 )
 def test_fields_are_bounded_and_nothing_is_coerced(field: str, value: object) -> None:

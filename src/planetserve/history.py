@@ -1,7 +1,8 @@
-"""What a session has sent into its first hop, row by row, so that any chain can be filled again.
+"""What was sent on an edge of the ring, row by row, so that a new hop at its end can be filled.
 
-Tensors are kept as they were sent and never changed: reordering rows (beam search) copies
-references, truncating slices them.
+The client keeps one of what enters the first hop, every hop one of what it passes on. Tensors are
+kept as they were sent and never changed: reordering rows (beam search) copies references,
+truncating slices them.
 """
 
 from __future__ import annotations

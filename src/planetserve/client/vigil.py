@@ -1,0 +1,155 @@
+"""Waiting for a ring that has gone quiet: which hop is silent, which edge stands still.
+
+A hop that does not answer pings is gone. When all answer, each says how far it has come: if nothing
+moves for a while, the first edge on which more was sent than received is where it stops. Frames on
+their way over a slow link count as movement, and a hop that computes is not at fault before the
+step timeout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from planetserve.client.hop_link import HopLink
+from planetserve.client.ring_spec import RingSpec
+from planetserve.errors import EdgeStalled, HopTimeout, PlanetServeError
+from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.ping import ping
+from planetserve.types import CLIENT
+from planetserve.wire.messages import Progress
+
+T = TypeVar("T")
+MyFrames = Callable[[], tuple[int, int]]
+"""Frames that the client has sent into its ring and received from it, in the current epochs."""
+
+_PINGS_UNTIL_SILENT = 2
+_GRACE_S = 0.3
+
+
+class Vigil:
+    """Watches over the hops of one ring."""
+
+    def __init__(self, node: SwarmNode, spec: RingSpec):
+        self._node = node
+        self._spec = spec
+
+    async def watch(
+        self, work: Coroutine[Any, Any, T], links: Sequence[HopLink], my_frames: MyFrames
+    ) -> T:
+        """Wait for `work`, which has been waited for during `probe_after_s` already.
+
+        Raises:
+            HopTimeout: a hop is silent (`peer_id` names it), or the step timeout is over; then
+                `peer_id` is the only hop that still computes, if there is just one.
+            EdgeStalled: all hops answer, but nothing has moved for `stall_timeout_s`.
+        """
+        loop = asyncio.get_running_loop()
+        spec = self._spec
+        deadline_s = loop.time() + spec.step_timeout_s - spec.probe_after_s
+        task = asyncio.ensure_future(work)
+        before: list[Progress] | None = None
+        moved_s = loop.time() - spec.probe_after_s
+        try:
+            while True:
+                now = await self._unless_done(task, self._ask(links))
+                if task.done():
+                    return task.result()
+                if now != before:
+                    before, moved_s = now, loop.time()
+                elif now is not None and loop.time() - moved_s >= spec.stall_timeout_s:
+                    self._raise_stalled(links, now, my_frames())
+                left_s = deadline_s - loop.time()
+                if left_s <= 0:
+                    raise self._too_slow(links, now)
+                await asyncio.wait([task], timeout=min(spec.probe_after_s, left_s))
+                if task.done():
+                    return task.result()
+        except PlanetServeError:
+            if task.done() and not task.cancelled():
+                return task.result()  # it came while the verdict was being reached
+            raise
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def judge_edge(self, error: EdgeStalled, accused: HopLink) -> PlanetServeError:
+        """What a hop that cannot reach the next one has noticed: a lost hop or a broken edge."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE_S):
+                await accused.ended.wait()
+        if accused.lost is not None:
+            return accused.lost
+        if await self._is_alive(accused):
+            return error
+        silent = HopTimeout("a server has stopped answering")
+        silent.peer_id = accused.peer_id
+        return silent
+
+    async def _unless_done(
+        self, task: asyncio.Future[Any], question: Coroutine[Any, Any, T]
+    ) -> T | None:
+        """The answer to `question`, unless `task` is done first."""
+        asking = asyncio.ensure_future(question)
+        either: tuple[asyncio.Future[Any], ...] = (task, asking)
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return None if task.done() else asking.result()
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    async def _ask(self, links: Sequence[HopLink]) -> list[Progress] | None:
+        """How far each hop has come; None if one does not say, though it answers pings."""
+        suspects = list(links)
+        for _ in range(_PINGS_UNTIL_SILENT):
+            alive = await asyncio.gather(*(self._is_alive(link) for link in suspects))
+            suspects = [
+                link for link, is_alive in zip(suspects, alive, strict=True) if not is_alive
+            ]
+        if suspects:
+            error = HopTimeout("a server has stopped answering")
+            error.peer_id = suspects[0].peer_id
+            raise error
+        timeout_s = self._spec.ping_timeout_s
+        try:
+            return list(await asyncio.gather(*(link.progress(timeout_s) for link in links)))
+        except PlanetServeError:
+            return None
+
+    async def _is_alive(self, link: HopLink) -> bool:
+        with contextlib.suppress(PlanetServeError):
+            await ping(
+                self._node,
+                link.peer_id,
+                link.info.addresses,
+                timeout_s=self._spec.ping_timeout_s,
+            )
+            return True
+        return False
+
+    def _raise_stalled(
+        self, links: Sequence[HopLink], progress: Sequence[Progress], mine: tuple[int, int]
+    ) -> None:
+        """Raise if more was sent on an edge than has come out of it."""
+        names = [CLIENT, *(link.peer_id for link in links), CLIENT]
+        sent = [mine[0], *(item.frames_sent for item in progress)]
+        received = [*(item.frames_received for item in progress), mine[1]]
+        for index, (entered, left) in enumerate(zip(sent, received, strict=True)):
+            if entered > left:
+                error = EdgeStalled("nothing passes between two servers")
+                error.edge = (names[index], names[index + 1])
+                raise error
+
+    def _too_slow(
+        self, links: Sequence[HopLink], progress: Sequence[Progress] | None
+    ) -> HopTimeout:
+        error = HopTimeout(f"no answer from the chain within {self._spec.step_timeout_s:g} s")
+        busy = [
+            link for link, item in zip(links, progress or (), strict=False) if item.steps_running
+        ]
+        if len(busy) == 1:
+            error.peer_id = busy[0].peer_id
+        return error

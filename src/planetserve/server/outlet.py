@@ -1,0 +1,262 @@
+"""Where a hop's outputs go: to the next hop or the client, or into the journal until there is one.
+
+A next hop that is lost does not end the session. The outlet is parked: outputs go on into the
+journal, the client is told, and when it names another hop (`rewire`) that one first gets what the
+journal holds, then what comes. Outputs and replays leave under one lock, so in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import torch
+
+from planetserve.crypto.channel import Sealer
+from planetserve.errors import PlanetServeError, StreamClosed, TransportError
+from planetserve.server.journal import Journal, SentChunk
+from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.streams import FrameStream, open_stream
+from planetserve.tensors import tensor_bytes, wire_dtype
+from planetserve.wire.frame import (
+    ANSWER_EDGE,
+    FLAG_KEEP_LAST,
+    FLAG_REPLAY,
+    HEADER_BYTES,
+    MAX_STEP_BYTES,
+    FrameHeader,
+    FrameType,
+)
+from planetserve.wire.messages import NextHop, OpenSession, PushHello, Rewire
+from planetserve.wire.protocols import PUSH_PROTOCOL
+from planetserve.wire.step import StepTable
+
+_CONNECT_TIMEOUT_S = 5.0
+_TABLE_ROOM_BYTES = 64 * 1024
+_POSITION_BYTES = 4
+
+Report = Callable[[PlanetServeError], Coroutine[Any, Any, None]]
+Fail = Callable[[PlanetServeError], None]
+
+
+class Outlet:
+    """The sending side of one session at one hop.
+
+    Args:
+        session_id: of the session.
+        message: its OPEN.
+        control: the client's stream, where the last hop answers.
+        dtype: of what travels.
+        report: tells the client that the next hop is lost.
+        fail: ends the session, when something else goes wrong here.
+    """
+
+    def __init__(
+        self,
+        node: SwarmNode,
+        session_id: bytes,
+        message: OpenSession,
+        control: FrameStream,
+        dtype: torch.dtype,
+        report: Report,
+        fail: Fail,
+    ):
+        self._node = node
+        self._session_id = session_id
+        self._span_end = message.end
+        self._control = control
+        self._dtype = dtype
+        self._report = report
+        self._fail = fail
+        self._next = message.next
+        self.epoch = message.epoch
+        """Of the edge that leaves this hop."""
+        self._journal = None if message.next is None else Journal(message.num_rows)
+        self._target: FrameStream | None = control if message.next is None else None
+        self._sealer: Sealer | None = None
+        self._lock = asyncio.Lock()
+        self._connecting: asyncio.Task[None] | None = None
+        self.frames_sent = 0
+        """Frames sealed for the current next hop in the current epoch."""
+
+    @property
+    def edge(self) -> int:
+        """The edge that leaves this hop."""
+        return ANSWER_EDGE if self._next is None else self._next.edge
+
+    def start(self, sealer: Sealer) -> None:
+        """Begin to connect to the next hop; outputs wait for it."""
+        self._sealer = sealer
+        if self._next is not None:
+            self._connecting = asyncio.create_task(self._fill(self._next, None))
+
+    async def push(self, received: FrameHeader, table: StepTable, output_TD: torch.Tensor) -> None:
+        """Send on what became of one frame.
+
+        Args:
+            received: the header of the frame that brought the inputs.
+            table: its table.
+            output_TD: `[num_tokens, hidden]` outputs of this hop's blocks.
+
+        Raises:
+            StreamClosed: the client has gone.
+        """
+        output_TD = output_TD.to(self._dtype)
+        async with self._lock:
+            chunk = SentChunk(received, table, output_TD)
+            if self._journal is not None:
+                self._journal.add(chunk)
+            target = self._target
+            if target is None:
+                return
+            if received.flags & FLAG_REPLAY and not (self._next and self._next.fresh):
+                return
+            try:
+                await self._send(target, chunk)
+            except StreamClosed as error:
+                if self._next is None:
+                    raise
+                await self._lost(target, error)
+
+    def rewire(self, message: Rewire, sealer: Sealer) -> None:
+        """Go on with another next hop, from now on; returns at once.
+
+        What is being sent to the one before is cut short.
+        """
+        following = message.next
+        if following is None or self._journal is None:
+            raise ValueError("only a hop with a next one can get another")
+        # Nothing is sealed with the old key any more, and whoever waits on the old stream wakes up.
+        self._drop_target()
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._sealer is not None:
+            self._sealer.erase()
+        self._next, self.epoch, self._sealer = following, message.epoch, sealer
+        self.frames_sent = 0
+        self._connecting = asyncio.create_task(self._fill(following, message))
+
+    async def close(self) -> None:
+        """Stop sending and drop the keys. The client's stream stays open."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.gather(self._connecting, return_exceptions=True)
+        target, self._target = self._target, None
+        if target is not None and target is not self._control:
+            await target.close()
+        if self._sealer is not None:
+            self._sealer.erase()
+
+    async def _fill(self, following: NextHop, message: Rewire | None) -> None:
+        """Connect to the next hop and send it what it lacks."""
+        try:
+            async with self._lock:
+                try:
+                    target = self._target = await self._connect(following)
+                except TransportError as error:
+                    await self._park(error)
+                    return
+                chunks = [] if message is None else self._replayed(message)
+                if self._journal is not None:
+                    chunks += self._journal.recent()
+                try:
+                    for chunk in chunks:
+                        await self._send(target, chunk)
+                except StreamClosed as error:
+                    await self._lost(target, error)
+        except PlanetServeError as error:
+            self._fail(error)
+
+    def _replayed(self, message: Rewire) -> list[SentChunk]:
+        """What belongs to steps that are answered, as frames."""
+        if self._journal is None:
+            return []
+        self._journal.settle(message.first_step)
+        settled = self._journal.replay()
+        if settled is None:
+            return []
+        table, hidden_TD = settled
+        width = hidden_TD.shape[1]
+        room_bytes = MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES
+        by_bytes = room_bytes // (width * self._dtype.itemsize + _POSITION_BYTES)
+        pieces = table.split(max(1, min(message.max_chunk_tokens, by_bytes)))
+        chunks, offset = [], 0
+        for index, piece in enumerate(pieces):
+            count = piece.num_tokens
+            header = FrameHeader(
+                FrameType.STEP,
+                step=max(0, message.first_step - 1),
+                position=piece.rows[0].start,
+                num_tokens=count,
+                chunk=index,
+                num_chunks=len(pieces),
+                flags=FLAG_REPLAY,
+            )
+            chunks.append(SentChunk(header, piece, hidden_TD[offset : offset + count]))
+            offset += count
+        return chunks
+
+    async def _connect(self, following: NextHop) -> FrameStream:
+        stream = await open_stream(
+            self._node, following.peer_id, following.addresses, PUSH_PROTOCOL, _CONNECT_TIMEOUT_S
+        )
+        hello = PushHello(edge=following.edge, epoch=self.epoch)
+        header = FrameHeader(
+            FrameType.HELLO, session=self._session_id, edge=hello.edge, epoch=hello.epoch
+        )
+        try:
+            await stream.send(header, hello.encode())
+        except BaseException:
+            stream.abort()
+            raise
+        return stream
+
+    async def _lost(self, target: FrameStream, error: PlanetServeError) -> None:
+        # A stream that `rewire` has closed is no news.
+        if self._target is target:
+            await self._park(error)
+
+    async def _park(self, error: PlanetServeError) -> None:
+        """Go on without a next hop, and tell the client."""
+        self._drop_target()
+        error.peer_id = self._next.peer_id if self._next else None
+        with contextlib.suppress(PlanetServeError, TimeoutError):
+            await self._report(error)
+
+    def _drop_target(self) -> None:
+        target, self._target = self._target, None
+        if target is not None:
+            target.abort()
+
+    async def _send(self, target: FrameStream, chunk: SentChunk) -> None:
+        sealer, following = self._sealer, self._next
+        if sealer is None or self._target is not target:
+            raise StreamClosed("this hop has another next one now")
+        received, output_TD = chunk.header, chunk.hidden_TD
+        if following is None and received.flags & FLAG_KEEP_LAST:
+            output_TD = output_TD[chunk.table.last_tokens()]
+        header = FrameHeader(
+            FrameType.STEP,
+            session=self._session_id,
+            edge=self.edge,
+            epoch=self.epoch,
+            step=received.step,
+            position=received.position,
+            num_tokens=received.num_tokens,
+            span_start=self._span_end,
+            span_end=0 if following is None else following.end,
+            dtype=wire_dtype(self._dtype),
+            shape=tuple(output_TD.shape),
+            chunk=received.chunk,
+            num_chunks=received.num_chunks,
+            flags=received.flags,
+        )
+        body = tensor_bytes(output_TD)
+        parts: list[bytes | memoryview] = [chunk.table.pack(), body]
+        if following is None:
+            parts = [body]
+        header, sealed = sealer.seal(header, parts, asyncio.get_running_loop().time())
+        self.frames_sent += 1
+        await target.send(header, sealed)

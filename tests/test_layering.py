@@ -29,15 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "scheduler": BASE | {"wire"},
     # 2: adapters; apart from what is named here they do not know each other
     "tensors": BASE | {"wire"},
-<<<<<<< HEAD
+    "history": BASE | {"wire"},
     "native": BASE,
     "model": BASE | {"native"},
     "engine": BASE | {"scheduler", "wire", "model", "native", "tensors"},
-=======
-    "history": BASE | {"wire"},
-    "model": BASE,
-    "engine": BASE | {"scheduler", "wire", "model", "tensors"},
->>>>>>> fba7298 (Failover: survivors keep their cache, the hop before a gap refills it from its journal)
     "swarm": BASE | {"wire", "crypto"},
     # 3: roles
     "server": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "history", "model",
@@ -55,11 +50,17 @@ ALLOWED: dict[str, set[str]] = {
 
 HEAVY = {
     "hivemind": {"swarm"},
-<<<<<<< HEAD
-    "torch": {"tensors", "native", "model", "engine", "server", "client", "testing", "demo"},
-=======
-    "torch": {"tensors", "history", "model", "engine", "server", "client", "testing", "demo"},
->>>>>>> fba7298 (Failover: survivors keep their cache, the hop before a gap refills it from its journal)
+    "torch": {
+        "tensors",
+        "history",
+        "native",
+        "model",
+        "engine",
+        "server",
+        "client",
+        "testing",
+        "demo",
+    },
     "transformers": {"model", "engine", "client", "testing", "demo"},
     "safetensors": {"model", "testing"},
     "pymoo": {"routing"},

@@ -134,7 +134,8 @@ class Kernels:
         """
         self._attend[query.dtype](
             self._level, ctypes.byref(shape), query.data_ptr(),
-            pages[0].data_ptr(), pages[1].data_ptr(), tables.data_ptr(), pieces_N4.data_ptr(), len(pieces_N4),
+            pages[0].data_ptr(), pages[1].data_ptr(), tables.data_ptr(),
+            pieces_N4.data_ptr(), len(pieces_N4),
             None if sinks_H is None else sinks_H.data_ptr(),
             scratch.data_ptr(), output.data_ptr(),
         )  # fmt: skip

@@ -57,7 +57,13 @@ def test_flags_in_the_text_exist(page: str) -> None:
     known = {*ServerConfig.__dataclass_fields__, *run_dht.DhtConfig.__dataclass_fields__}
     known |= {*plan_command.PlanConfig.__dataclass_fields__}
     known |= {*demo.Options.__dataclass_fields__, "config", "help", "version"}
-    other = {"rm", "durations", "gpus", "edge"}  # of docker, pytest and a drawing
+    other = {
+        "rm",
+        "durations",
+        "gpus",
+        "edge",
+        "inplace",
+    }  # of docker, pytest, setuptools, a drawing
     named = re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", TEXTS[page])
     assert {name.replace("-", "_") for name in named} <= known | other
 

@@ -213,9 +213,10 @@ class ServerConfig:
     """MiB of activations of all peers that wait to be computed or sent on."""
     max_peer_queued_mib: int = 64
     """MiB of activations that wait for one client; past it, its servers upstream wait."""
-    max_peer_kv_share: float = 1.0
-    """Share of the KV cache that one peer may hold while others hold some; a peer that is alone
-    may hold all but one such share. 1 sets no limit; 0.25 suits a server open to strangers."""
+    max_peer_kv_share: float = 0.25
+    """Share of the KV cache that one peer may hold while others hold some. A peer that is alone may
+    hold it all, until others need their share: then its newest sessions have to move. 1 sets no
+    limit, for swarms whose users are all known."""
 
     update_period: float = 60.0
     """Seconds between announcements to the directory."""

@@ -105,6 +105,13 @@ class Engine:
         self._num_blocks[session_id] = len(span)
         self._worker.post(functools.partial(self._worker.open, session_id, num_rows, span))
 
+    def over_share(self, peer_id: str, num_rows: int, max_length: int) -> list[bytes]:
+        """Sessions that must end before `peer_id` can have a session of this size within its share.
+
+        See `Leases.over_share`.
+        """
+        return self._leases.over_share(peer_id, num_rows, max_length)
+
     def close_session(self, session_id: bytes) -> None:
         """Drop a session: its pages are free after the current tick, its pending steps fail.
 

@@ -34,8 +34,9 @@ class Leases:
     """Who may use how many of `total_pages`.
 
     While other peers hold pages, a peer may hold its share (`max_peer_share`). While it is alone it
-    may hold all but one such share, which is kept for whoever comes next: memory is not idle for
-    the sake of nobody, and yet no single peer can fill the cache and lock the others out.
+    may hold everything, and what it holds over its share is taken back when somebody else needs it
+    for his (`over_share`): memory is not idle for the sake of nobody, and yet no single peer can
+    fill the cache and lock the others out.
 
     Args:
         total_pages: pages of the KV cache.
@@ -55,11 +56,6 @@ class Leases:
         self._page_size = page_size
         self._clock = clock
         self._max_peer_pages = max(1, int(total_pages * max_peer_share))
-        self._max_lone_pages = (
-            max(self._max_peer_pages, total_pages - self._max_peer_pages)
-            if max_peer_share < 1
-            else total_pages
-        )
         self._leases: dict[bytes, _Lease] = {}
         self._peer_pages: dict[str, int] = {}
         self._lifetime_s = _FIRST_LIFETIME_GUESS_S
@@ -109,6 +105,33 @@ class Leases:
             lease.num_pages += missing
             self._peer_pages[lease.peer_id] += missing
 
+    def over_share(self, peer_id: str, num_rows: int, max_length: int) -> list[bytes]:
+        """Sessions to end so that `peer_id` can lease so much within its share.
+
+        Of the peers that hold more than theirs, the one that holds most loses its newest session
+        first, and none of them gets below its share by more than the session that takes it there.
+        Empty if that would not make enough room.
+        """
+        wanted = num_rows * self._pages_of(max_length)
+        if self._peer_pages.get(peer_id, 0) + wanted > self._max_peer_pages:
+            return []
+        free = self._total_pages - self.leased_pages
+        held = {peer: n for peer, n in self._peer_pages.items() if peer != peer_id}
+        # Dictionaries keep the order in which sessions were opened.
+        newest = [(key, lease) for key, lease in reversed(self._leases.items())]
+        ended: list[bytes] = []
+        while free < wanted:
+            most = max(held, key=lambda peer: held[peer], default=None)
+            if most is None or held[most] <= self._max_peer_pages:
+                return []
+            key, lease = next(
+                item for item in newest if item[1].peer_id == most and item[0] not in ended
+            )
+            ended.append(key)
+            held[most] -= lease.num_pages
+            free += lease.num_pages
+        return ended
+
     def leased_tokens(self, session_id: bytes) -> int:
         """Tokens that an open session's lease holds, all rows together."""
         return self._leases[session_id].num_pages * self._page_size
@@ -139,14 +162,12 @@ class Leases:
             )
         held = self._peer_pages.get(peer_id, 0)
         is_alone = held == self.leased_pages
-        most = self._max_lone_pages if is_alone else self._max_peer_pages
-        if held + num_pages > most:
+        if not is_alone and held + num_pages > self._max_peer_pages:
             raise CacheExhausted(
-                f"one peer may hold {most * self._page_size} of the "
-                f"{self._total_pages * self._page_size} tokens of KV cache here"
-                f"{'' if is_alone else ' while others hold some'}, and holds "
-                f"{held * self._page_size}; close a session first, or start the server with a "
-                "larger --max_peer_kv_share",
+                f"one peer may hold {self._max_peer_pages * self._page_size} of the "
+                f"{self._total_pages * self._page_size} tokens of KV cache here while others hold "
+                f"some, and holds {held * self._page_size}; close a session first, or start the "
+                "server with a larger --max_peer_kv_share",
                 self._retry_after_s(),
             )
 

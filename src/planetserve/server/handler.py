@@ -17,6 +17,7 @@ from planetserve.clock import Clock, SystemClock
 from planetserve.crypto.handshake import answer_open
 from planetserve.engine.engine import Engine
 from planetserve.errors import (
+    CacheExhausted,
     CapacityError,
     ModelMismatchError,
     PlanetServeError,
@@ -205,13 +206,12 @@ class SessionHandler:
             channel,
             self._model.max_session_tokens * message.num_rows,
         )
-        self._engine.open_session(
-            session.key,
-            stream.remote,
-            message.num_rows,
-            message.max_length,
-            BlockSpan(message.start, message.end),
-        )
+        try:
+            self._lease(session, stream.remote)
+        except CacheExhausted as refusal:
+            if not self._make_room(message, stream.remote, refusal.retry_after_s):
+                raise
+            self._lease(session, stream.remote)
         self._sessions[header.session, message.edge] = session
         self._admission.opened(stream.remote)
         self._idle.clear()
@@ -226,6 +226,22 @@ class SessionHandler:
             signature=to_text(signature),
         )
         return session, opened
+
+    def _lease(self, session: ServerSession, peer_id: PeerId) -> None:
+        message = session.open
+        span = BlockSpan(message.start, message.end)
+        self._engine.open_session(session.key, peer_id, message.num_rows, message.max_length, span)
+
+    def _make_room(self, message: OpenSession, peer_id: PeerId, retry_after_s: float) -> bool:
+        """End sessions of peers that hold more than their share, if that is enough."""
+        keys = set(self._engine.over_share(peer_id, message.num_rows, message.max_length))
+        for session in self._sessions.values():
+            if session.key in keys:
+                session.fail(
+                    CacheExhausted("others need the KV cache that this took", retry_after_s)
+                )
+                self._engine.close_session(session.key)
+        return bool(keys)
 
     def _check(self, message: OpenSession, header: FrameHeader) -> None:
         model = self._model

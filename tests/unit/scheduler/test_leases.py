@@ -71,27 +71,35 @@ def test_a_session_grows_while_pages_are_unleased():
 
 def test_one_peer_cannot_lease_more_than_its_share():
     leases = Leases(8, 16, ManualClock(), max_peer_share=0.5)
-    leases.open(b"a", "greedy", 1, 64)
+    leases.open(b"a", "modest", 1, 16)
+    leases.open(b"b", "greedy", 1, 64)
+    with pytest.raises(CacheExhausted, match="one peer.*64 of the 128.*--max_peer_kv_share"):
+        leases.open(b"c", "greedy", 1, 16)
     with pytest.raises(CacheExhausted, match="one peer"):
-        leases.open(b"b", "greedy", 1, 16)
-    with pytest.raises(CacheExhausted, match="one peer"):
-        leases.ensure(b"a", 65)
-    leases.open(b"c", "modest", 1, 64)
+        leases.ensure(b"b", 65)
+    leases.open(b"c", "modest", 1, 48)
 
 
-def test_a_lone_peer_may_lease_all_but_one_share():
+def test_a_lone_peer_may_lease_everything_until_others_need_their_share():
     leases = Leases(8, 16, ManualClock(), max_peer_share=0.25)
-    leases.open(b"a", "first", 1, 96)
-    with pytest.raises(CacheExhausted, match="96 of the 128 tokens.*--max_peer_kv_share"):
-        leases.open(b"b", "first", 1, 1)
-    leases.open(b"c", "second", 1, 16)
-    with pytest.raises(CacheExhausted, match="while others hold some"):
-        leases.open(b"d", "first", 1, 1)
-    leases.open(b"e", "second", 1, 16)
-    leases.close(b"a")
-    leases.open(b"f", "third", 1, 32)
-    with pytest.raises(CacheExhausted, match="32 of the 128 tokens"):
-        leases.ensure(b"f", 33)
+    for key in (b"a", b"b", b"c", b"d"):
+        leases.open(key, "first", 1, 32)
+    with pytest.raises(CacheExhausted):
+        leases.open(b"e", "second", 1, 17)
+    assert leases.over_share("second", 1, 48) == []  # more than its own share
+    assert leases.over_share("first", 1, 16) == []
+    assert leases.over_share("second", 1, 17) == [b"d"]
+    leases.close(b"d")
+    leases.open(b"e", "second", 1, 17)
+    assert leases.over_share("third", 2, 16) == [b"c"]
+    leases.close(b"c")
+    leases.open(b"f", "third", 2, 16)
+    with pytest.raises(CacheExhausted):
+        leases.open(b"g", "first", 1, 1)
+    assert leases.over_share("fourth", 1, 32) == [b"b"]
+    leases.close(b"b")
+    leases.open(b"h", "fourth", 1, 32)
+    assert leases.over_share("fifth", 1, 1) == []  # everybody is within the share
 
 
 def test_a_share_of_one_is_no_limit():

@@ -20,5 +20,6 @@ from __future__ import annotations
 SECTIONS = {
     "solvers": "chain.solvers",
     "quality": "chain.quality",
+    "wide_area": "chain.wide_area",
 }
 """Name -> module, in the order in which they run and stand in the document."""

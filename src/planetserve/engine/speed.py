@@ -21,7 +21,7 @@ _MIN_LARGE_PASS = 16
 _AVERAGE_S = 5.0
 """Steps of about this long a time are averaged, however many they are."""
 _MAX_WEIGHT = 0.2
-_ALONE_WEIGHT = 0.05
+_LEAST_ALONE_WEIGHT = 0.05
 _FORGET_S = 30.0
 """Time constant with which the load of a server fades that has been idle for `_AVERAGE_S`: nobody
 measures it any more."""
@@ -57,6 +57,7 @@ class StepLatency:
     def __init__(self, cost: StepCost, now_s: float):
         self.cost = cost
         self._alone_ms = cost.ms_per_block
+        self._num_alone = 1  # the timing at load, which may have met a busy machine
         self._recent_ms = cost.ms_per_block
         self._latest_s = now_s
 
@@ -71,7 +72,9 @@ class StepLatency:
         """
         sample = max(elapsed_ms - self.cost.overhead_ms, _LEAST_MS) / num_blocks
         if alone:
-            self._alone_ms += _ALONE_WEIGHT * (sample - self._alone_ms)
+            self._num_alone += 1
+            alone_weight = max(_LEAST_ALONE_WEIGHT, 1 / self._num_alone)
+            self._alone_ms += alone_weight * (sample - self._alone_ms)
         weight = min(_MAX_WEIGHT, -math.expm1((self._latest_s - now_s) / _AVERAGE_S))
         known = self.ms_per_block(now_s)
         self._recent_ms = known + weight * (sample - known)

@@ -78,7 +78,7 @@ class ClientConfig:
     stall_timeout: float = 5.0
     """Seconds during which nothing moves between two servers, although both answer pings, after
     which the session stops using the way between them."""
-    probe_after: float = 2.0
+    probe_after: float = 1.0
     """Seconds without an answer after which the servers of a step are pinged; a silent one is
     replaced without waiting for `step_timeout`."""
     update_period: float = 60.0

@@ -187,6 +187,9 @@ class ServerConfig:
     """Longest sequence of a session in tokens; by default 8192, or 2048 without shared KV heads."""
     max_batch_size: int = 512
     """Most tokens, of all sessions together, in one forward pass."""
+    prefill_slowdown: float = 1.5
+    """How much longer a forward pass may take for the sake of somebody's prompt than for tokens that
+    are being generated alone. Higher: prompts are done sooner; lower: texts flow more evenly."""
     page_size: int = 16
     """Tokens in one page of the KV cache."""
     attention_backend: str = "auto"
@@ -242,7 +245,7 @@ class ServerConfig:
             self, "daemon_startup_timeout", "max_batch_size", "page_size", "update_period",
             "request_timeout", "session_timeout", "step_timeout", "max_sessions",
             "max_peer_sessions", "max_peer_opens", "peer_open_burst", "max_queued_mib",
-            "max_peer_queued_mib", "max_peer_kv_share",
+            "max_peer_queued_mib", "max_peer_kv_share", "prefill_slowdown",
         )  # fmt: skip
         if self.max_peer_kv_share > 1:
             raise ConfigError(

@@ -15,6 +15,8 @@ class EngineConfig:
         attn_cache_tokens: tokens of KV cache, shared by all sessions.
         page_size: tokens per KV page.
         max_batch_tokens: token budget of one forward pass.
+        prefill_slowdown: how much longer than decode steps alone a batch may take that computes
+            a piece of a prompt as well; see `scheduler/chunk_budget.py`.
         inference_max_length: longest row a session may have.
         attention_backend: name in `planetserve.engine.attention.BACKENDS`.
         scheduling_policy: name in `planetserve.scheduler.policies.POLICIES`.
@@ -27,6 +29,7 @@ class EngineConfig:
     attn_cache_tokens: int
     page_size: int = 16
     max_batch_tokens: int = 512
+    prefill_slowdown: float = 1.5
     inference_max_length: int = 2048
     attention_backend: str = "auto"
     scheduling_policy: str = "deficit_round_robin"

@@ -23,6 +23,7 @@ from planetserve.engine.span_runner import SpanRunner
 from planetserve.engine.speed import PassSpeed
 from planetserve.errors import PlanetServeError, RemoteError, RemoteProtocolError, SessionError
 from planetserve.scheduler.batch import Piece, WorkItem
+from planetserve.scheduler.chunk_budget import ChunkBudget
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.types import BlockSpan
 
@@ -64,6 +65,7 @@ class Worker:
                 chunkable=runner.chunkable,
             )
         )
+        self._chunk_budget = ChunkBudget(config.max_batch_tokens, config.prefill_slowdown)
         self._spans: dict[bytes, BlockSpan] = {}
         self._jobs: dict[int, Job] = {}
         self._resolved: list[tuple[Job, torch.Tensor | PlanetServeError]] = []
@@ -144,11 +146,15 @@ class Worker:
     def forget(self, session_id: bytes) -> None:
         """Free a session's pages and drop its steps."""
         self._spans.pop(session_id, None)
+        self._chunk_budget.forget(session_id)
         for item_id in self._scheduler.close(session_id):
             del self._jobs[item_id]
 
     def _tick(self) -> None:
-        batch = self._scheduler.schedule()
+        started_s = self._clock.monotonic()
+        prefilling = self._scheduler.prefilling()
+        max_prefill = self._chunk_budget.tokens(started_s, prefilling) if prefilling else None
+        batch = self._scheduler.schedule(max_prefill)
         try:
             self._runner.prepare(batch)
         except Exception as error:  # noqa: BLE001 - kernels may raise anything
@@ -161,6 +167,10 @@ class Worker:
             self._forward(batch.pieces)
         except Exception as error:  # noqa: BLE001 - as above, and so may a family's code
             self._isolate(batch.pieces, error)
+        now_s = self._clock.monotonic()
+        self._chunk_budget.record(
+            batch.decoding, batch.num_prefill_tokens, now_s - started_s, now_s
+        )
         is_single = len({piece.session_id for piece in batch.pieces}) == 1
         for item_id in self._scheduler.commit(batch):
             job = self._jobs.pop(item_id)

@@ -65,13 +65,19 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """One tick: `forks` are `(new sequence, source sequence)`, `copies` `(from, to)` pages."""
+    """One tick: `forks` are `(new sequence, source sequence)`, `copies` `(from, to)` pages.
+
+    `decoding` are the sessions whose pieces are decode steps; `num_prefill_tokens` of its tokens
+    belong to other steps.
+    """
 
     pieces: tuple[Piece, ...] = ()
     forks: tuple[tuple[int, int], ...] = ()
     released: tuple[int, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
     cleared_pages: tuple[int, ...] = ()
+    decoding: tuple[bytes, ...] = ()
+    num_prefill_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -88,6 +88,8 @@ class _Draft:
     forks: list[tuple[int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     cleared_pages: list[int] = field(default_factory=list)
+    decoding: list[bytes] = field(default_factory=list)
+    num_prefill_tokens: int = 0
 
 
 class Scheduler:
@@ -117,6 +119,10 @@ class Scheduler:
     @property
     def num_used_pages(self) -> int:
         return self._allocator.num_used
+
+    def prefilling(self) -> set[bytes]:
+        """Sessions whose next step is not a decode step."""
+        return {key for key, item in self._ready.items() if not item.queue[0].is_decode}
 
     def open(self, session_id: bytes, num_rows: int) -> None:
         """Start a session with `num_rows` empty rows.
@@ -161,15 +167,24 @@ class Scheduler:
         self._num_queued_tokens += item.num_tokens
         self._ready[item.session_id] = session
 
-    def schedule(self) -> ScheduledBatch:
+    def schedule(self, max_prefill_tokens: int | None = None) -> ScheduledBatch:
         """Choose the next batch and assign its pages.
+
+        Args:
+            max_prefill_tokens: most tokens of longer steps in it, where these can be spread over
+                several batches; None: as many as the batch holds.
 
         The batch may have no pieces and still name released sequences. `commit` it, or `close` its
         sessions, before the next call.
         """
         draft = _Draft()
-        for grant in self._grants():
-            self._take(self._ready[grant.session_id], grant.num_tokens, draft)
+        for grant in self._grants(max_prefill_tokens):
+            session = self._ready[grant.session_id]
+            if session.queue[0].is_decode:
+                draft.decoding.append(grant.session_id)
+            else:
+                draft.num_prefill_tokens += grant.num_tokens
+            self._take(session, grant.num_tokens, draft)
         released, self._released = tuple(self._released), []
         return ScheduledBatch(
             tuple(draft.pieces),
@@ -177,6 +192,8 @@ class Scheduler:
             released,
             tuple(draft.copies),
             tuple(draft.cleared_pages),
+            tuple(draft.decoding),
+            draft.num_prefill_tokens,
         )
 
     def commit(self, batch: ScheduledBatch) -> tuple[int, ...]:
@@ -205,7 +222,7 @@ class Scheduler:
             row.pages for session in self._sessions.values() for row in session.rows
         )
 
-    def _grants(self) -> Iterator[Grant]:
+    def _grants(self, max_prefill_tokens: int | None) -> Iterator[Grant]:
         decode: list[Candidate] = []
         prefill: list[Candidate] = []
         for session_id, session in self._ready.items():
@@ -219,6 +236,8 @@ class Scheduler:
             grants = _share(self._decode_policy, decode, budget - reserved)
             budget -= sum(grant.num_tokens for grant in grants)
             yield from grants
+        if max_prefill_tokens is not None:
+            budget = min(budget, max(1, max_prefill_tokens))
         if prefill and budget > 0:
             yield from _share(self._prefill_policy, prefill, budget)
 

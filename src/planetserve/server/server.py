@@ -198,6 +198,7 @@ class Server:
             attn_cache_tokens=config.cache_tokens(shares_kv_heads=shares_kv_heads),
             page_size=config.page_size,
             max_batch_tokens=config.max_batch_size,
+            prefill_slowdown=config.prefill_slowdown,
             inference_max_length=self._max_session_tokens,
             attention_backend=config.attention_backend,
             num_threads=config.num_threads,

@@ -188,8 +188,8 @@ class ServerConfig:
     max_batch_size: int = 512
     """Most tokens, of all sessions together, in one forward pass."""
     prefill_slowdown: float = 1.5
-    """How much longer a forward pass may take for the sake of somebody's prompt than for tokens that
-    are being generated alone. Higher: prompts are done sooner; lower: texts flow more evenly."""
+    """How much longer a forward pass may take for the sake of somebody's prompt than one for tokens
+    that are being generated. Higher: prompts are done sooner; lower: texts flow more evenly."""
     page_size: int = 16
     """Tokens in one page of the KV cache."""
     attention_backend: str = "auto"

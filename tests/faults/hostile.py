@@ -18,7 +18,7 @@ import torch
 
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer
 from planetserve.crypto.handshake import ClientHandshake
-from planetserve.crypto.secrets import new_edge_secret, seal_deal
+from planetserve.crypto.secrets import ChannelSecret, new_edge_secret, seal_deal
 from planetserve.errors import PlanetServeError, StreamClosed, error_from_code
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.server.server import Server
@@ -78,6 +78,7 @@ class Opened:
     sealer: EdgeSealer
     opener: EdgeOpener
     num_rows: int
+    channel: ChannelSecret
     upstream: FrameStream | None = None
     numbers: dict[str, int] = field(default_factory=lambda: {"step": 0})
 
@@ -200,6 +201,7 @@ class Stranger:
             EdgeSealer(inbound, session_id, edge, epoch, FORWARD, time.monotonic()),
             EdgeOpener(outbound, session_id, ANSWER_EDGE, epoch, FORWARD),
             message.num_rows,
+            channel,
         )
         if deal:
             blob = seal_deal(channel, epoch, inbound, outbound)

@@ -28,6 +28,7 @@ from planetserve.crypto.secrets import new_edge_secret, wipe
 from planetserve.errors import (
     CapacityError,
     EdgeStalled,
+    HandshakeFailed,
     NoChainAvailable,
     PlanetServeError,
     RemoteError,
@@ -62,7 +63,7 @@ _POSITION_BYTES = 4
 _SMALL_FRAME_BYTES = 64 * 1024
 """The daemon takes a frame below this at once, so sending it needs no task."""
 _LAST_WORDS_TIMEOUT_S = 0.2
-_MENDABLE = (TransportError, CapacityError, RemoteError)
+_MENDABLE = (TransportError, CapacityError, RemoteError, HandshakeFailed)
 """Failures that leave the other hops' KV caches as they should be."""
 
 PlanGap = Callable[[Gap], Awaitable[tuple[Chain, Mapping[PeerId, ServerInfo]]]]

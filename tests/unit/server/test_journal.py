@@ -1,0 +1,78 @@
+"""A journal fills a new hop with what the lost one had, and repeats the step under way."""
+
+from __future__ import annotations
+
+import torch
+
+from planetserve.server.journal import Journal, SentChunk
+from planetserve.wire.frame import FrameHeader, FrameType
+from planetserve.wire.step import RowSlice, StepTable
+
+
+def chunk(
+    step: int, *rows: tuple[int, int, int], index: int = 0, reorder: tuple[int, ...] | None = None
+) -> SentChunk:
+    """A frame whose hidden states say step, row and position."""
+    table = StepTable(tuple(RowSlice(*row) for row in rows), None, reorder)
+    values = [
+        [float(step), float(piece.row), float(position)]
+        for piece in table.rows
+        for position in range(piece.start, piece.end)
+    ]
+    header = FrameHeader(FrameType.STEP, step=step, chunk=index, num_chunks=index + 1)
+    return SentChunk(header, table, torch.tensor(values))
+
+
+def rows_of(journal: Journal) -> dict[int, list[tuple[float, ...]]]:
+    replay = journal.replay()
+    if replay is None:
+        return {}
+    table, hidden_TD = replay
+    rows, start = {}, 0
+    for piece in table.rows:
+        assert piece.start == 0
+        end = start + piece.num_tokens
+        rows[piece.row] = [tuple(values) for values in hidden_TD[start:end].tolist()]
+        start = end
+    return rows
+
+
+def test_only_the_latest_step_is_kept_as_frames() -> None:
+    journal = Journal(2)
+    journal.add(chunk(0, (0, 0, 3), index=0))
+    journal.add(chunk(0, (1, 0, 2), index=1))
+    assert [item.header.chunk for item in journal.recent()] == [0, 1]
+    assert rows_of(journal) == {}
+    journal.add(chunk(1, (0, 3, 1), (1, 2, 1)))
+    assert [item.header.step for item in journal.recent()] == [1]
+    assert {row: len(values) for row, values in rows_of(journal).items()} == {0: 3, 1: 2}
+
+
+def test_a_step_that_is_answered_counts_as_rows() -> None:
+    journal = Journal(1)
+    journal.add(chunk(0, (0, 0, 3)))
+    journal.settle(0)
+    assert len(journal.recent()) == 1
+    journal.settle(1)
+    assert journal.recent() == []
+    assert rows_of(journal) == {0: [(0, 0, 0), (0, 0, 1), (0, 0, 2)]}
+
+
+def test_rollback_and_beams_are_applied() -> None:
+    journal = Journal(2)
+    journal.add(chunk(0, (0, 0, 3), (1, 0, 3)))
+    journal.add(chunk(1, (0, 2, 1), (1, 3, 1), reorder=(1, 1)))
+    journal.settle(2)
+    assert rows_of(journal) == {
+        0: [(0, 1, 0), (0, 1, 1), (1, 0, 2)],
+        1: [(0, 1, 0), (0, 1, 1), (0, 1, 2), (1, 1, 3)],
+    }
+
+
+def test_a_row_does_not_keep_the_batch_it_was_computed_in() -> None:
+    journal = Journal(1)
+    batch_TD = torch.zeros(64, 3)
+    one = chunk(0, (0, 0, 1))
+    journal.add(SentChunk(one.header, one.table, batch_TD[5:6]))
+    (kept,) = journal.recent()
+    assert kept.hidden_TD.untyped_storage().nbytes() == kept.hidden_TD.nbytes

@@ -1,6 +1,7 @@
 """Package metadata. Tool settings are in pyproject.toml, tested versions in constraints.txt."""
 
 import re
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -28,7 +29,7 @@ setup(
         Extension(
             "planetserve.native._kernels",
             ["src/planetserve/native/kernels.c"],
-            depends=[f"src/planetserve/native/{part}.inc" for part in ("isa", "linear", "attend")],
+            depends=sorted(glob("src/planetserve/native/*.inc")),
             extra_compile_args=["-O3"],
             libraries=["m"],
             optional=True,

@@ -86,7 +86,7 @@ BACKENDS: Registry[AttentionBackend] = Registry(
 
 
 class RaggedPass:
-    """One forward pass: the batch, the cache, and which layers have attended so far."""
+    """One forward pass: the batch, the cache, and which layers have attended so far, and how."""
 
     def __init__(
         self, batch: RaggedBatch, cache: PagedKvCache, backend: AttentionBackend, first_layer: int
@@ -97,6 +97,7 @@ class RaggedPass:
         self._backend = backend
         self._first_layer = first_layer
         self.layers_seen: list[int] = []
+        self.options_seen: list[AttentionOptions] = []
 
     def attend(
         self,
@@ -114,6 +115,7 @@ class RaggedPass:
         options = _read_options(module, arguments)
         layer = module.layer_idx - self._first_layer
         self.layers_seen.append(layer)
+        self.options_seen.append(options)
         pages = self._cache.write(
             layer,
             self._batch.slots_T,

@@ -43,11 +43,16 @@ class PagedKvCache:
         self, layer: int, slots_T: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor
     ) -> LayerPages:
         """Store the keys and values of T tokens of one layer and return that layer's pages."""
+        pages = self.layer(layer, key_TKD, value_TKD)
+        pages.keys_NKD.index_copy_(0, slots_T, key_TKD)
+        pages.values_NKD.index_copy_(0, slots_T, value_TKD)
+        return pages
+
+    def layer(self, layer: int, key_TKD: torch.Tensor, value_TKD: torch.Tensor) -> LayerPages:
+        """A layer's pages, for keys and values like these."""
         pages = self._layers[layer]
         if pages is None:
             pages = self._layers[layer] = self._make_layer(key_TKD, value_TKD)
-        pages.keys_NKD.index_copy_(0, slots_T, key_TKD)
-        pages.values_NKD.index_copy_(0, slots_T, value_TKD)
         return pages
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from planetserve.engine import attention
+from planetserve.engine.fused import FusedLayers
 from planetserve.engine.plain_runner import PlainRunner
 from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.errors import ModelError
@@ -48,29 +49,39 @@ _SCRIPT = (
 )
 
 
+class Verdict(NamedTuple):
+    """What a span allows.
+
+    Attributes:
+        why_not_ragged: why it must run one sequence per pass, or None if it can be batched.
+        fused: its layers as kernels, if it can be batched and they give the same.
+    """
+
+    why_not_ragged: str | None
+    fused: FusedLayers | None = None
+
+
 class _Step(NamedTuple):
     batch: ScheduledBatch
     hidden_TD: torch.Tensor
     positions_T: torch.Tensor
 
 
-def why_not_ragged(
+def examine(
     blocks: SpanBlocks,
     hidden_size: int,
     dtype: torch.dtype,
     device: torch.device,
     backend: attention.AttentionBackend,
-) -> str | None:
-    """Why the span must run one sequence per pass, or None if it can be batched raggedly.
-
-    Leaves the span's attention as it was.
+) -> Verdict:
+    """Try out how the span can be run. Leaves its attention as it was.
 
     Raises:
         ModelError: passes over a cache do not give what one pass over everything gives, so the
             span cannot be served in steps at all.
     """
     if blocks.rotary_depends_on_length:
-        return "its rotary embedding depends on the longest position in a pass"
+        return Verdict("its rotary embedding depends on the longest position in a pass")
     steps = list(_steps(_inputs(hidden_size, dtype, device)))
     own_attention: str = blocks.base.config._attn_implementation  # noqa: SLF001 - has no public name
     expected = _run_plain(blocks, steps)
@@ -101,25 +112,66 @@ def _try_ragged(
     steps: list[_Step],
     expected: list[torch.Tensor],
     backend: attention.AttentionBackend,
-) -> str | None:
+) -> Verdict:
     ragged = RaggedRunner(blocks, _NUM_PAGES, _PAGE_SIZE, backend, _MAX_GROUPED_CONTEXT)
-    actual = []
+    actual: list[torch.Tensor] = []
+    options: list[attention.AttentionOptions] = []
     for step in steps:
         try:
             ragged.prepare(step.batch)
             actual.append(_run(ragged, step, blocks))
         except attention.UnsupportedAttention as error:
-            return str(error)
+            return Verdict(str(error))
         except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
             logger.debug("the probe's ragged pass failed", exc_info=True)
-            return f"its code fails on a batch of several sequences ({type(error).__name__})"
-        if ragged.layers_seen != list(range(len(blocks.span))):
-            seen = len(ragged.layers_seen)
-            return f"{seen} calls of the paged attention from {len(blocks.span)} layers"
+            return Verdict(
+                f"its code fails on a batch of several sequences ({type(error).__name__})"
+            )
+        seen = [] if ragged.last_pass is None else ragged.last_pass.layers_seen
+        if seen != list(range(len(blocks.span))):
+            return Verdict(
+                f"{len(seen)} calls of the paged attention from {len(blocks.span)} layers"
+            )
+        options = [] if ragged.last_pass is None else ragged.last_pass.options_seen
     hidden = torch.cat([step.hidden_TD for step in steps])
     if not agree(torch.cat(actual), torch.cat(expected), hidden):
-        return "batched and single passes differ"
-    return None
+        return Verdict("batched and single passes differ")
+    fused = FusedLayers.of(blocks, options, backend)
+    if fused is not None and not _is_right(fused, blocks, steps, backend):
+        fused = None
+    return Verdict(None, fused)
+
+
+def _is_right(
+    fused: FusedLayers,
+    blocks: SpanBlocks,
+    steps: list[_Step],
+    backend: attention.AttentionBackend,
+) -> bool:
+    """Whether fused layers give what the model's own code gives in the same batches.
+
+    At the far end of the positions too: what a family's code does there, kernels would not do.
+    """
+    furthest = getattr(blocks.config, "max_position_embeddings", None) or 0
+    for offset in (0, max(0, furthest - _PAGE_SIZE * _NUM_PAGES)):
+        moved = [step._replace(positions_T=step.positions_T + offset) for step in steps]
+        outputs: list[torch.Tensor] = []
+        for layers in (fused, None):
+            runner = RaggedRunner(
+                blocks, _NUM_PAGES, _PAGE_SIZE, backend, _MAX_GROUPED_CONTEXT, layers
+            )
+            results = []
+            for step in moved:
+                runner.prepare(step.batch)
+                try:
+                    results.append(_run(runner, step, blocks))
+                except Exception:  # noqa: BLE001 - parts that only look like the common shape
+                    logger.debug("the probe's fused pass failed", exc_info=True)
+                    return False
+            outputs.append(torch.cat(results))
+        if not agree(outputs[0], outputs[1], torch.cat([step.hidden_TD for step in steps])):
+            return False
+    return True
 
 
 def _run_plain(blocks: SpanBlocks, steps: list[_Step]) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from planetserve.engine.attention import AttentionBackend, RaggedPass, register
+from planetserve.engine.fused import FusedLayers
 from planetserve.engine.kv_cache import PagedKvCache
 from planetserve.engine.ragged import RaggedBatch
 from planetserve.model.skeleton import SpanBlocks
@@ -29,14 +30,17 @@ class RaggedRunner:
         page_size: int,
         backend: AttentionBackend,
         max_grouped_context: int,
+        fused: FusedLayers | None = None,
     ):
+        """`fused`, if given, stands for the layers of `blocks`."""
         register()
         self._blocks = blocks
         self._backend = backend
         self._max_grouped_context = max_grouped_context
         self._cache = PagedKvCache(len(blocks.span), num_pages, page_size)
-        self.layers_seen: list[int] = []
-        """The layers that attended in the last pass, in order, counted from the span's first."""
+        self._fused = fused
+        self.last_pass: RaggedPass | None = None
+        """What the layers' own code did in the last pass."""
 
     def prepare(self, batch: ScheduledBatch) -> None:
         """Copy and clear pages as the batch says."""
@@ -62,6 +66,8 @@ class RaggedRunner:
             self._max_grouped_context,
             hidden_TD.device,
         )
+        if self._fused is not None:
+            return self._fused.run(hidden_TD, positions_T, geometry, self._cache, span)
         ragged = RaggedPass(geometry, self._cache, self._backend, self._blocks.span.start)
-        self.layers_seen = ragged.layers_seen
+        self.last_pass = ragged
         return self._blocks.run(hidden_TD[None], positions_T[None], span=span, ragged=ragged)[0]

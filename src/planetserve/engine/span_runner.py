@@ -14,7 +14,7 @@ import torch
 
 from planetserve.engine import attention
 from planetserve.engine.plain_runner import PlainRunner
-from planetserve.engine.probe import why_not_ragged
+from planetserve.engine.probe import Verdict, examine
 from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.model.skeleton import SpanBlocks
 from planetserve.scheduler.batch import Piece, ScheduledBatch
@@ -60,21 +60,24 @@ class SpanRunner:
         """KV cache bytes of one token in all blocks."""
         self.chunkable = not blocks.rotary_depends_on_length
         """Whether the new tokens of a row may be spread over several passes."""
-        reason: str | None = "it is switched off"
+        verdict = Verdict("it is switched off")
         if allow_ragged:
             with torch.inference_mode():
-                reason = why_not_ragged(blocks, self.hidden_size, self.dtype, self.device, backend)
-        self.is_ragged = reason is None
+                verdict = examine(blocks, self.hidden_size, self.dtype, self.device, backend)
+        self.is_ragged = verdict.why_not_ragged is None
+        self.is_fused = verdict.fused is not None
+        """Whether the layers run as kernels instead of by their own code."""
         self._runner: RaggedRunner | PlainRunner
-        if reason is None:
+        if self.is_ragged:
             blocks.set_attention(attention.NAME)
             key_bytes = self.dtype.itemsize * max(s.num_heads * s.key_dim for s in shapes)
             limit = backend.max_grouped_context(self.device, key_bytes)
-            self._runner = RaggedRunner(blocks, num_pages, page_size, backend, limit)
+            self._runner = RaggedRunner(blocks, num_pages, page_size, backend, limit, verdict.fused)
         else:
             logger.info(
-                "%s %s runs one sequence per pass: %s", blocks.model_name, blocks.span, reason
-            )
+                "%s %s runs one sequence per pass: %s",
+                blocks.model_name, blocks.span, verdict.why_not_ragged,
+            )  # fmt: skip
             self._runner = PlainRunner(blocks)
 
     def prepare(self, batch: ScheduledBatch) -> None:

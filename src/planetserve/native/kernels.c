@@ -91,7 +91,7 @@ int ps_level(void) { return 1; }
 #endif
 
 /* Raised with every change of what an entry point means; `planetserve.native` checks it. */
-int ps_version(void) { return 1; }
+int ps_version(void) { return 2; }
 
 /* y[m] = x[m] W^T (+ bias) (+ add[m]) for m < rows. `packed` is W [outs, width] in panels. */
 void ps_linear_f32(int level, const float *x, long x_stride, long rows, long width,
@@ -136,4 +136,36 @@ void ps_store(const char *from, long token_stride, long head_stride, long heads,
         for (long h = 0; h < heads; h++)
             memcpy(to + h * head_bytes, from + t * token_stride + h * head_stride, head_bytes);
     }
+}
+
+/* y = weight * x / sqrt(mean(x^2) + epsilon), per row. */
+void ps_rms_norm_f32(int level, const float *x, long x_stride, long rows, long width,
+                     const float *weight, float epsilon, float *y, long y_stride) {
+    DISPATCH(rms_norm_f32, x, x_stride, rows, width, weight, epsilon, y, y_stride)
+}
+
+void ps_rms_norm_bf16(int level, const uint16_t *x, long x_stride, long rows, long width,
+                      const uint16_t *weight, float epsilon, uint16_t *y, long y_stride) {
+    DISPATCH(rms_norm_bf16, x, x_stride, rows, width, weight, epsilon, y, y_stride)
+}
+
+/* x = x * cos + (-second half of x, first half of x) * sin, per head; cos and sin [tokens, width]. */
+void ps_rotate_f32(int level, float *x, long token_stride, long tokens, long heads, long width,
+                   const float *cos, const float *sin) {
+    DISPATCH(rotate_f32, x, token_stride, tokens, heads, width, cos, sin)
+}
+
+void ps_rotate_bf16(int level, uint16_t *x, long token_stride, long tokens, long heads, long width,
+                    const uint16_t *cos, const uint16_t *sin) {
+    DISPATCH(rotate_bf16, x, token_stride, tokens, heads, width, cos, sin)
+}
+
+/* y = silu(gate) * up */
+void ps_silu_gate_f32(int level, const float *gate, const float *up, long count, float *y) {
+    DISPATCH(silu_gate_f32, gate, up, count, y)
+}
+
+void ps_silu_gate_bf16(int level, const uint16_t *gate, const uint16_t *up, long count,
+                       uint16_t *y) {
+    DISPATCH(silu_gate_bf16, gate, up, count, y)
 }

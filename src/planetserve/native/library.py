@@ -22,13 +22,16 @@ PANEL = 16
 WIDTH_MULTIPLE = 16
 """Heads of other widths than multiples of this have no attention kernel."""
 
-_VERSION = 1
+_VERSION = 2
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _LINEAR = [
     _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG
 ]  # fmt: skip
 _ATTEND = [_INT, *[_POINTER] * 6, _LONG, *[_POINTER] * 3]
+_NORM = [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, ctypes.c_float, _POINTER, _LONG]
+_ROTATE = [_INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER]
+_GATE = [_INT, _POINTER, _POINTER, _LONG, _POINTER]
 _STORE = [_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER]
 
 
@@ -55,9 +58,15 @@ class Kernels:
         self._level = self._best
         self._linear = {}
         self._attend = {}
+        self._norm = {}
+        self._rotate = {}
+        self._gate = {}
         for dtype, suffix in _SUFFIX.items():
             self._linear[dtype] = _declared(library, f"ps_linear_{suffix}", _LINEAR)
             self._attend[dtype] = _declared(library, f"ps_attend_{suffix}", _ATTEND)
+            self._norm[dtype] = _declared(library, f"ps_rms_norm_{suffix}", _NORM)
+            self._rotate[dtype] = _declared(library, f"ps_rotate_{suffix}", _ROTATE)
+            self._gate[dtype] = _declared(library, f"ps_silu_gate_{suffix}", _GATE)
         self._store = _declared(library, "ps_store", _STORE)
 
     @property
@@ -99,6 +108,34 @@ class Kernels:
             y_TO.data_ptr(), num_outputs,
         )  # fmt: skip
         return y_TO
+
+    def rms_norm(
+        self, x_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float, out_TD: torch.Tensor
+    ) -> None:
+        """`weight * x / sqrt(mean(x ** 2) + epsilon)` per row; in half precision the quotient is
+        rounded before it is weighted. `out_TD` may be `x_TD`."""
+        rows, width = x_TD.shape
+        self._norm[x_TD.dtype](
+            self._level, x_TD.data_ptr(), x_TD.stride(0), rows, width, weight_D.data_ptr(),
+            epsilon, out_TD.data_ptr(), out_TD.stride(0),
+        )  # fmt: skip
+
+    def rotate(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> None:
+        """Rotary embedding in place: `x * cos + (-second half, first half) * sin`.
+
+        Heads of a token must follow one another; cos and sin are contiguous, in the dtype of x.
+        """
+        num_tokens, num_heads, width = x_THD.shape
+        self._rotate[x_THD.dtype](
+            self._level, x_THD.data_ptr(), x_THD.stride(0), num_tokens, num_heads, width,
+            cos_TD.data_ptr(), sin_TD.data_ptr(),
+        )  # fmt: skip
+
+    def silu_gate(self, gate: torch.Tensor, up: torch.Tensor) -> None:
+        """`gate = silu(gate) * up`, both contiguous."""
+        self._gate[gate.dtype](
+            self._level, gate.data_ptr(), up.data_ptr(), gate.numel(), gate.data_ptr()
+        )
 
     def store(self, rows_THD: torch.Tensor, slots_T: torch.Tensor, pages: torch.Tensor) -> None:
         """Copy keys or values, contiguous in their last dimension, to int64 slots of pages."""

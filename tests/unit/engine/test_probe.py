@@ -9,7 +9,7 @@ import torch
 from tiny_models import SPAN
 
 from planetserve.engine import attention
-from planetserve.engine.probe import agree, why_not_ragged
+from planetserve.engine.probe import agree, examine
 from planetserve.engine.ragged import Visibility
 from planetserve.engine.sdpa import SdpaBackend
 from planetserve.engine.span_runner import SpanRunner
@@ -55,8 +55,8 @@ class LeakyBackend(SdpaBackend):
 def test_a_wrong_attention_is_found(tiny, family, backend, fits):
     blocks = tiny(family).load_span()
     with torch.inference_mode():
-        reason = why_not_ragged(blocks, 32, torch.float32, torch.device("cpu"), backend)
-    assert (reason is None) == fits
+        verdict = examine(blocks, 32, torch.float32, torch.device("cpu"), backend)
+    assert (verdict.why_not_ragged is None) == fits
     assert blocks.base.config._attn_implementation in ("sdpa", "eager")
 
 
@@ -81,8 +81,8 @@ def test_a_window_longer_than_the_probe_must_be_passed_as_an_argument(tiny):
     for layer in blocks.layers:
         layer.self_attn.config.sliding_window = 4096
     with torch.inference_mode():
-        reason = why_not_ragged(blocks, 32, torch.float32, torch.device("cpu"), SdpaBackend())
-    assert "sliding_window=None" in reason
+        verdict = examine(blocks, 32, torch.float32, torch.device("cpu"), SdpaBackend())
+    assert "sliding_window=None" in verdict.why_not_ragged
 
 
 def test_unknown_attention_arguments_are_refused(tiny):

@@ -1,0 +1,120 @@
+"""Fused layers: used where they give what the family's own code gives, and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import SPAN
+
+from planetserve.engine.probe import agree
+from planetserve.engine.ragged_runner import RaggedRunner
+from planetserve.engine.span_runner import SpanRunner
+from planetserve.model.checkpoint import Checkpoint
+from planetserve.model.linear import convert_span
+from planetserve.model.skeleton import SpanBlocks
+from planetserve.native import library
+from planetserve.scheduler.batch import WorkItem
+from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from planetserve.testing.checkpoints import make_tiny_checkpoint
+from planetserve.types import BlockSpan
+from planetserve.wire.step import RowSlice
+
+pytestmark = pytest.mark.skipif(library.kernels() is None, reason="no kernels were compiled")
+
+WIDE_HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+FAMILIES = {
+    "llama": True,
+    "llama_bias": True,
+    "llama_llama3_rope": True,
+    "llama_yarn_rope": True,
+    "mistral": True,
+    "qwen2": True,
+    "qwen3": True,
+    # Other parts, or the same and other code: multipliers, norms of 1 + w, experts, another order.
+    "granite": False,
+    "gemma": False,
+    "gemma2": False,
+    "mixtral": False,
+    "olmo2": False,
+    "phi": False,
+}
+
+
+def load(family: str, folder: Path, dtype: torch.dtype, backend: str = "native") -> SpanBlocks:
+    more = {"residual_multiplier": 0.7} if family == "granite" else {}
+    make_tiny_checkpoint(folder, family, **WIDE_HEADS, **more)
+    blocks = SpanBlocks.load(Checkpoint.open(str(folder)), SPAN, dtype)
+    convert_span(blocks, backend)
+    return blocks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backend", ["native", "plain"])
+def test_only_the_common_shape_is_fused(family: str, backend: str, tmp_path: Path) -> None:
+    runner = SpanRunner(load(family, tmp_path, torch.float32, backend), 8, 16)
+    assert runner.is_ragged
+    assert runner.is_fused == FAMILIES[family]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [name for name, fits in FAMILIES.items() if fits])
+def test_fused_layers_give_what_the_familys_code_gives(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    blocks = load(family, tmp_path, dtype)
+    fused = SpanRunner(blocks, 32, 16)
+    assert fused.is_fused
+    own = RaggedRunner(blocks, 32, 16, fused._runner._backend, 1 << 20)
+    scheduler = Scheduler(SchedulerConfig(32, 16))
+    generator = torch.Generator().manual_seed(3)
+    lengths = [0] * 4
+    for index in range(len(lengths)):
+        scheduler.open(bytes([index]), num_rows=1)
+    with torch.inference_mode():
+        for counts in [(40, 3, 17, 1), (1, 1, 1, 1), (1, 5, 2, 9), (1, 1, 1, 1)]:
+            for index, count in enumerate(counts):
+                rows = (RowSlice(0, lengths[index], count),)
+                scheduler.add(WorkItem(index, bytes([index]), rows))
+                lengths[index] += count
+            batch = scheduler.schedule()
+            scheduler.commit(batch)
+            hidden = torch.randn(batch.num_tokens, 64, generator=generator).to(dtype)
+            positions = torch.cat([torch.arange(p.start, p.end) for p in batch.pieces])
+            before = hidden.clone()
+            own.prepare(batch)
+            fused.prepare(batch)
+            for part in (SPAN, BlockSpan(SPAN.start, SPAN.start + 1)):
+                actual = fused.forward(batch.pieces, hidden, positions, part)
+                assert agree(actual, own.forward(batch.pieces, hidden, positions, part), hidden)
+            assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_kernels_round_as_pytorch_does(dtype: torch.dtype) -> None:
+    kernels = library.kernels()
+    torch.manual_seed(2)
+    x, weight = (torch.randn(shape).to(dtype) for shape in [(5, 70), (70,)])
+    gate, up = ((3 * torch.randn(7, 33)).to(dtype) for _ in range(2))
+    heads, cos, sin = (torch.randn(shape).to(dtype) for shape in [(3, 4, 32), (3, 32), (3, 32)])
+    turned = torch.cat((-heads[..., 16:], heads[..., :16]), -1)
+    normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    expected = [
+        weight * normed.to(dtype),
+        F.silu(gate) * up,
+        heads * cos[:, None] + turned * sin[:, None],
+    ]
+    tolerance = 1e-6 if dtype == torch.float32 else 0.0
+    for level in range(1, kernels.level + 1):
+        kernels.use_level(level)
+        try:
+            actual = [torch.empty_like(x), gate.clone(), heads.clone()]
+            kernels.rms_norm(x, weight, 1e-6, actual[0])
+            kernels.silu_gate(actual[1], up)
+            kernels.rotate(actual[2], cos, sin)
+        finally:
+            kernels.use_level(None)
+        for got, wanted in zip(actual, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)

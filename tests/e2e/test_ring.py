@@ -8,6 +8,7 @@ import torch
 
 from planetserve.testing.swarm import LocalSwarm, SeenFrame
 from planetserve.wire.frame import ANSWER_EDGE, FrameType
+from planetserve.wire.step import HopLoad
 
 CLIENT = "client"
 
@@ -72,3 +73,25 @@ def test_prefill_answers_with_the_last_token_only(
     ]
     assert [header.num_tokens for header in answers] == [prompt.shape[1]]
     assert [header.shape[0] for header in answers] == [1]
+
+
+def test_every_step_brings_the_hops_loads(
+    model: Any, swarm: LocalSwarm, prompt: torch.Tensor
+) -> None:
+    with model.inference_session(max_length=32) as session:
+        model.generate(prompt, max_new_tokens=2, do_sample=False)
+        ring = session._ring
+        assert set(ring.loads_ms) == {hop.peer_id for hop in ring.chain}
+        assert all(0 < ms < 1000 for ms in ring.loads_ms.values())
+        model.runtime._portal.call(_say(ring))
+
+
+async def _say(ring: Any) -> None:
+    """Loads of hops that the client does not have, or in another order, change nothing."""
+    before = ring.loads_ms
+    edges = [link.edge for link in ring._links]
+    for claimed in ([], edges[1:], edges[::-1], [*edges, 9]):
+        ring._note_loads([HopLoad(edge, 10**9) for edge in claimed])
+        assert ring.loads_ms is before
+    ring._note_loads([HopLoad(edge, 5000) for edge in edges])
+    assert set(ring.loads_ms.values()) == {5.0}

@@ -38,7 +38,7 @@ from planetserve.wire.messages import (
     to_text,
 )
 from planetserve.wire.protocols import PUSH_PROTOCOL, SESSION_PROTOCOL
-from planetserve.wire.step import RowSlice, StepTable
+from planetserve.wire.step import RowSlice, StepTable, unpack_answer_head
 
 ANSWER_TIMEOUT_S = 20.0
 FORWARD = Direction.FORWARD
@@ -127,7 +127,8 @@ class Opened:
         if header.type is FrameType.ERROR:
             raise reported(payload)
         plaintext = self.opener.open(header, payload)
-        return tensor_from_payload(plaintext, 0, header.dtype, header.shape)
+        _, offset = unpack_answer_head(plaintext)
+        return tensor_from_payload(plaintext, offset, header.dtype, header.shape)
 
     async def error(self) -> PlanetServeError:
         """The error with which the server ends the session."""

@@ -38,8 +38,6 @@ from planetserve.types import CLIENT, BlockSpan, Chain, PeerId, ServerInfo
 logger = logging.getLogger(__name__)
 
 _DEFAULT_RTT_MS = 50.0
-_TRANSFER_OVERHEAD_MS = 0.5
-"""What a hop costs besides what its server announces: opening, sealing and handing over a frame."""
 _AVOIDED_RTT_MS = 10_000.0
 """Long enough that any other way is better, if there is one."""
 
@@ -279,7 +277,7 @@ class ChainPlanner:
 def _hop_overhead_ms(servers: Sequence[ServerInfo]) -> float:
     """One number for all, as the cost model has it: the median, which few liars cannot move."""
     announced = [info.hop_overhead_ms for info in servers]
-    return _TRANSFER_OVERHEAD_MS + (statistics.median(announced) if announced else 0.0)
+    return statistics.median(announced) if announced else 0.0
 
 
 def spans_text(missing: Sequence[tuple[int, int]]) -> str:

@@ -52,7 +52,7 @@ from planetserve.wire.frame import (
     FrameType,
 )
 from planetserve.wire.messages import Rewire
-from planetserve.wire.step import StepTable
+from planetserve.wire.step import HopLoad, StepTable, unpack_answer_head
 
 MAX_CHUNKS_IN_FLIGHT = 8
 """Chunks sent and not answered. As many as a hop takes in (docs/protocol.md, 12), so that a first
@@ -91,6 +91,8 @@ class RingSession:
     def __init__(self, node: SwarmNode, spec: RingSpec):
         self.chain = Chain(())
         self.session_id = os.urandom(16)
+        self.loads_ms: Mapping[PeerId, float] = {}
+        """Time per block that each hop named with the latest answer."""
         self._node = node
         self._spec = spec
         self._links: list[HopLink] = []
@@ -557,13 +559,25 @@ class RingSession:
                 raise RemoteProtocolError("the last hop answered another step than was asked")
             if header.dtype is not wire_dtype(self._spec.dtype):
                 raise RemoteProtocolError("the last hop answered in another dtype")
-            chunk_TD = tensor_from_payload(plaintext, 0, header.dtype, header.shape)
+            loads, offset = unpack_answer_head(plaintext)
+            chunk_TD = tensor_from_payload(plaintext, offset, header.dtype, header.shape)
             if not bool(torch.isfinite(chunk_TD).all()):
                 raise RemoteProtocolError("the last hop answered numbers that are not finite")
+            self._note_loads(loads)
             return chunk_TD
         except PlanetServeError as error:
             error.peer_id = self._links[-1].peer_id
             raise
+
+    def _note_loads(self, loads: Sequence[HopLoad]) -> None:
+        """Take note of what every hop says of its load; of an answer that left one out, nothing."""
+        if [load.edge for load in loads] != [link.edge for link in self._links]:
+            return
+        self.loads_ms = {
+            link.peer_id: load.us_per_block / 1000
+            for link, load in zip(self._links, loads, strict=True)
+            if load.us_per_block
+        }
 
 
 async def _all(jobs: Sequence[Any]) -> None:

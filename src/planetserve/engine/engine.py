@@ -173,7 +173,7 @@ class Engine:
         item = WorkItem(self._num_items, session_id, table.rows, table.reorder)
         self._num_items += 1
         job = Job(item, table.positions, hidden_TD, future, self._clock.monotonic())
-        if all(piece.num_tokens == 1 for piece in table.rows):
+        if table.is_decode:
             num_blocks = self._num_blocks[session_id]
             future.add_done_callback(lambda done: self._on_decoded(job, num_blocks, done))
         self._worker.post(functools.partial(self._worker.accept, job))
@@ -190,10 +190,21 @@ class Engine:
             free_cache_tokens=self._leases.free_tokens,
             num_sessions=len(self._pending),
             queued_tokens=queued_tokens,
-            decode_ms_per_block=latency.ms_per_block(self._clock.monotonic()) if latency else 0.0,
-            overhead_ms=latency.cost.overhead_ms if latency else 0.0,
+            decode_ms_per_block=self.decode_ms_per_block,
+            overhead_ms=latency.overhead_ms if latency else 0.0,
             tokens_per_s_per_block=self._worker.speed.tokens_per_s_per_block,
         )
+
+    @property
+    def decode_ms_per_block(self) -> float:
+        """As in `stats`."""
+        latency = self._latency
+        return latency.ms_per_block(self._clock.monotonic()) if latency else 0.0
+
+    def count_handling(self, elapsed_ms: float) -> None:
+        """Count in what a decode step took here outside the engine."""
+        if self._latency is not None:
+            self._latency.add_handling(elapsed_ms)
 
     async def measure(self) -> None:
         """Time a short prompt and a few single steps, for less than a second or so.

@@ -22,6 +22,9 @@ _AVERAGE_S = 5.0
 """Steps of about this long a time are averaged, however many they are."""
 _MAX_WEIGHT = 0.2
 _LEAST_ALONE_WEIGHT = 0.05
+_HANDLING_MS = 0.5
+"""Until steps have shown it."""
+_HANDLING_WEIGHT = 0.05
 _FORGET_S = 30.0
 """Time constant with which the load of a server fades that has been idle for `_AVERAGE_S`: nobody
 measures it any more."""
@@ -59,6 +62,7 @@ class StepLatency:
         self._alone_ms = cost.ms_per_block
         self._num_alone = 1  # the timing at load, which may have met a busy machine
         self._recent_ms = cost.ms_per_block
+        self._handling_ms = _HANDLING_MS
         self._latest_s = now_s
 
     def add(self, elapsed_ms: float, num_blocks: int, *, alone: bool, now_s: float) -> None:
@@ -79,6 +83,15 @@ class StepLatency:
         known = self.ms_per_block(now_s)
         self._recent_ms = known + weight * (sample - known)
         self._latest_s = now_s
+
+    def add_handling(self, elapsed_ms: float) -> None:
+        """Count in what a step took outside the engine: receiving, opening, sealing, sending."""
+        self._handling_ms += _HANDLING_WEIGHT * (elapsed_ms - self._handling_ms)
+
+    @property
+    def overhead_ms(self) -> float:
+        """What a step costs whatever its blocks."""
+        return self.cost.overhead_ms + self._handling_ms
 
     def ms_per_block(self, now_s: float) -> float:
         """The recent average; without recent steps it returns to that of an unloaded server."""

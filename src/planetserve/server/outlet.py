@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -31,7 +32,7 @@ from planetserve.wire.frame import (
 )
 from planetserve.wire.messages import NextHop, OpenSession, PushHello, Rewire
 from planetserve.wire.protocols import PUSH_PROTOCOL
-from planetserve.wire.step import StepTable
+from planetserve.wire.step import MAX_LOADS, HopLoad, StepTable, pack_answer_head
 
 _CONNECT_TIMEOUT_S = 5.0
 _TABLE_ROOM_BYTES = 64 * 1024
@@ -49,6 +50,7 @@ class Outlet:
         message: its OPEN.
         control: the client's stream, where the last hop answers.
         dtype: of what travels.
+        load_ms: the present time of a decode step in one block, which the client is told.
         report: tells the client that the next hop is lost.
         fail: ends the session, when something else goes wrong here.
     """
@@ -60,6 +62,7 @@ class Outlet:
         message: OpenSession,
         control: FrameStream,
         dtype: torch.dtype,
+        load_ms: Callable[[], float],
         report: Report,
         fail: Fail,
     ):
@@ -68,6 +71,8 @@ class Outlet:
         self._span_end = message.end
         self._control = control
         self._dtype = dtype
+        self._load_ms = load_ms
+        self._own_edge = message.edge
         self._report = report
         self._fail = fail
         self._next = message.next
@@ -253,10 +258,12 @@ class Outlet:
             num_chunks=received.num_chunks,
             flags=received.flags,
         )
-        body = tensor_bytes(output_TD)
-        parts: list[bytes | memoryview] = [chunk.table.pack(), body]
+        loads = (*chunk.table.loads, HopLoad.of(self._own_edge, self._load_ms()))[:MAX_LOADS]
         if following is None:
-            parts = [body]
+            head = pack_answer_head(loads)
+        else:
+            head = dataclasses.replace(chunk.table, loads=loads).pack()
+        parts: list[bytes | memoryview] = [head, tensor_bytes(output_TD)]
         header, sealed = sealer.seal(header, parts, asyncio.get_running_loop().time())
         self.frames_sent += 1
         await target.send(header, sealed)

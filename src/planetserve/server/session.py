@@ -61,6 +61,8 @@ class _Pending:
 
     chunks: Sequence[tuple[FrameHeader, StepTable]]
     output: asyncio.Future[torch.Tensor]
+    entering_s: float
+    """From the arrival of the last of these frames to the engine."""
 
     @property
     def num_bytes(self) -> int:
@@ -119,6 +121,7 @@ class ServerSession:
             message,
             control,
             self._torch_dtype,
+            load_ms=lambda: engine.decode_ms_per_block,
             report=self._report_parked,
             fail=self.fail,
         )
@@ -222,7 +225,7 @@ class ServerSession:
     async def _take_step(
         self, stream: FrameStream, header: FrameHeader, payload: bytearray
     ) -> None:
-        self.last_frame_s = asyncio.get_running_loop().time()
+        self.last_frame_s = arrived_s = asyncio.get_running_loop().time()
         await self._enter_gate(len(payload))
         if stream is not self._inlet:  # replaced while this frame waited
             self._leave_gate(len(payload))
@@ -233,7 +236,7 @@ class ServerSession:
             # Sent again by a hop that cannot know how far this one came; what it became has left.
             self._leave_gate(len(payload))
             return
-        await self._submit(header, table, hidden_TD)
+        await self._submit(header, table, hidden_TD, arrived_s)
 
     def _read_step(self, header: FrameHeader, payload: bytearray) -> tuple[StepTable, torch.Tensor]:
         message, opener = self.open, self._opener
@@ -250,12 +253,15 @@ class ServerSession:
             raise RemoteProtocolError("a step frame whose position is not its first row's")
         return table, tensor_from_payload(plaintext, offset, header.dtype, header.shape)
 
-    async def _submit(self, header: FrameHeader, table: StepTable, hidden_TD: torch.Tensor) -> None:
+    async def _submit(
+        self, header: FrameHeader, table: StepTable, hidden_TD: torch.Tensor, arrived_s: float
+    ) -> None:
+        loop = asyncio.get_running_loop()
         if self._engine.runner.chunkable or header.num_chunks == 1:
             self._expected = (header.step, header.chunk + 1)
             self._num_running += 1
             future = self._engine.submit(self.key, table, hidden_TD)
-            await self._queue.put(_Pending([(header, table)], future))
+            await self._queue.put(_Pending([(header, table)], future, loop.time() - arrived_s))
             return
         # Rotary tables that depend on the longest position must see the whole step at once.
         self._held.append((header, table, hidden_TD))
@@ -268,7 +274,8 @@ class ServerSession:
             whole = StepTable.merge([piece for _, piece, _ in held])
             self._num_running += 1
             future = self._engine.submit(self.key, whole, torch.cat([part for *_, part in held]))
-            await self._queue.put(_Pending([(head, piece) for head, piece, _ in held], future))
+            chunks = [(head, piece) for head, piece, _ in held]
+            await self._queue.put(_Pending(chunks, future, loop.time() - arrived_s))
 
     async def _take_first_deal(self) -> None:
         """Receive the secrets of this hop's two edges; only then can a step be opened or sent."""
@@ -380,16 +387,21 @@ class ServerSession:
         self._gate.leave(self._control.remote, num_bytes)
 
     async def _pump(self) -> None:
+        loop = asyncio.get_running_loop()
         try:
             while True:
                 pending = await self._queue.get()
                 output_TD = await pending.output
+                done_s = loop.time()
                 self._num_running -= 1
                 offset = 0
                 for header, table in pending.chunks:
                     end = offset + table.num_tokens
                     await self._outlet.push(header, table, output_TD[offset:end])
                     offset = end
+                if all(table.is_decode for _, table in pending.chunks):
+                    handling_s = pending.entering_s + loop.time() - done_s
+                    self._engine.count_handling(1000 * handling_s)
                 self._leave_gate(pending.num_bytes)
         except RemoteProtocolError as error:
             if self._previous != CLIENT:

@@ -6,10 +6,13 @@ row after row, as one `[num_tokens, hidden]` tensor. A row whose start lies befo
 cache is truncated first (rollback). `reorder` (beam search) is applied before that: row `i`
 continues what row `reorder[i]` held.
 
-Layout, big-endian: u8 flags (1 = positions follow, 2 = reorder follows) | u8 0 | u16 number of row
-slices | per slice u16 row, u32 start, u32 number of tokens | [u16 number of rows, u16 each:
-reorder] | [i32 per token: rotary positions] | zero bytes up to a multiple of 8 | raw tensor bytes.
-Positions are absent when each token's position equals its place in the KV cache.
+Layout, big-endian: u8 flags (1 = positions follow, 2 = reorder follows, 4 = loads follow) | u8 0 |
+u16 number of row slices | per slice u16 row, u32 start, u32 number of tokens | [u16 number of rows,
+u16 each: reorder] | [i32 per token: rotary positions] | [loads] | zero bytes up to a multiple of 8
+| raw tensor bytes. Positions are absent when each token's position is its place in the KV cache.
+
+On its way a step collects what each hop says of its load: u16 number | per hop u16 edge, u32 time
+per block. The answer to the client has no table, but begins with them.
 """
 
 from __future__ import annotations
@@ -19,14 +22,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planetserve.errors import LocalProtocolError, RemoteProtocolError
+from planetserve.wire.frame import MAX_EDGE
 
 MAX_ROWS = 1024
 MAX_POSITION = 1 << 24
 
 _PREFIX = struct.Struct(">BBH")
 _SLICE = struct.Struct(">HII")
+_COUNT = struct.Struct(">H")
+_LOAD = struct.Struct(">HI")
 _HAS_POSITIONS = 1
 _HAS_REORDER = 2
+_HAS_LOADS = 4
+MAX_LOADS = MAX_EDGE + 1
 _ALIGNMENT = 8
 
 
@@ -44,16 +52,39 @@ class RowSlice:
 
 
 @dataclass(frozen=True, slots=True)
+class HopLoad:
+    """What a hop says of its load: it is the one that `edge` enters."""
+
+    edge: int
+    us_per_block: int
+    """Time of a decode step in one block, in microseconds; 0 if it does not know."""
+
+    @classmethod
+    def of(cls, edge: int, ms_per_block: float) -> HopLoad:
+        """The load in the unit and range of the wire."""
+        return cls(edge, max(0, min(round(1000 * ms_per_block), 2**32 - 1)))
+
+
+@dataclass(frozen=True, slots=True)
 class StepTable:
-    """A step without its hidden states. `positions` has one entry per token, or is None."""
+    """A step without its hidden states. `positions` has one entry per token, or is None.
+
+    `loads` are those of the hops that the step has passed, in order.
+    """
 
     rows: tuple[RowSlice, ...]
     positions: tuple[int, ...] | None = None
     reorder: tuple[int, ...] | None = None
+    loads: tuple[HopLoad, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return sum(piece.num_tokens for piece in self.rows)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row named gets one token."""
+        return all(piece.num_tokens == 1 for piece in self.rows)
 
     def last_tokens(self) -> list[int]:
         """Index, among the step's tokens, of the last token of each row slice."""
@@ -110,6 +141,7 @@ class StepTable:
         """
         flags = (self.positions is not None) * _HAS_POSITIONS
         flags |= (self.reorder is not None) * _HAS_REORDER
+        flags |= bool(self.loads) * _HAS_LOADS
         try:
             parts = [_PREFIX.pack(flags, 0, len(self.rows))]
             parts += [_SLICE.pack(piece.row, piece.start, piece.num_tokens) for piece in self.rows]
@@ -118,10 +150,11 @@ class StepTable:
                 parts.append(struct.pack(f">H{count}H", count, *self.reorder))
             if self.positions is not None:
                 parts.append(struct.pack(f">{len(self.positions)}i", *self.positions))
+            if self.loads:
+                parts.append(_pack_loads(self.loads))
         except struct.error as error:
             raise LocalProtocolError(f"a step field is out of range: {error}") from error
-        packed = b"".join(parts)
-        return packed + bytes(-len(packed) % _ALIGNMENT)
+        return _padded(b"".join(parts))
 
     @classmethod
     def unpack(
@@ -144,7 +177,8 @@ class StepTable:
         try:
             flags, zero, count = _PREFIX.unpack_from(view, 0)
             offset = _PREFIX.size
-            if flags & ~(_HAS_POSITIONS | _HAS_REORDER) or zero or count > num_rows:
+            known = _HAS_POSITIONS | _HAS_REORDER | _HAS_LOADS
+            if flags & ~known or zero or count > num_rows:
                 raise RemoteProtocolError("bad step: flags or number of rows")
             rows = []
             for _ in range(count):
@@ -163,11 +197,59 @@ class StepTable:
                     raise RemoteProtocolError("bad step: positions are cut short")
                 positions = struct.unpack_from(f">{num_tokens}i", view, offset)
                 offset += 4 * num_tokens
+            loads: tuple[HopLoad, ...] = ()
+            if flags & _HAS_LOADS:
+                loads, offset = _unpack_loads(view, offset)
         except struct.error as error:
             raise RemoteProtocolError("bad step: cut short") from error
-        table = cls(tuple(rows), positions, reorder)
+        table = cls(tuple(rows), positions, reorder, loads)
         _check(table, num_rows, num_tokens)
         return table, offset + -offset % _ALIGNMENT
+
+
+def pack_answer_head(loads: Sequence[HopLoad]) -> bytes:
+    """What an answer to the client begins with; its tensor's bytes follow.
+
+    Raises:
+        LocalProtocolError: a number does not fit.
+    """
+    try:
+        return _padded(_pack_loads(loads))
+    except struct.error as error:
+        raise LocalProtocolError(f"a load is out of range: {error}") from error
+
+
+def unpack_answer_head(
+    payload: bytes | bytearray | memoryview,
+) -> tuple[tuple[HopLoad, ...], int]:
+    """The loads at the start of an answer, and the offset at which its tensor's bytes start.
+
+    Raises:
+        RemoteProtocolError: too many, or cut short.
+    """
+    try:
+        loads, offset = _unpack_loads(memoryview(payload), 0)
+    except struct.error as error:
+        raise RemoteProtocolError("bad answer: cut short") from error
+    return loads, offset + -offset % _ALIGNMENT
+
+
+def _pack_loads(loads: Sequence[HopLoad]) -> bytes:
+    packed = [_LOAD.pack(load.edge, load.us_per_block) for load in loads]
+    return _COUNT.pack(len(loads)) + b"".join(packed)
+
+
+def _unpack_loads(view: memoryview, offset: int) -> tuple[tuple[HopLoad, ...], int]:
+    (count,) = _COUNT.unpack_from(view, offset)
+    if count > MAX_LOADS:
+        raise RemoteProtocolError("bad step: more loads than a ring has hops")
+    offset += _COUNT.size
+    starts = range(offset, offset + count * _LOAD.size, _LOAD.size)
+    return tuple(HopLoad(*_LOAD.unpack_from(view, start)) for start in starts), starts.stop
+
+
+def _padded(packed: bytes) -> bytes:
+    return packed + bytes(-len(packed) % _ALIGNMENT)
 
 
 def _check(table: StepTable, num_rows: int, num_tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import pytest
@@ -9,9 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planetserve.errors import LocalProtocolError, RemoteProtocolError
-from planetserve.wire.step import MAX_POSITION, MAX_ROWS, RowSlice, StepTable
+from planetserve.wire.frame import MAX_EDGE
+from planetserve.wire.step import (
+    MAX_LOADS,
+    MAX_POSITION,
+    MAX_ROWS,
+    HopLoad,
+    RowSlice,
+    StepTable,
+    pack_answer_head,
+    unpack_answer_head,
+)
 
 TABLE = StepTable((RowSlice(0, 5, 2), RowSlice(2, 0, 1)), positions=(4, 5, 0), reorder=(2, 1, 0))
+
+LOADS = st.lists(
+    st.builds(HopLoad, st.integers(0, MAX_EDGE), st.integers(0, 2**32 - 1)), max_size=5
+).map(tuple)
 
 
 @st.composite
@@ -24,7 +39,7 @@ def tables(draw: st.DrawFn) -> tuple[StepTable, int]:
     position, row = st.integers(0, MAX_POSITION), st.integers(0, num_rows - 1)
     positions = draw(st.none() | st.lists(position, min_size=count, max_size=count).map(tuple))
     reorder = draw(st.none() | st.lists(row, min_size=num_rows, max_size=num_rows).map(tuple))
-    return StepTable(slices, positions, reorder), num_rows
+    return StepTable(slices, positions, reorder, draw(LOADS)), num_rows
 
 
 def test_the_layout() -> None:
@@ -56,7 +71,8 @@ def test_splitting_bounds_every_piece_and_loses_nothing(
     assert all(piece.num_tokens <= max_tokens for piece in pieces)
     assert all(piece.num_tokens == max_tokens for piece in pieces[:-1])
     assert all(piece.reorder is None for piece in pieces[1:])
-    assert StepTable.merge(pieces) == table
+    # What hops say of themselves is collected anew for each piece.
+    assert StepTable.merge(pieces) == dataclasses.replace(table, loads=())
 
 
 @given(st.binary(max_size=200), st.integers(1, MAX_ROWS), st.integers(0, 2**32 - 1))
@@ -131,3 +147,28 @@ def test_a_huge_claim_of_positions_is_refused_before_it_is_read() -> None:
 def test_numbers_that_do_not_fit_are_our_own_error(table: StepTable) -> None:
     with pytest.raises(LocalProtocolError, match="out of range"):
         table.pack()
+
+
+@given(LOADS, st.binary(max_size=40))
+def test_an_answer_begins_with_the_loads(loads: tuple[HopLoad, ...], tensor: bytes) -> None:
+    head = pack_answer_head(loads)
+    assert unpack_answer_head(head + tensor) == (loads, len(head))
+    assert len(head) % 8 == 0
+
+
+@pytest.mark.parametrize("head", [b"", b"\x00", b"\x00\x01\x00\x00", b"\x04\x01" + bytes(7000)])
+def test_bad_loads_are_refused(head: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        unpack_answer_head(head)
+    table = StepTable((RowSlice(0, 0, 1),)).pack()
+    with pytest.raises(RemoteProtocolError):
+        StepTable.unpack(b"\x04" + table[1:14] + head, 1, 1)
+
+
+def test_a_load_fits_its_field_whatever_was_measured() -> None:
+    assert HopLoad.of(1, 2.5).us_per_block == 2500
+    assert HopLoad.of(1, 1e12).us_per_block == 2**32 - 1
+    assert HopLoad.of(1, -1.0).us_per_block == 0
+    assert MAX_LOADS == MAX_EDGE + 1
+    with pytest.raises(LocalProtocolError):
+        pack_answer_head([HopLoad(-1, 0)])

@@ -32,6 +32,7 @@ from planetserve.types import BlockSpan
 MAX_RECORD_LIFETIME_S = 600.0
 """Directory records may not outlive this; `expiration` is bounded by it."""
 
+QUANT_TYPES = ("none", "int8", "nf4")
 TORCH_DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -157,6 +158,9 @@ class ServerConfig:
     """Serve this many blocks, the ones that the swarm needs most."""
     torch_dtype: str = "auto"
     """Data type of weights and activations; auto takes the checkpoint's own."""
+    quant_type: str = "none"
+    """Fewer bits per weight: int8 or nf4 (4 bits) hold more blocks in the same memory, at some cost
+    in quality. Needs the extra `quant`. Clients take such servers only if there are no others."""
     device: str = "auto"
     """Torch device; auto takes cuda, then mps, then cpu."""
 
@@ -276,7 +280,12 @@ class ServerConfig:
             raise ConfigError(
                 "give either --initial_peers ADDRESS... to join a swarm or --new_swarm to start one"
             )
-        for name, choices in (("torch_dtype", TORCH_DTYPES), ("log_level", LOG_LEVELS)):
+        named = (
+            ("torch_dtype", TORCH_DTYPES),
+            ("quant_type", QUANT_TYPES),
+            ("log_level", LOG_LEVELS),
+        )
+        for name, choices in named:
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is unknown; choose one of: "

@@ -29,8 +29,8 @@ EXAMPLES = f"""examples:
 """
 
 GROUPS = {
-    "model": ("model", "block_indices", "num_blocks", "torch_dtype", "device", "revision",
-              "token", "cache_dir"),
+    "model": ("model", "block_indices", "num_blocks", "torch_dtype", "quant_type", "device",
+              "revision", "token", "cache_dir"),
     "swarm": ("initial_peers", "new_swarm", "dht_prefix", "identity_path", "public_name"),
     "network": ("port", "public_ip", "host_maddrs", "announce_maddrs", "daemon_startup_timeout",
                 "request_timeout"),
@@ -51,7 +51,7 @@ EXCLUSIVE = (
 )
 
 IGNORED_FLAGS = {
-    "load_in_8bit": (1, "weights are served in --torch_dtype"),
+    "load_in_8bit": (1, "use --quant_type int8"),
     "attn_cache_size": (1, "use --attn_cache_tokens"),
     "alloc_timeout": (1, "a full server refuses at once and says when to retry"),
     "max_alloc_timeout": (1, "a full server refuses at once and says when to retry"),

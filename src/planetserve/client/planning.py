@@ -117,7 +117,9 @@ class ChainPlanner:
         if len(long_enough) < len(servers):
             self._require_length(servers, long_enough, lease_tokens)
         wanted = dtype_name(self._facts.dtype)
-        same_dtype = [info for info in long_enough if info.dtype == wanted]
+        same_dtype = [
+            info for info in long_enough if (info.dtype, info.quant_type) == (wanted, "none")
+        ]
         tokens = num_rows * lease_tokens
         try:
             return self._optimize(self.snapshot(same_dtype, num_rows, gap), tokens, seed, gap)
@@ -128,8 +130,8 @@ class ChainPlanner:
         if not self._warned_dtype:
             self._warned_dtype = True
             logger.warning(
-                "no chain of %s servers covers the model; using servers of another dtype, so "
-                "outputs may differ from local %s ones",
+                "no chain of %s servers covers the model; using servers of another dtype or with "
+                "quantised weights, so outputs may differ from local %s ones",
                 wanted,
                 wanted,
             )

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from planetserve.errors import ModelError
@@ -63,12 +64,14 @@ def load_parameters(
     wanted: Callable[[str], bool],
     dtype: torch.dtype,
     device: torch.device | str,
+    quantizer: HfQuantizer | None = None,
 ) -> None:
     """Read the parameters whose full names satisfy `wanted` into `model`, in place.
 
     Only the checkpoint tensors those parameters are made of are read, one at a time, so peak memory
     is the wanted bytes plus a few tensors. Families' float32 islands are kept as `from_pretrained`
-    keeps them. Tied parameters (a head that is the embedding) count as loaded.
+    keeps them. Tied parameters (a head that is the embedding) count as loaded. `quantizer` is that
+    of `quantization.prepare_for_quantization`, if the model was prepared by it.
 
     Raises:
         ModelError: a wanted parameter is not in the checkpoint, or has another shape there.
@@ -82,6 +85,7 @@ def load_parameters(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),  # noqa: SLF001  float32 islands
         weight_mapping=get_model_conversion_mapping(model),
+        hf_quantizer=quantizer,
     )
     with _quiet(), torch.no_grad():
         info, _ = convert_and_load_state_dict_in_model(model, state, load_config)

@@ -12,6 +12,7 @@ One thread runs a `SpanBlocks`, under `torch.inference_mode()`. Sessions and pag
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,10 @@ from planetserve.model.loading import (
     load_parameters,
     materialize_buffers,
 )
+from planetserve.model.quantization import block_bytes, prepare_for_quantization
 from planetserve.types import BlockSpan
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Decoder",
@@ -152,6 +156,7 @@ class SpanBlocks:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         attn_implementation: str = "sdpa",
+        quant_type: str = "none",
     ) -> SpanBlocks:
         """Load the blocks of `span` and nothing else.
 
@@ -171,8 +176,16 @@ class SpanBlocks:
         warn_if_untested(checkpoint)
         model = build_skeleton(checkpoint, dtype)
         decoder = find_decoder(model)
+        per_block = block_bytes(decoder.layers[span.start], quant_type, dtype.itemsize)
+        logger.info(
+            "blocks %s take about %.1f MiB each (%.1f MiB together), quant_type %s",
+            span, per_block / 2**20, len(span) * per_block / 2**20, quant_type,
+        )  # fmt: skip
+        quantizer = None
+        if quant_type != "none":
+            quantizer = prepare_for_quantization(model, quant_type, dtype)
         load_parameters(
-            model, checkpoint, lambda name: decoder.layer_of(name) in span, dtype, device
+            model, checkpoint, lambda name: decoder.layer_of(name) in span, dtype, device, quantizer
         )
         _drop_outside(decoder, device)
         blocks = cls(decoder.base, decoder, span, checkpoint.name)

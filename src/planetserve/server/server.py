@@ -26,6 +26,7 @@ from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.linear import convert_span
 from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
+from planetserve.model.quantization import require_quantizer
 from planetserve.model.skeleton import SpanBlocks
 from planetserve.routing.placement import PLACEMENTS
 from planetserve.routing.points import server_point
@@ -119,6 +120,7 @@ class Server:
             num_blocks=self.checkpoint.num_blocks,
             state=self.state,
             dtype=dtype_name(self._dtype),
+            quant_type=self.config.quant_type,
             addresses=self.node.addresses(),
             decode_ms_per_block=decode_ms,
             tokens_per_s_per_block=tokens_per_s,
@@ -205,11 +207,15 @@ class Server:
             max_peer_share=config.max_peer_kv_share,
             check_finite=True,
         )
+        if config.quant_type != "none":
+            require_quantizer(config.quant_type)
         await self._announcer.announce()
         logger.info("loading blocks %s of %s", self.span, self.checkpoint.name)
         self.engine = await asyncio.to_thread(
             _build_engine,
-            lambda: SpanBlocks.load(self.checkpoint, self.span, self._dtype, device),
+            lambda: SpanBlocks.load(
+                self.checkpoint, self.span, self._dtype, device, quant_type=config.quant_type
+            ),
             config.linear_backend,
             engine_config,
         )

@@ -167,6 +167,7 @@ class InferenceSession:
     def close(self) -> None:
         """Release the servers' memory. Idempotent; safe from any thread."""
         if not self._closed:
+            self._closed = True  # for whoever comes before the portal's loop gets to it
             self._portal.post(self.release())
 
     async def release(self) -> None:

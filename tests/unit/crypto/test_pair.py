@@ -209,10 +209,10 @@ class Fault:
             frames.insert(self.at % (len(frames) + 1), frame)
         elif self.kind == "move":
             frames.insert(self.at % len(frames), frames.pop(index))
+        elif self.kind == "extend" or not frame:  # of nothing, nothing can be cut or changed
+            frames[index] = frame + bytes([self.value])
         elif self.kind == "cut":
             frames[index] = frame[: self.at % len(frame)]
-        elif self.kind == "extend":
-            frames[index] = frame + bytes([self.value])
         elif self.kind == "change":
             changed = bytearray(frame)
             changed[self.at % len(frame)] ^= self.value or 1

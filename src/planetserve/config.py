@@ -103,6 +103,13 @@ class ClientConfig:
     chain_spread: float = 0.1
     """A chain may be slower than the best one by up to this share, so that clients that plan at
     once choose different ones; 0 always takes the best."""
+    replan_period: float = 10.0
+    """Seconds between looks for a better chain while a session runs; 0 never looks."""
+    replan_gain: float = 0.2
+    """A session moves to another chain only if that saves this share of the time per token, and in
+    all more than the move takes."""
+    replan_checks: int = 3
+    """How many looks in a row must have found such a chain."""
     wait_for_blocks_timeout: float = 10.0
     """Seconds to wait for servers that hold missing blocks before giving up."""
 
@@ -110,10 +117,11 @@ class ClientConfig:
         _require_positive(
             self, "daemon_startup_timeout", "connect_timeout", "request_timeout", "step_timeout",
             "update_period", "ping_timeout", "probe_after", "stall_timeout",
+            "replan_checks",
         )  # fmt: skip
         _require_not_negative(
             self, "max_retries", "min_backoff", "max_backoff", "ban_timeout", "max_pinged",
-            "wait_for_blocks_timeout",
+            "wait_for_blocks_timeout", "replan_period", "replan_gain",
         )  # fmt: skip
         if not 0 <= self.chain_spread <= 1:
             raise ConfigError(f"chain_spread={self.chain_spread:g} is not between 0 and 1")

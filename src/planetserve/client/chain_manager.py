@@ -15,9 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from planetserve.client.experience import Experience
+from planetserve.client.moving import Offer
 from planetserve.client.planning import ChainPlanner, ModelFacts, spans_text
 from planetserve.client.ring import RingSession
 from planetserve.client.ring_spec import Gap, RingSpec
+from planetserve.client.scout import Running, Scout
 from planetserve.clock import Clock, SystemClock
 from planetserve.config import ClientConfig
 from planetserve.crypto.identity import peer_id_bytes
@@ -74,6 +77,8 @@ class ChainManager:
         self._rtt = PeerAverages(max_peers=256, clock=self._clock)
         self._rng = random.Random()
         self._planner = ChainPlanner(config, facts, self._rtt)
+        self._experience = Experience(max_peers=256, clock=self._clock)
+        self._scout = Scout(self._planner, self._experience, self._clock)
         self._node: SwarmNode | None = None
         self._directory: Directory | None = None
         self._refresher: asyncio.Task[None] | None = None
@@ -135,8 +140,8 @@ class ChainManager:
         }
         await self._ping_edges()
 
-    async def plan(self, num_rows: int, lease_tokens: int) -> Chain:
-        """The chain the optimizer picks for a session of this size.
+    async def plan(self, num_rows: int, lease_tokens: int, seed: int | None = None) -> Chain:
+        """The chain the optimizer picks for a session of this size; see `ChainPlanner.plan`.
 
         Raises:
             MissingBlocksError: blocks stay without a server for `wait_for_blocks_timeout` seconds.
@@ -147,7 +152,7 @@ class ChainManager:
         while True:
             self._planner.avoided_edges = self._edges_to_avoid()
             try:
-                return self._planner.plan(self._usable(), num_rows, lease_tokens)
+                return self._planner.plan(self._usable(), num_rows, lease_tokens, seed)
             except NoChainAvailable as error:
                 failure: PlanetServeError = error
             if self._clock.monotonic() >= deadline_s:
@@ -158,14 +163,18 @@ class ChainManager:
                 await self.refresh()
 
     async def open_ring(
-        self, num_rows: int, lease_tokens: int, history: History | None = None
+        self,
+        num_rows: int,
+        lease_tokens: int,
+        history: History | None = None,
+        seed: int | None = None,
     ) -> RingSession:
         """Plan a chain, open a session on it, and begin to fill it with `history`.
 
         Raises:
             PlanetServeError: as `plan`, or a hop refuses or cannot be reached.
         """
-        chain = await self.plan(num_rows, lease_tokens)
+        chain = await self.plan(num_rows, lease_tokens, seed)
         servers = self._infos(chain)
         spec = RingSpec(
             num_rows=num_rows,
@@ -199,6 +208,27 @@ class ChainManager:
 
         await ring.mend(plan_gap, history)
         self._show(ring.chain)
+
+    async def find_better(self, session: Running) -> Offer | None:
+        """Another chain for a session that runs, if a plan would take it now."""
+        self._planner.avoided_edges = self._edges_to_avoid()
+        return await self._scout.look(self._present(), session)
+
+    async def move_ring(self, ring: RingSession, chain: Chain, history: History) -> None:
+        """Between two steps: put the hops of `chain` in the place of those it does not share.
+
+        Raises:
+            NoChainAvailable: one of the hops is not known any more; nothing has changed.
+            PlanetServeError: as `RingSession.mend`.
+        """
+        if any(hop.peer_id not in self._servers for hop in chain):
+            raise NoChainAvailable("a server of the better chain has gone")
+        await ring.move(chain, self._infos(chain), history)
+        self._show(ring.chain)
+
+    def note_loads(self, loads_ms: Mapping[PeerId, float]) -> None:
+        """What the hops of a step said of their time per block."""
+        self._experience.note_loads(loads_ms)
 
     def _infos(self, chain: Chain) -> dict[PeerId, ServerInfo]:
         return {hop.peer_id: self._servers[hop.peer_id] for hop in chain}
@@ -281,6 +311,10 @@ class ChainManager:
         return (allowed is None or peer_id in allowed) and peer_id not in (blocked or ())
 
     def _usable(self) -> list[ServerInfo]:
+        """Records of servers that may be used now, corrected by what this client knows better."""
+        return [self._experience.corrected(info) for info in self._present()]
+
+    def _present(self) -> list[ServerInfo]:
         now_s = self._clock.monotonic()
         return [
             info

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from planetserve.client.block_ranges import split_blocks, trusted_spans
+from planetserve.client.moving import move_ms, new_hops
 from planetserve.client.ring_spec import Gap
 from planetserve.config import ClientConfig
 from planetserve.errors import (
@@ -27,6 +28,7 @@ from planetserve.errors import (
     SessionLengthError,
 )
 from planetserve.model.checkpoint import Checkpoint
+from planetserve.routing.cost import latency_ms
 from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
 from planetserve.routing.points import server_point
 from planetserve.routing.request import ChainRequest
@@ -163,6 +165,33 @@ class ChainPlanner:
             rtt_ms=links,
         )
 
+    def latency_ms(
+        self, servers: Sequence[ServerInfo], num_rows: int, chain: Chain
+    ) -> float | None:
+        """Predicted time per token of a chain; None if `servers` lacks one of its hops."""
+        snapshot = self.snapshot(servers, num_rows)
+        if not all(hop.peer_id in snapshot.index for hop in chain):
+            return None
+        return latency_ms(snapshot, self._shifted(chain, -self.remote.start))
+
+    def move_ms(
+        self, servers: Sequence[ServerInfo], num_rows: int, position: int, old: Chain, new: Chain
+    ) -> float:
+        """Time it takes to bring a session of `position` tokens per row from one chain to another,
+        of which `servers` knows all hops."""
+        first, last = new_hops(old.hops, new.hops)
+        shifted = self._shifted(new, -self.remote.start).hops
+        entering = shifted[first : len(shifted) - last]
+        return move_ms(self.snapshot(servers, num_rows), entering, position, num_rows)
+
+    def _shifted(self, chain: Chain, offset: int) -> Chain:
+        """The chain with its blocks numbered otherwise."""
+        hops = tuple(
+            dataclasses.replace(hop, start=hop.start + offset, end=hop.end + offset)
+            for hop in chain
+        )
+        return dataclasses.replace(chain, hops=hops)
+
     def barred(
         self, missing: Sequence[tuple[int, int]], servers: Iterable[ServerInfo]
     ) -> list[ServerInfo]:
@@ -256,10 +285,7 @@ class ChainPlanner:
                 f"some of blocks {blocks} have no server with free cache for {tokens} "
                 "tokens; ask for fewer tokens or try again later"
             ) from error
-        hops = tuple(
-            dataclasses.replace(hop, start=hop.start + first, end=hop.end + first) for hop in chain
-        )
-        return dataclasses.replace(chain, hops=hops)
+        return self._shifted(chain, first)
 
     def _require_length(
         self, usable: Sequence[ServerInfo], long_enough: Sequence[ServerInfo], tokens: int

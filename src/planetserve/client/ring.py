@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from planetserve.client.hop_link import HopLink, Inbox
+from planetserve.client.moving import new_hops
 from planetserve.client.ring_spec import Gap, RingSpec
 from planetserve.client.vigil import Vigil
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
@@ -222,6 +223,25 @@ class RingSession:
     def condemn_leaving(self) -> None:
         """Mark the hops that will leave."""
         self._condemned |= {link for link in self._links if link.is_leaving}
+
+    async def move(
+        self, chain: Chain, servers: Mapping[PeerId, ServerInfo], history: History
+    ) -> None:
+        """Between two steps: put the hops of `chain` in the place of those that it does not share
+        with this ring's.
+
+        Raises:
+            PlanetServeError: as `mend`; the ring is broken then.
+        """
+        first, last = new_hops(self.chain.hops, chain.hops)
+        entering = chain.hops[first : len(chain.hops) - last]
+
+        async def plan_gap(_: Gap) -> tuple[Chain, Mapping[PeerId, ServerInfo]]:
+            return Chain(entering), servers
+
+        self._condemned.update(self._links[first : len(self._links) - last])
+        await self.mend(plan_gap, history)
+        self.chain = chain
 
     async def mend(self, plan_gap: PlanGap, history: History) -> None:
         """Replace the condemned hops and fill their replacements.

@@ -11,7 +11,9 @@ into the ring.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import secrets
 import threading
 from types import TracebackType
 
@@ -19,8 +21,11 @@ import torch
 
 from planetserve.client.chain_manager import ChainManager
 from planetserve.client.local_blocks import LocalEnds, LocalRows
+from planetserve.client.moving import Mover
 from planetserve.client.portal import Portal
 from planetserve.client.ring import RingSession
+from planetserve.client.scout import Running
+from planetserve.clock import SystemClock
 from planetserve.errors import (
     CapacityError,
     ConfigError,
@@ -73,6 +78,11 @@ class InferenceSession:
         self._local_rows: LocalRows | None = None
         self._ring: RingSession | None = None
         self._history: History | None = None
+        self._seed = secrets.randbits(32)
+        self._mover = Mover(manager.config, SystemClock())
+        self._num_decoded = 0
+        self._looking: asyncio.Task[None] | None = None
+        self._target: tuple[Chain, Chain] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
@@ -174,9 +184,7 @@ class InferenceSession:
         """`close()` for callers on the portal's loop; returns when the servers have been told."""
         self._closed = True
         self._local_rows = None
-        ring, self._ring = self._ring, None
-        if ring is not None:
-            await ring.close()
+        await self._leave()
 
     def __enter__(self) -> InferenceSession:
         return self
@@ -233,6 +241,7 @@ class InferenceSession:
         longest = max(piece.end for piece in table.rows)
         lease_tokens = max(longest, self._lease_tokens or 0)
         self._avoid_leaving(num_rows, lease_tokens)
+        loop = asyncio.get_running_loop()
         attempt = 0
         while True:
             try:
@@ -240,7 +249,12 @@ class InferenceSession:
                 if ring.is_waiting:
                     output_TD = await ring.resume()
                 else:
+                    await self._move_to_target(ring, history)
+                    started_s = loop.time()
                     output_TD = await ring.step(table, hidden_TD, keep_last=keep_last)
+                    if not attempt:
+                        elapsed_s = loop.time() - started_s
+                        self._after_step(ring, table, elapsed_s, num_rows, lease_tokens)
                 history.append(table, hidden_TD)
                 self._manager.report_success(ring.chain)
                 return output_TD.to(hidden_TD.dtype)
@@ -273,8 +287,59 @@ class InferenceSession:
                 await self._leave()
                 ring = None
         if ring is None:
-            ring = self._ring = await self._manager.open_ring(num_rows, lease_tokens, history)
+            ring = self._ring = await self._manager.open_ring(
+                num_rows, lease_tokens, history, self._seed
+            )
         return ring
+
+    def _after_step(
+        self,
+        ring: RingSession,
+        table: StepTable,
+        elapsed_s: float,
+        num_rows: int,
+        lease_tokens: int,
+    ) -> None:
+        """Learn from a step that went through, and look for a better chain now and then."""
+        self._manager.note_loads(ring.loads_ms)
+        if table.is_decode:
+            self._num_decoded += 1
+            self._mover.count_step(ring.chain, 1000 * elapsed_s)
+        if (self._looking is None or self._looking.done()) and self._mover.is_due():
+            running = Running(
+                chain=ring.chain,
+                num_rows=num_rows,
+                lease_tokens=lease_tokens,
+                position=self.position,
+                measured_ms=self._mover.measured_ms,
+                seed=self._seed,
+            )
+            self._looking = asyncio.create_task(self._look(running))
+
+    async def _look(self, running: Running) -> None:
+        """One check whether a better chain exists; if so, the next step moves there."""
+        # How long a text will be is unknown: probably as long again as it is already.
+        tokens_left = float(self._num_decoded)
+        if self._lease_tokens is not None:
+            tokens_left = min(tokens_left, self._lease_tokens - running.position)
+        try:
+            if self._mover.may_decide:
+                await self._manager.refresh()  # others may have moved there since
+            offer = await self._manager.find_better(running)
+        except PlanetServeError as error:
+            logger.debug("no look at other chains: %s", error.code)
+            return
+        chain = self._mover.decide(offer, tokens_left)
+        if chain is not None:
+            self._target = running.chain, chain
+
+    async def _move_to_target(self, ring: RingSession, history: History) -> None:
+        target, self._target = self._target, None
+        if target is None or target[0] != ring.chain:
+            return
+        logger.info("moving from %s to %s", *target)
+        with contextlib.suppress(NoChainAvailable):
+            await self._manager.move_ring(ring, target[1], history)
 
     async def _recover(self, error: PlanetServeError, attempt: int) -> float:
         """Settle what becomes of the ring; seconds until the next attempt.
@@ -296,6 +361,8 @@ class InferenceSession:
         return delay_s
 
     async def _leave(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
         ring, self._ring = self._ring, None
         if ring is not None:
             await ring.close()

@@ -15,10 +15,13 @@ logger = logging.getLogger(__name__)
 
 _FIRST_ROUND_S = 5.0
 """A server that has just joined measures its neighbours soon, not after a whole period."""
+_LOOK_PERIOD_S = 10.0
+_CHANGE = 1.25
+"""A server whose load changes by this factor says so before the period is over."""
 
 
 class Announcer:
-    """Announces what `describe()` returns, every `period_s` and whenever asked.
+    """Announces what `describe()` returns: every `period_s`, when the load changes, when asked.
 
     Args:
         directory: where to announce.
@@ -42,10 +45,13 @@ class Announcer:
         self._period_s = period_s
         self._ttl_s = ttl_s
         self._task: asyncio.Task[None] | None = None
+        self._announced_ms = 0.0
 
     async def announce(self) -> None:
         """Publish the record now."""
-        await self._directory.announce(self._describe(), self._ttl_s)
+        info = self._describe()
+        await self._directory.announce(info, self._ttl_s)
+        self._announced_ms = info.decode_ms_per_block
 
     def start(self) -> None:
         """Repeat `announce` in the background; a failure is logged and tried again."""
@@ -62,12 +68,21 @@ class Announcer:
                 await self._directory.withdraw(self._describe())
 
     async def _repeat(self) -> None:
-        pause_s = min(_FIRST_ROUND_S, self._period_s)
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + min(_FIRST_ROUND_S, self._period_s)
         while True:
-            await asyncio.sleep(pause_s)
-            pause_s = self._period_s
+            await asyncio.sleep(max(0.0, min(_LOOK_PERIOD_S, due_s - loop.time())))
+            is_due = loop.time() >= due_s
+            if not is_due and not self._has_changed():
+                continue
             try:
-                await self._measure()
+                if is_due:
+                    due_s = loop.time() + self._period_s
+                    await self._measure()
                 await self.announce()
             except PlanetServeError as error:
                 logger.warning("cannot announce to the directory: %s", error)
+
+    def _has_changed(self) -> bool:
+        now_ms, then_ms = self._describe().decode_ms_per_block, self._announced_ms
+        return max(now_ms, then_ms) > _CHANGE * min(now_ms, then_ms)

@@ -1,6 +1,6 @@
 # make demo   complete PROMPT with three servers on this machine:  PROMPT="A list is" make demo
 # make test   lint and run all tests
-# make faults run the tests of faults and hostile input in full; takes many minutes
+# make faults run the tests of faults and hostile input in full, and print what each fault did
 # make lint   ruff and mypy only
 # make venv   create .venv with everything the other targets need
 #

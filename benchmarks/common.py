@@ -5,6 +5,7 @@ A result file states where its numbers come from, so that they can be measured a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -50,6 +51,22 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def cpu_seconds() -> float:
+    """Processor time so far of this process and its descendants, libp2p daemons included.
+
+    Unlike rates, it hardly depends on what else the machine is doing.
+    """
+    import psutil
+
+    total = 0.0
+    own = psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def median(values: Iterable[float]) -> float:

@@ -25,16 +25,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import psutil
 import torch
-from common import environment, load, median, percentile, table, write_result
+from common import cpu_seconds, environment, load, median, percentile, table, write_result
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
@@ -181,20 +180,6 @@ class Bench:
             num_equal=sum(token == wanted for token, wanted in pairs),
             num_tokens=len(pairs),
         )
-
-
-def cpu_seconds() -> float:
-    """Processor time so far of this process and its descendants, libp2p daemons included.
-
-    Unlike rates, it hardly depends on what else the machine is doing.
-    """
-    total = 0.0
-    own = psutil.Process()
-    for process in [own, *own.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total
 
 
 def progress(text: str) -> None:

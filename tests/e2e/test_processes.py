@@ -99,6 +99,22 @@ def test_unreachable_peer_is_one_line(llama_folder: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_server_ends_when_its_daemon_dies(
+    tmp_path: Path, llama_folder: Path, started: list[Command]
+) -> None:
+    """Whoever restarts services can restart it, and nobody takes it for a working one."""
+    command = Command(
+        tmp_path, "run_server", str(llama_folder), "--block_indices", "0:6", "--new_swarm",
+        "--host_maddrs", "/ip4/127.0.0.1/tcp/0",
+    )  # fmt: skip
+    started.append(command)
+    command.wait_ready()
+    (daemon,) = psutil.Process(command.process.pid).children()
+    daemon.kill()
+    assert command.process.wait(timeout=30) == 1
+    assert command.log.read_text().splitlines()[-1].endswith("this server is off the network")
+
+
 def test_interrupt_while_starting(
     tmp_path: Path, llama_folder: Path, started: list[Command]
 ) -> None:

@@ -1,4 +1,7 @@
-"""One server of a tiny model, and nodes of strangers who try things on it."""
+"""One server of a tiny model, and nodes of strangers who try things on it.
+
+For faults in the middle of a text: a larger model, and the table of what the faults did.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,36 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import torch
+from fault_table import FaultTable
+from faulted_texts import Material
 from hostile import MeetServer, Stranger, Target, until
+from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from planetserve.server.server import Server
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.testing.swarm import LocalSwarm
+
+FAULT_TABLE = pytest.StashKey[FaultTable]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FAULT_TABLE] = FaultTable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(config: pytest.Config) -> None:
+    table = config.stash[FAULT_TABLE]
+    if table.rows:
+        table.show(Console(width=120))
+        table.write()
+
+
+@pytest.fixture(scope="session")
+def fault_table(pytestconfig: pytest.Config) -> FaultTable:
+    """Where a test puts what its fault did; printed after the run."""
+    return pytestconfig.stash[FAULT_TABLE]
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +48,22 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     make_tiny_checkpoint(folder, "llama", seed=1, num_hidden_layers=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 6-block random Llama, float32."""
+    folder = tmp_path_factory.mktemp("deep")
+    make_tiny_checkpoint(folder, "llama", seed=1, num_hidden_layers=6, max_position_embeddings=256)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def material(deep_folder: Path) -> Material:
+    """The same model in one piece, an assistant, and prompts."""
+    return Material.of(
+        AutoModelForCausalLM.from_pretrained(deep_folder, dtype=torch.float32).eval()
+    )
 
 
 @pytest.fixture(scope="module")

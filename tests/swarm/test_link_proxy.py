@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from planetserve.errors import ConfigError
-from planetserve.testing.proxy import Link, LinkProxy, TcpAddress
+from planetserve.testing.proxy import Link, LinkProxy, TcpAddress, Way
 
 BLOB = random.Random(3).randbytes(300_000)
 
@@ -110,9 +110,43 @@ async def test_the_dialler_decides_on_the_link() -> None:
         reader, writer = await asyncio.open_connection(*proxy.address)
         writer.write(b"x")
         assert await reader.readexactly(1) == b"x"
-        assert seen == [writer.get_extra_info("sockname")]
+        assert set(seen) == {writer.get_extra_info("sockname")}
         writer.close()
         await writer.wait_closed()
+
+
+@pytest.mark.parametrize("ways", [{Way.IN}, {Way.OUT}, {Way.IN, Way.OUT}])
+async def test_a_link_changes_while_bytes_are_on_it(ways: set[Way]) -> None:
+    link = Link()
+    async with echo_server() as target, await LinkProxy.start(target, lambda _: link) as proxy:
+        reader, writer = await asyncio.open_connection(*proxy.address)
+        writer.write(b"x")
+        assert await reader.readexactly(1) == b"x"
+        link = Link(holds=frozenset(ways))
+        writer.write(BLOB)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.readexactly(1), 0.1)
+        link = Link()
+        proxy.look_again()
+        assert await reader.readexactly(len(BLOB)) == BLOB
+        link = Link(corrupts=frozenset(ways))
+        writer.write(b"x")
+        assert (await reader.readexactly(1) == b"x") == (len(ways) == 2)
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_only_some_diallers_are_cut_off() -> None:
+    async with echo_server() as target, await LinkProxy.start(target, Link()) as proxy:
+        reader, writer = await asyncio.open_connection(*proxy.address)
+        mine = writer.get_extra_info("sockname")
+        await proxy.cut(lambda address: address != mine)
+        writer.write(b"x")
+        assert await reader.readexactly(1) == b"x"
+        await proxy.cut(lambda address: address == mine)
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await reader.readexactly(1)
+        writer.close()
 
 
 async def test_an_absent_target_ends_the_connection() -> None:

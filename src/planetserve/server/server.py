@@ -21,7 +21,7 @@ from planetserve.config import ServerConfig
 from planetserve.engine.config import EngineConfig
 from planetserve.engine.engine import Engine
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.errors import ConfigError, ModelMismatchError
+from planetserve.errors import ConfigError, ModelMismatchError, TransportError
 from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.linear import convert_span
@@ -255,7 +255,11 @@ class Server:
 async def serve(
     config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[Server], None]
 ) -> None:
-    """Serve until `stop` is set, then drain. `on_ready` is called once the server can serve."""
+    """Serve until `stop` is set, then drain. `on_ready` is called once the server can serve.
+
+    Raises:
+        TransportError: the libp2p daemon ended, so nobody reaches this server any more.
+    """
     starting = asyncio.create_task(Server.start(config))
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -267,7 +271,11 @@ async def serve(
         server = starting.result()
         try:
             on_ready(server)
-            await stopping
+            cut_off = asyncio.create_task(server.node.stopped.wait())
+            await asyncio.wait([cut_off, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if cut_off.done():
+                raise TransportError("the libp2p daemon ended; this server is off the network")
+            cut_off.cancel()
             await server.close(DRAIN_TIMEOUT_S)
         finally:
             await server.close()

@@ -290,7 +290,9 @@ async def put(
     """
     stored = await _within(timeout_s, dht.store(key, payload, expires_at_s, subkey=owner))
     if not stored:
-        raise TransportError("no peer took the directory record; it is tried again later")
+        raise TransportError(
+            "no peer took the directory record; if this goes on, check this machine's clock"
+        )
 
 
 async def get(

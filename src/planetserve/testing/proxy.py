@@ -1,18 +1,22 @@
-"""A link that is worse than loopback: a TCP proxy that delays, throttles, holds or cuts.
+"""A link that is worse than loopback: a TCP proxy that delays, throttles, holds, corrupts or cuts.
 
 One `LinkProxy` stands in front of one listening address; a node that announces the proxy's address
-instead of its own is reached through it. Bytes pass unchanged and in order, `Link.delay_s` after
-they came, at most `Link.bytes_per_s` of them in each direction of each connection. No more is held
-than fits on such a link, so a sender feels the backpressure of a slow one.
+instead of its own is reached through it. Bytes pass in order, and unchanged unless the link says
+otherwise, `Link.delay_s` after they came, at most `Link.bytes_per_s` of them in each direction of
+each connection. No more is held than fits on such a link, so a sender feels the backpressure of a
+slow one. What a link holds back is not lost, as TCP would not lose it; not even the end of a
+connection passes.
 
 libp2p dials from the port that it listens on, so the proxy can tell which node a connection comes
-from: `link_of` gets the dialler's address and may give every pair of nodes a link of its own.
+from: `link_of` gets the dialler's address and may give every pair of nodes a link of its own, and
+another one at another time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import math
 import socket
 from collections import deque
@@ -29,6 +33,13 @@ _MOST_HELD_BYTES = 16 * 2**20
 TcpAddress = tuple[str, int]
 
 
+class Way(enum.Enum):
+    """Which way bytes travel, seen from the node behind the proxy."""
+
+    IN = "in"
+    OUT = "out"
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """Both directions of a link.
@@ -40,6 +51,10 @@ class Link:
     delay_s: float = 0.0
     """One way; a round trip takes twice as long."""
     bytes_per_s: float = math.inf
+    holds: frozenset[Way] = frozenset()
+    """Nothing passes these ways."""
+    corrupts: frozenset[Way] = frozenset()
+    """What passes these ways has flipped bits."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.delay_s < math.inf and self.bytes_per_s > 0):
@@ -58,11 +73,12 @@ class LinkProxy:
     def __init__(self, target: TcpAddress, link_of: Callable[[TcpAddress], Link]):
         self.num_connections = 0
         """Connections accepted so far."""
-        self._target = target
+        self.target = target
+        """Where new connections lead."""
         self._link_of = link_of
-        self._flowing = asyncio.Event()
-        self._flowing.set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_held = False
+        self._news = asyncio.Event()
+        self._tasks: dict[asyncio.Task[None], TcpAddress] = {}
         self._server: asyncio.Server
         self._closed = False
 
@@ -77,7 +93,8 @@ class LinkProxy:
 
         Args:
             target: where connections lead.
-            link: the link of every connection, or what tells it from the dialler's address.
+            link: the link of every connection, or what tells it from the dialler's address; asked
+                for every piece that passes.
             listen: where to be dialled; port 0 takes a free one.
 
         Raises:
@@ -104,15 +121,21 @@ class LinkProxy:
 
     def hold(self) -> None:
         """Let nothing through until `release`; connections stay open."""
-        self._flowing.clear()
+        self._is_held = True
 
     def release(self) -> None:
         """Let bytes flow again, those held first."""
-        self._flowing.set()
+        self._is_held = False
+        self.look_again()
 
-    async def cut(self) -> None:
-        """Break every connection at once; new ones are accepted."""
-        tasks = list(self._tasks)
+    def look_again(self) -> None:
+        """`link_of` gives other answers from now on: wake those that a link has held."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def cut(self, dialler: Callable[[TcpAddress], bool] = lambda _: True) -> None:
+        """Break the connections of some diallers, by default all; new ones are accepted."""
+        tasks = [task for task, address in self._tasks.items() if dialler(address)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -137,40 +160,51 @@ class LinkProxy:
         if task is None or self._closed:
             writer.transport.abort()
             return
-        self._tasks.add(task)
+        address: TcpAddress = writer.get_extra_info("peername")[:2]
+        self._tasks[task] = address
         self.num_connections += 1
-        link = self._link_of(writer.get_extra_info("peername")[:2])
         writers = [writer]
         try:
             far = socket.socket()
             far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BYTES)
             far.setblocking(False)
             try:
-                await asyncio.get_running_loop().sock_connect(far, self._target)
+                await asyncio.get_running_loop().sock_connect(far, self.target)
             except BaseException:
                 far.close()
                 raise
             far_reader, far_writer = await asyncio.open_connection(sock=far)
             writers.append(far_writer)
             async with asyncio.TaskGroup() as both:
-                both.create_task(_Way(link, self._flowing).carry(reader, far_writer))
-                both.create_task(_Way(link, self._flowing).carry(far_reader, writer))
+                both.create_task(_Pipe(self, address, Way.IN).carry(reader, far_writer))
+                both.create_task(_Pipe(self, address, Way.OUT).carry(far_reader, writer))
         except (OSError, ExceptionGroup):
             pass  # one end broke: the other must see it
         except asyncio.CancelledError:
             pass  # cut
         finally:
-            self._tasks.discard(task)
+            del self._tasks[task]
             for item in writers:
                 item.transport.abort()
 
+    def link_to(self, dialler: TcpAddress) -> Link:
+        """The way to a dialler, as it is now."""
+        return self._link_of(dialler)
 
-class _Way:
+    async def until_open(self, dialler: TcpAddress, way: Way) -> Link:
+        """The link, once it lets something through this way."""
+        while self._is_held or way in (link := self._link_of(dialler)).holds:
+            await self._news.wait()
+        return link
+
+
+class _Pipe:
     """One direction of one connection: bytes wait here for as long as they are on the link."""
 
-    def __init__(self, link: Link, flowing: asyncio.Event):
-        self._link = link
-        self._flowing = flowing
+    def __init__(self, proxy: LinkProxy, dialler: TcpAddress, way: Way):
+        self._proxy = proxy
+        self._dialler = dialler
+        self._way = way
         self._pieces: deque[tuple[float, bytes]] = deque()
         self._num_held = 0
         self._free_at = 0.0
@@ -186,10 +220,10 @@ class _Way:
                 await self._until(lambda: bool(self._pieces))
                 due, piece = self._pieces.popleft()
                 await self._sleep_until(due)
-                await self._flowing.wait()
+                link = await self._proxy.until_open(self._dialler, self._way)
                 if not piece:
                     break
-                writer.write(piece)
+                writer.write(_flipped(piece) if self._way in link.corrupts else piece)
                 await writer.drain()
                 self._num_held -= len(piece)
                 self._changed.set()
@@ -208,11 +242,16 @@ class _Way:
                 piece = await reader.read(_READ_BYTES)
             except OSError:
                 piece = b""
+            link = self._link
             # A piece starts when the one before it has left, and arrives after the delay.
-            self._free_at = max(self._free_at, loop.time()) + len(piece) / self._link.bytes_per_s
-            self._pieces.append((self._free_at + self._link.delay_s, piece))
+            self._free_at = max(self._free_at, loop.time()) + len(piece) / link.bytes_per_s
+            self._pieces.append((self._free_at + link.delay_s, piece))
             self._num_held += len(piece)
             self._changed.set()
+
+    @property
+    def _link(self) -> Link:
+        return self._proxy.link_to(self._dialler)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -223,3 +262,7 @@ class _Way:
         delay_s = due - asyncio.get_running_loop().time()
         if delay_s > 0:
             await asyncio.sleep(delay_s)
+
+
+def _flipped(piece: bytes) -> bytes:
+    return piece[:-1] + bytes([piece[-1] ^ 1])

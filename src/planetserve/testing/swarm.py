@@ -7,10 +7,10 @@ and benchmarks use it; nothing else imports it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from planetserve.client.portal import Portal
 from planetserve.config import ServerConfig
@@ -18,6 +18,8 @@ from planetserve.server.server import Server
 from planetserve.swarm.node import NodeConfig, SwarmNode
 from planetserve.types import BlockSpan, PeerId
 from planetserve.wire.frame import FrameHeader
+
+T = TypeVar("T")
 
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
@@ -51,7 +53,7 @@ class LocalSwarm:
         self._portal = Portal("planetserve-local-swarm")
         try:
             self._bootstrap = self._portal.call(_start_bootstrap())
-            self._portal.call(self._start_all())
+            self._portal.call(self.start_servers([(span, {}) for span in self.spans]))
         except BaseException:
             self.close()
             raise
@@ -72,9 +74,15 @@ class LocalSwarm:
 
     def add_server(self, span: str, **options: Any) -> Server:
         """Start one more server."""
-        server = self._portal.call(self._start(span, options))
-        self.servers.append(server)
-        return server
+        return self.add_servers([(span, options)])[0]
+
+    def add_servers(self, wanted: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Server]:
+        """Start more servers at the same time, each given as its span and its own options."""
+        return self._portal.call(self.start_servers(wanted))
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the servers' event loop."""
+        return self._portal.call(work)
 
     def stop_server(self, server: Server) -> None:
         """Close one server without draining it."""
@@ -88,14 +96,17 @@ class LocalSwarm:
             self._portal.call(self._close_all(servers))
             self._portal.close()
 
-    async def _start_all(self) -> None:
+    async def start_servers(self, wanted: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Server]:
+        """`add_servers` for callers on the servers' event loop."""
         started = await asyncio.gather(
-            *(self._start(span, {}) for span in self.spans), return_exceptions=True
+            *(self._start(span, options) for span, options in wanted), return_exceptions=True
         )
-        self.servers.extend(item for item in started if isinstance(item, Server))
+        servers = [item for item in started if isinstance(item, Server)]
+        self.servers.extend(servers)
         for item in started:
             if isinstance(item, BaseException):
                 raise item
+        return servers
 
     async def _start(self, span: str, options: Mapping[str, Any]) -> Server:
         settings: dict[str, Any] = {

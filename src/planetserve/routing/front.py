@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from planetserve.errors import ConfigError
-from planetserve.routing.problem import IntArray
+from planetserve.routing.problem import BoolArray, IntArray
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import FloatArray
 from planetserve.types import Chain
@@ -33,12 +33,28 @@ def undominated_rows(objectives: FloatArray) -> IntArray:
     """
     order = np.lexsort(objectives.T[::-1])
     rows = objectives[order]
-    alive = np.ones(len(rows), dtype=bool)
-    for i in range(len(rows)):
-        if alive[i]:
-            # Rows are sorted, so nothing after a row can dominate it.
-            alive[i + 1 :] &= (rows[i + 1 :] < rows[i]).any(axis=1)
-    return order[alive]
+    beaten = np.zeros(len(rows), dtype=bool)
+    # Rows are sorted, so nothing after a row can dominate it.
+    for start in range(0, len(rows), _CHUNK):
+        some = np.arange(start, min(start + _CHUNK, len(rows)))
+        kept = rows[:start][~beaten[:start]]
+        for low in range(0, len(kept), _CHUNK):
+            worse = np.any(_no_more(kept[low : low + _CHUNK], rows[some]), axis=0)
+            beaten[some[worse]] = True
+            some = some[~worse]
+        beaten[some] = np.any(np.triu(_no_more(rows[some], rows[some]), 1), axis=0)
+    return order[~beaten]
+
+
+_CHUNK = 256
+
+
+def _no_more(one: FloatArray, other: FloatArray) -> BoolArray:
+    """`[one, other]`: whether a row of `one` is nowhere more than one of `other`."""
+    fits = np.ones((len(one), len(other)), dtype=bool)
+    for mine, theirs in zip(one.T, other.T, strict=True):
+        fits &= mine[:, None] <= theirs[None, :]
+    return fits
 
 
 def pick_chain(front: Sequence[Chain], request: ChainRequest) -> Chain:

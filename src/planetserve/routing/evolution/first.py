@@ -1,9 +1,9 @@
 """The first population: chains that are good in some direction, and random ones.
 
-The good ones are what the bounded sweep for the front of latency and throughput finds, the greedy
-chain and, with more objectives, chains with the least weighted sum of latency, mistrust and price.
-So with two objectives the search begins where the exact method stopped; without them (a cold
-start) it shows what evolution finds by itself.
+The good ones are what the bounded sweep for the front of latency and throughput finds and the
+greedy chain; with more objectives also every chain worth having that leaves servers only at the end
+of their spans, and chains with the least weighted sum of latency, mistrust and price. So evolution
+begins where the exact methods stopped; without them (a cold start) it shows what it can do alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from planetserve.routing.evolution.objectives import log_mistrust, prices
+from planetserve.routing.evolution.walks import walk_front
 from planetserve.routing.exact.sweep import DEFAULT_EFFORT, sweep
 from planetserve.routing.optimizers.greedy import greedy_chain
 from planetserve.routing.optimizers.shortest_path import least_latency_hosts
@@ -24,9 +25,10 @@ _WEIGHTS = 16
 def good_chains(problem: RoutingProblem, num_objectives: int, rng: np.random.Generator) -> IntArray:
     """`[chains, num_blocks]` distinct good starts."""
     found = [greedy_chain(problem)]
-    found += [answer.chain for answer in sweep(problem, DEFAULT_EFFORT).answers if answer.chain]
+    found += sweep(problem, DEFAULT_EFFORT).chains
     hosts = [problem.hosts(chain) for chain in found]
     if num_objectives > 2:
+        hosts += walk_front(problem, num_objectives)
         hosts += _weighted(problem, num_objectives, rng)
     return np.array(list(dict.fromkeys(hosts)), dtype=np.intp)
 

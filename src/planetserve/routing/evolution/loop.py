@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,6 @@ from pymoo.core.duplicate import DuplicateElimination
 from pymoo.core.mutation import Mutation
 from pymoo.core.problem import Problem
 from pymoo.core.repair import Repair
-from pymoo.optimize import minimize
 
 from planetserve.routing.evolution.first import good_chains
 from planetserve.routing.evolution.objectives import evaluate
@@ -20,24 +21,31 @@ from planetserve.routing.problem import IntArray, RoutingProblem
 from planetserve.routing.snapshot import FloatArray
 
 
-def evolve(
-    problem: RoutingProblem,
-    num_objectives: int,
-    population: int,
-    generations: int,
-    seed: int,
-    warm_start: bool,
-) -> tuple[IntArray, FloatArray]:
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of one search."""
+
+    objectives: int
+    population: int
+    generations: int
+    seed: int
+    warm_start: bool
+    time_limit_s: float | None
+
+
+def evolve(problem: RoutingProblem, settings: Settings) -> tuple[IntArray, FloatArray]:
     """Run NSGA-II; every individual it ever evaluated, without repetitions, and its objectives."""
-    rng = np.random.default_rng(seed)
+    started_s = time.perf_counter()
+    rng = np.random.default_rng(settings.seed)
     operators = Operators(problem)
-    first = operators.random(population, rng)
-    if warm_start:
-        good = good_chains(problem, num_objectives, rng)
-        first = np.concatenate([good, first])[: max(population, len(good) + population // 2)]
-    model = _Model(problem, num_objectives)
+    first = operators.random(settings.population, rng)
+    if settings.warm_start:
+        good = good_chains(problem, settings.objectives, rng)
+        size = max(settings.population, len(good) + settings.population // 2)
+        first = np.concatenate([good, first])[:size]
+    model = _Model(problem, settings.objectives)
     algorithm = NSGA2(
-        pop_size=population,
+        pop_size=settings.population,
         sampling=first,
         crossover=_Crossover(operators, rng),
         mutation=_Mutation(operators, rng),
@@ -47,13 +55,12 @@ def evolve(
     # On a small swarm every chain is soon known; pymoo would look for new ones 100 times a
     # generation. It ends the search when there are none.
     algorithm.mating.n_max_iterations = 3
-    minimize(
-        model,
-        algorithm,
-        ("n_gen", generations),
-        seed=seed,
-        verbose=False,
-    )
+    algorithm.setup(model, termination=("n_gen", settings.generations), seed=settings.seed)
+    while algorithm.has_next():
+        algorithm.next()
+        limit_s = settings.time_limit_s
+        if limit_s is not None and time.perf_counter() - started_s > limit_s:
+            break
     hosts, objectives = np.concatenate(model.hosts), np.concatenate(model.objectives)
     _, kept = np.unique(hosts, axis=0, return_index=True)
     return hosts[kept], objectives[kept]

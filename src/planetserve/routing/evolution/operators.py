@@ -7,9 +7,8 @@ import math
 import numpy as np
 
 from planetserve.routing.evolution.objectives import evaluate, run_starts
-from planetserve.routing.exact.bounds import Limits, RunGraph, Stretch, cheapest_runs, usage
+from planetserve.routing.exact.bounds import Limits, RunGraph, between, cheapest_runs, usage
 from planetserve.routing.problem import IntArray, RoutingProblem
-from planetserve.routing.snapshot import FloatArray
 
 Rng = np.random.Generator
 
@@ -137,9 +136,7 @@ class Operators:
         outside = np.concatenate([row[:start], row[end:]])
         blocks = limits.blocks - np.bincount(outside, minlength=problem.num_servers)
         limits = Limits(np.maximum(blocks, 0), limits.hops)
-        arrive = self._link(int(row[start - 1]) if start else None)
-        leave = self._link(int(row[end]) if end < self._num_blocks else None)
-        part = Stretch(start, end, arrive, leave)
+        part = between(problem, row.tolist(), start, end)
         noise = np.exp(rng.normal(0.0, _NOISE * rng.random(), size=(2, problem.num_servers)))
         block_ms, visit_ms = problem.decode_ms * noise[0], problem.hop_ms * noise[1]
         for _ in range(_TRIES):
@@ -153,14 +150,6 @@ class Operators:
             visit_ms = visit_ms + np.where(over, _RAISE * rng.random(), 0.0) * problem.hop_ms
             block_ms = block_ms * np.where(over, 1 + _RAISE * rng.random(), 1.0)
         row[start:end] = hosts
-
-    def _link(self, neighbour: int | None) -> FloatArray:
-        """`[n]` link to what lies beside a stretch; staying on that server saves a visit."""
-        if neighbour is None:
-            return self._problem.client_half_ms
-        link: FloatArray = self._problem.half_rtt_ms[neighbour].copy()
-        link[neighbour] = -self._problem.hop_ms[neighbour]
-        return link
 
     def _fill(self, row: IntArray, server: int, start: int, end: int) -> int:
         """Give `server` the blocks from `start` on while it holds them; where it stopped."""

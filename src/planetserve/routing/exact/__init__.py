@@ -10,5 +10,6 @@ each used only where the one before leaves a gap:
 - `dual.py`: price the limits that were broken (Lagrangian multipliers), which raises the bound.
 - `labels.py`: count the broken limits exactly, searching only what the bound leaves.
 
-`repair.py` finds good chains that keep all limits, which bounds the search from above.
+`neighbourhood.py` changes parts of good chains, which finds chains where proofs are out of reach.
+`sweep.py` puts floor after floor, and `work.py` bounds the effort of all of it together.
 """

@@ -8,6 +8,7 @@ lower bounds; prices per block and per visit (see `dual.py`) tighten them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +19,6 @@ from planetserve.routing.snapshot import FloatArray
 from planetserve.routing.walk import run_ends
 
 Counts = NDArray[np.int64]
-Used = NDArray[np.int16]
-"""Counts of many partial chains; a model has at most 4,096 blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +91,35 @@ class Stretch:
     """`[n]` link out of a last run on each server."""
 
 
+def whole_chain(problem: RoutingProblem) -> Stretch:
+    """All blocks, from the client and back to it."""
+    return Stretch(0, problem.num_blocks, problem.client_half_ms, problem.client_half_ms)
+
+
+def between(problem: RoutingProblem, hosts: Sequence[int], start: int, end: int) -> Stretch:
+    """The part `[start, end)` of a chain given as a host per block, the rest as it is.
+
+    Going on with the server next to the part is no visit of its own: the link to it gives back what
+    the visit costs.
+    """
+
+    def link(block: int) -> FloatArray:
+        if not 0 <= block < len(hosts):
+            return problem.client_half_ms
+        links: FloatArray = problem.half_rtt_ms[hosts[block]].copy()
+        links[hosts[block]] = -problem.hop_ms[hosts[block]]
+        return links
+
+    return Stretch(start, end, link(start - 1), link(end))
+
+
 def lower_bounds(
     graph: RunGraph, limits: Limits, block_price: FloatArray, hop_price: FloatArray
 ) -> Bounds:
     """Bounds under `limits` on single runs, with `[n]` prices added per block and per visit."""
     problem = graph.problem
-    whole = Stretch(0, problem.num_blocks, problem.client_half_ms, problem.client_half_ms)
-    return cheapest_runs(
-        graph, limits, problem.decode_ms + block_price, problem.hop_ms + hop_price, whole
-    )
+    block_ms, visit_ms = problem.decode_ms + block_price, problem.hop_ms + hop_price
+    return cheapest_runs(graph, limits, block_ms, visit_ms, whole_chain(problem))
 
 
 def cheapest_runs(
@@ -162,9 +181,9 @@ def _trace(
         at = stop
 
 
-def usage(hosts: tuple[int, ...], n: int) -> tuple[Counts, Counts]:
+def usage(hosts: Sequence[int], n: int) -> tuple[Counts, Counts]:
     """Blocks and visits of each server in a chain given as a host per block."""
-    array = np.asarray(hosts)
+    array = np.asarray(hosts, dtype=np.intp)
     starts = np.ones(len(array), dtype=bool)
     starts[1:] = array[1:] != array[:-1]
     return np.bincount(array, minlength=n), np.bincount(array[starts], minlength=n)

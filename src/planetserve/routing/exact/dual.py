@@ -29,6 +29,10 @@ class Priced:
     bounds: Bounds
     lower: float
 
+    def price_of(self, limits: Limits) -> float:
+        """The price of using every limit up."""
+        return float(self.block_price @ limits.blocks + self.hop_price @ limits.hops)
+
     def on(self, free: Priced) -> Priced:
         """These prices as a start under other limits, about which only `free` is known."""
         return Priced(self.block_price, self.hop_price, free.bounds, free.lower)

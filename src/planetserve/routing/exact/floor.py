@@ -1,32 +1,26 @@
 """Least latency under a floor on throughput: bound, price, search, in that order.
 
-One `FloorSolver` serves a whole sweep of rising floors. It remembers every chain it met, since a
-chain that is fast enough for one floor is an upper end for all lower ones, and the prices of the
-last floor, which are nearly right for the next.
+One `FloorSolver` serves a whole sweep of rising floors. A chain that is fast enough for one floor
+is an upper end for all lower ones, and the prices of the last floor are nearly right for the next.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from planetserve.routing.exact.bounds import Limits, RunGraph, usage
+from planetserve.routing.exact.bounds import Limits, usage
 from planetserve.routing.exact.dual import Priced, ascend, unpriced
 from planetserve.routing.exact.labels import LabelSearch
 from planetserve.routing.exact.matching import deal_out
 from planetserve.routing.exact.meter import Meter
-from planetserve.routing.exact.repair import feasible_chain
-from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.exact.neighbourhood import Neighbourhood
+from planetserve.routing.exact.work import TOLERANCE, Hosts, Work
 from planetserve.types import Chain
 
-TOLERANCE = 1e-9
-"""Relative difference below which two costs or two rates count as equal."""
-_DUAL_STEPS = 6
-_REPAIR_PASSES = 4
-"""A repair takes about as long as this many bounds."""
-_SEARCH_SHARE = 0.1
-"""Part of the effort that one search may take, so that a hard floor leaves some for the rest."""
+_DUAL_STEPS = 12
 _FIRST_GAP = 0.004
 _WIDEN = 2.0
 _HOPELESS = 64.0
@@ -42,129 +36,110 @@ class Answer:
     chain: Chain | None
     lower_ms: float
 
-    @property
-    def latency_ms(self) -> float:
-        return np.inf if self.chain is None else self.chain.latency_ms
-
-    @property
-    def gap(self) -> float:
-        """By what part of its latency the chain may still be beaten; 0 when that is excluded."""
-        if self.chain is None or self.chain.latency_ms <= self.lower_ms * (1 + TOLERANCE):
-            return 0.0
-        return 1 - self.lower_ms / self.chain.latency_ms
-
 
 class FloorSolver:
-    """Solves floors in rising order on one problem.
+    """Solves floors in rising order.
 
     Args:
-        effort: how much work to spend over the whole sweep, in partial chains looked at; passes of
-            the dynamic programmes are counted as the partial chains that would take as long.
+        work: the sweep that this is a part of.
+        stop_at: effort that is left when proofs are given up.
+        search_effort: effort that one search may take, so that a hard floor leaves some for others.
     """
 
-    def __init__(self, problem: RoutingProblem, effort: int):
-        self._problem = problem
-        self._graph = RunGraph.build(problem)
-        cells = sum(links.size for links in self._graph.links)
-        self._pass_effort = 2 * problem.num_blocks + cells // 2000
-        self._effort_left = effort
-        self._search_effort = int(effort * _SEARCH_SHARE)
-        self._known: dict[tuple[int, ...], Chain] = {}
+    def __init__(self, work: Work, stop_at: int, search_effort: int):
+        self._work = work
+        self._stop_at = stop_at
+        self._search_effort = search_effort
+        self._neighbourhood = Neighbourhood(work)
         self._prices: Priced | None = None
         self._floor_ms = 0.0
 
     @property
-    def exhausted(self) -> bool:
-        """Whether the effort is used up, so that answers are no longer proven."""
-        return self._effort_left <= 0
+    def proving(self) -> bool:
+        """Whether there is effort left for proofs."""
+        return self._work.left > self._stop_at
 
-    def solve(self, rate: float) -> Answer:
+    def solve(self, rate: float, dual_steps: int = _DUAL_STEPS) -> Answer:
         """The least latency of chains with a throughput of at least `rate` tokens per second."""
-        limits = Limits.at_rate(self._problem, rate)
-        free = unpriced(self._graph, limits)
-        self._effort_left -= self._pass_effort
+        work = self._work
+        limits = Limits.at_rate(work.problem, rate)
+        free = unpriced(work.graph, limits)
+        work.spend_passes(1)
         if not free.bounds.hosts:
-            return Answer(None, np.inf)
-        best = self._offer(free.bounds.hosts, rate)
+            return Answer(None, math.inf)
+        work.offer(free.bounds.hosts)
         # What a lower floor needed at least, this one needs too.
         lower = max(free.lower, self._floor_ms)
-        if best is None or best.latency_ms > lower * (1 + TOLERANCE):
-            best, lower = self._close_gap(rate, limits, free, lower)
+        if self._open(rate, lower):
+            lower = self._close_gap(rate, limits, free, lower, dual_steps)
         self._floor_ms = lower
-        return Answer(best, lower)
+        best = work.best(rate)
+        return Answer(best and best[0], lower)
 
-    def _offer(self, hosts: tuple[int, ...], rate: float) -> Chain | None:
-        """Remember a chain; the best one known that is fast enough for `rate`."""
-        if hosts and hosts not in self._known:
-            self._known[hosts] = self._problem.chain(hosts)
-        fast = [c for c in self._known.values() if c.throughput_tokens_per_s >= rate]
-        return min(fast, key=lambda c: c.latency_ms, default=None)
+    def _best_ms(self, rate: float) -> float:
+        best = self._work.best(rate)
+        return math.inf if best is None else best[0].latency_ms
+
+    def _open(self, rate: float, lower: float) -> bool:
+        """Whether the best known chain might still be beaten."""
+        return self._best_ms(rate) > lower * (1 + TOLERANCE)
 
     def _close_gap(
-        self, rate: float, limits: Limits, free: Priced, lower: float
-    ) -> tuple[Chain | None, float]:
-        def upper(hosts: tuple[int, ...]) -> float:
-            best = self._offer(hosts, rate)
-            return np.inf if best is None else best.latency_ms * (1 - TOLERANCE)
+        self, rate: float, limits: Limits, free: Priced, lower: float, dual_steps: int
+    ) -> float:
+        work = self._work
 
-        start = (self._prices or free).on(free)
-        steps = 1 if self.exhausted else _DUAL_STEPS
-        priced = ascend(self._graph, limits, start, upper, steps)
-        self._effort_left -= steps * self._pass_effort
+        def upper(hosts: Hosts) -> float:
+            work.offer(hosts)
+            return self._best_ms(rate) * (1 - TOLERANCE)
+
+        priced = ascend(work.graph, limits, (self._prices or free).on(free), upper, dual_steps)
+        work.spend_passes(dual_steps)
         if priced.bounds is free.bounds:
             priced = free
         self._prices = priced
         lower = max(lower, priced.lower)
-        for block_price, hop_price in (
-            (priced.block_price, priced.hop_price),
-            (free.block_price, free.hop_price),
-        )[: 1 if self.exhausted else 2]:
-            if upper(()) > lower:
-                upper(feasible_chain(self._graph, limits, block_price, hop_price) or ())
-                self._effort_left -= _REPAIR_PASSES * self._pass_effort
-        best = self._offer((), rate)
-        if best is None:
-            dealt = deal_out(self._graph, limits)
+        lower = self._search(rate, limits, priced, lower)
+        if self._open(rate, lower):
+            self._neighbourhood.improve(priced.bounds.hosts, limits)
+        if work.best(rate) is None:
+            dealt = deal_out(work.graph, limits)
             if dealt is None:
-                return None, np.inf
-            best = self._offer(dealt, rate)
-        return self._search(rate, limits, priced, lower)
+                return math.inf
+            self._neighbourhood.improve(dealt, limits)
+        return lower
 
-    def _search(
-        self, rate: float, limits: Limits, priced: Priced, lower: float
-    ) -> tuple[Chain | None, float]:
+    def _search(self, rate: float, limits: Limits, priced: Priced, lower: float) -> float:
         """Label searches with a ceiling that rises, and more limits counted, until one answers."""
+        work = self._work
         by_block = set(np.flatnonzero(priced.block_price).tolist())
         by_hop = set(np.flatnonzero(priced.hop_price).tolist())
         gap = _FIRST_GAP
-        best = self._offer((), rate)
-        while not self.exhausted and (best is None or best.latency_ms > lower * (1 + TOLERANCE)):
-            at_most = np.inf if best is None else best.latency_ms
+        while self.proving and self._open(rate, lower):
+            at_most = self._best_ms(rate)
             ceiling = min(lower * (1 + gap), at_most) if gap < _HOPELESS else at_most
-            meter = Meter.of(limits, by_block, by_hop, priced.block_price, priced.hop_price)
             search = LabelSearch(
-                self._graph,
+                work.graph,
                 limits,
-                meter,
-                priced.bounds,
+                Meter.of(limits, by_block, by_hop),
+                priced,
                 ceiling * (1 + TOLERANCE),
-                min(self._search_effort, self._effort_left),
+                min(self._search_effort, work.left - self._stop_at),
             )
             found = search.run()
-            self._effort_left -= found.labels
+            work.left -= found.effort
             if not found.complete:
-                return best, lower
+                break
             if found.hosts is None:
                 if ceiling == at_most:
-                    return best, at_most
+                    return at_most
                 lower, gap = ceiling, gap * _WIDEN
                 continue
-            best = self._offer(found.hosts, rate)
-            cost = self._problem.chain(found.hosts).latency_ms
+            cost = work.offer(found.hosts).latency_ms
             lower = max(lower, min(cost, ceiling))
-            blocks, hops = limits.broken(*usage(found.hosts, self._problem.num_servers))
+            blocks, hops = limits.broken(*usage(found.hosts, work.problem.num_servers))
             by_block.update(blocks.tolist())
             by_hop.update(hops.tolist())
             if cost > ceiling:
                 gap *= _WIDEN
-        return best, lower
+        return lower

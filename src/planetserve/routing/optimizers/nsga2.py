@@ -12,7 +12,10 @@ import importlib.util
 import secrets
 from dataclasses import replace
 
+import numpy as np
+
 from planetserve.errors import ConfigError
+from planetserve.routing.cost import price, reputation
 from planetserve.routing.front import pick_chain, undominated_rows
 from planetserve.routing.optimizers.base import checked_seed
 from planetserve.routing.problem import RoutingProblem
@@ -30,6 +33,8 @@ class Nsga2:
         generations: how many.
         seed: makes the outcome repeatable.
         warm_start: begin with chains that fast methods find, besides random ones.
+        time_limit_s: begin no further generation after this long, so that a busy machine still
+            answers in time; an idle one is done before. 0 sets no limit.
 
     Raises:
         ConfigError: an argument is out of range, or pymoo is not installed.
@@ -42,11 +47,14 @@ class Nsga2:
         generations: int = 40,
         seed: int | None = 0,
         warm_start: bool = True,
+        time_limit_s: float = 1.4,
     ):
         if objectives not in (2, 3, 4):
             raise ConfigError(f"objectives must be 2, 3 or 4, not {objectives!r}")
         if population < 4 or generations < 1:
             raise ConfigError("population must be at least 4 and generations at least 1")
+        if not time_limit_s >= 0:
+            raise ConfigError(f"time_limit_s must not be negative, not {time_limit_s!r}")
         if importlib.util.find_spec("pymoo") is None:
             raise ConfigError("nsga2 needs pymoo: pip install 'planetserve[nsga2]'")
         self._objectives = objectives
@@ -54,20 +62,33 @@ class Nsga2:
         self._generations = generations
         self._seed = checked_seed(seed)
         self._warm_start = warm_start
+        self._time_limit_s = time_limit_s or None
 
     def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:
         return pick_chain(self.front(snapshot, request), request)
 
     def front(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[Chain, ...]:
-        from planetserve.routing.evolution.loop import evolve
+        from planetserve.routing.evolution.loop import Settings, evolve
 
         problem = RoutingProblem.build(snapshot, request)
-        seed = secrets.randbelow(2**31) if self._seed is None else self._seed
-        hosts, objectives = evolve(
-            problem, self._objectives, self._population, self._generations, seed, self._warm_start
+        settings = Settings(
+            objectives=self._objectives,
+            population=self._population,
+            generations=self._generations,
+            seed=secrets.randbelow(2**31) if self._seed is None else self._seed,
+            warm_start=self._warm_start,
+            time_limit_s=self._time_limit_s,
         )
-        best = undominated_rows(objectives)
-        return tuple(problem.chain(hosts[i].tolist()) for i in best)
+        hosts, objectives = evolve(problem, settings)
+        found = [problem.chain(hosts[i].tolist()) for i in undominated_rows(objectives)]
+        # Costs added up in another order differ in the last digit, which decides between equals.
+        exact = np.array([self._costs(snapshot, chain) for chain in found])
+        return tuple(found[i] for i in undominated_rows(exact))
+
+    def _costs(self, snapshot: SwarmSnapshot, chain: Chain) -> list[float]:
+        costs = [chain.latency_ms, -chain.throughput_tokens_per_s]
+        costs += [-reputation(snapshot, chain), price(snapshot, chain)]
+        return costs[: self._objectives]
 
 
 class LatencyThroughputTradeoff:

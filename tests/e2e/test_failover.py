@@ -79,12 +79,12 @@ def test_beams_survive_a_lost_hop(
     assert torch.equal(got, local.generate(**padded, **options))
 
 
-def _steps(swarm: LocalSwarm, sender: str) -> list[FrameHeader]:
-    """Headers of the step frames that a server has sent."""
+def _steps(swarm: LocalSwarm, server: str, way: str = "sent") -> list[FrameHeader]:
+    """Headers of the step frames that a server has sent or received."""
     return [
         frame.header
         for frame in swarm.frames
-        if (frame.node, frame.way, frame.header.type) == (sender, "sent", FrameType.STEP)
+        if (frame.node, frame.way, frame.header.type) == (server, way, FrameType.STEP)
     ]
 
 
@@ -113,7 +113,7 @@ def test_survivors_keep_what_they_have(
         assert sum(item.num_tokens for item in filling) - prompt.shape[1] in (3, 4, 5)
         assert {item.epoch for item in filling} == {1}
         assert not [item for item in _steps(swarm, new) if item.flags & FLAG_REPLAY]
-        assert len(_steps(swarm, last)) == GREEDY["max_new_tokens"]
+        assert len(_steps(swarm, last, way="received")) == GREEDY["max_new_tokens"]
     assert torch.equal(got, local.generate(prompt, **GREEDY))
 
 

@@ -7,6 +7,7 @@ every test run, all of it with `make faults`.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -277,3 +278,21 @@ def test_several_users_lose_the_same_server(
         assert swarm.leaked() == Held.nothing()
     for tokens, wanted in zip(got, expected, strict=True):
         assert torch.equal(tokens, wanted)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.faults
+def test_faults_at_random(swarm: FaultSwarm, endure: Callable[..., None], seed: int) -> None:
+    """Three faults of any kind, anywhere; what is repeatable is which and where, not their race."""
+    choose = random.Random(seed)
+    names = [name for name in FAULTS if name not in PREFILL_ONLY]
+    text = choose.choice(["greedy", "batch", "beams", "sampling"])
+    chosen = [(choose.choice(names), choose.choice(list(HOPS)), step) for step in (0, 4, 8)]
+    where = ", ".join(f"{name} at {hop}" for name, hop, _ in chosen)
+
+    def arm() -> list[Fault]:
+        return [
+            swarm.strike_at(Moment(HOPS[hop], step), FAULTS[name]) for name, hop, step in chosen
+        ]
+
+    endure("three at random", "all", text, arm, where=f"seed {seed}: {where}", noticed=False)

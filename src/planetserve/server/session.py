@@ -127,6 +127,7 @@ class ServerSession:
         )
         self._dealt = asyncio.Event()
         self._num_rewires = 0
+        self._ingesting: set[asyncio.Task[None]] = set()
         self._frames_received = 0
         self._num_running = 0
         self._num_questions = 0
@@ -151,7 +152,9 @@ class ServerSession:
             errors = [task.exception() for task in finished if not task.cancelled()]
             error = next((item for item in errors if item is not None), None)
         finally:
-            for task in tasks:
+            # Whatever still comes is not taken, and no other stream accepted.
+            self._inlet, self._epoch = None, -1
+            for task in (*tasks, *self._ingesting):
                 task.cancel()
             self._failure.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -190,6 +193,11 @@ class ServerSession:
         Raises:
             PlanetServeError: a frame that does not belong here, or a step the engine refuses.
         """
+        task = asyncio.current_task()
+        if task is not None:
+            # It may wait for room that nobody makes any more when the session ends.
+            self._ingesting.add(task)
+            task.add_done_callback(self._ingesting.discard)
         await self._dealt.wait()
         while stream is self._inlet:
             try:

@@ -8,7 +8,7 @@ A converted layer is still the object that everybody refers to; its class and it
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +39,13 @@ class Converted:
     num_outputs: int
     num_inputs: int
 
-    def dense(self) -> torch.Tensor:
-        """A plain copy of the weight `[outputs, inputs]`."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+        # Every layout has its own. Not an `ABC`: no object can change to such a class.
+        def dense(self) -> torch.Tensor:
+            """A plain copy of the weight `[outputs, inputs]`."""
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's product, for `x` of the weight's dtype that needs no gradient."""
-        raise NotImplementedError
+        def multiply(self, x: torch.Tensor) -> torch.Tensor:
+            """The layer's product, for `x` of the weight's dtype that needs no gradient."""
 
     @property
     def weight(self) -> torch.Tensor:

@@ -72,10 +72,11 @@ class Held:
     pages_used: int
     pages_leased: int
     num_sessions: int
+    queued_bytes: int
 
     @classmethod
     def nothing(cls) -> Held:
-        return cls(0, 0, 0)
+        return cls(0, 0, 0, 0)
 
     def __add__(self, other: Held) -> Held:
         return Held(*map(sum, zip(astuple(self), astuple(other), strict=True)))
@@ -103,7 +104,8 @@ class Host:
     def held(self) -> Held:
         stats = self.server.engine.stats()
         num_sessions = max(stats.num_sessions, self.server.handler.num_sessions)
-        return Held(stats.pages_used, stats.pages_leased, num_sessions)
+        queued_bytes = self.server.handler.queued_bytes
+        return Held(stats.pages_used, stats.pages_leased, num_sessions, queued_bytes)
 
 
 Strike = Callable[["FaultSwarm", Host], None]

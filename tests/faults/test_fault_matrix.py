@@ -169,6 +169,32 @@ def test_neighbours_are_killed_at_once(
 
 
 @pytest.mark.parametrize(
+    ("stage", "hop", "text"),
+    [
+        pytest.param("early", "first", "greedy"),
+        *(
+            pytest.param(stage, hop, text, marks=pytest.mark.faults)
+            for stage in STAGES
+            for hop in HOPS
+            for text in TEXTS
+            if (stage, hop, text) != ("early", "first", "greedy")
+            if (stage, hop) != ("prefill", "last")  # it is not known yet
+        ),
+    ],
+)
+def test_a_hop_is_killed_while_another_has_the_step(
+    swarm: FaultSwarm, endure: Callable[..., None], stage: str, hop: str, text: str
+) -> None:
+    """Where it is the hop after it, the answer comes while a replacement is being filled."""
+    moment = TEXTS[text].moment(stage, (HOPS[hop] + 2) % 6)
+
+    def arm() -> list[Fault]:
+        return [swarm.strike_at(moment, kill_at([HOPS[hop]]))]
+
+    endure("F1 killed elsewhere", stage, text, arm, where=f"{hop} hop", noticed=False)
+
+
+@pytest.mark.parametrize(
     ("stage", "chunk", "text"),
     [
         pytest.param("late", 0, "greedy"),

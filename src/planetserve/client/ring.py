@@ -74,6 +74,7 @@ PlanGap = Callable[[Gap], Awaitable[tuple[Chain, Mapping[PeerId, ServerInfo]]]]
 class _Step:
     """A step under way: its chunks, and what has come back of it."""
 
+    number: int
     tables: tuple[StepTable, ...]
     hidden_TD: torch.Tensor
     output_TD: torch.Tensor
@@ -166,7 +167,7 @@ class RingSession:
         tables = table.split(self._max_chunk_tokens())
         hidden_TD = hidden_TD.to(self._spec.dtype)
         output_TD = torch.zeros_like(hidden_TD) if keep_last else torch.empty_like(hidden_TD)
-        self._step = step = _Step(tables, hidden_TD, output_TD, keep_last)
+        self._step = step = _Step(self._number, tables, hidden_TD, output_TD, keep_last)
         is_small = len(tables) == 1 and hidden_TD.nbytes < _SMALL_FRAME_BYTES
         if is_small and (self._sending is None or self._sending.done()):
             await self._send_chunk(step, 0)
@@ -412,7 +413,9 @@ class RingSession:
             return
         if replay is not None:
             self._number = max(self._number, 1)
-        self._sending = asyncio.create_task(self._send_again(replay, self._step))
+        # Numbered now: the answer may be here already, and the next step begin before this is sent.
+        work = self._send_again(replay, self._step, replayed_step=self._number - 1)
+        self._sending = asyncio.create_task(work)
 
     def _retire(self, link: HopLink) -> None:
         """Let go of a hop without waiting for it."""
@@ -477,13 +480,16 @@ class RingSession:
         await self._send_again(None, step)
 
     async def _send_again(
-        self, replay: tuple[StepTable, torch.Tensor] | None, step: _Step | None
+        self,
+        replay: tuple[StepTable, torch.Tensor] | None,
+        step: _Step | None,
+        replayed_step: int = 0,
     ) -> None:
         """Send what fills the first hop, then the chunks of a step. Failures go to the inbox."""
         first = self._links[0]
         try:
             if replay is not None:
-                await self._send_replay(*replay)
+                await self._send_replay(*replay, replayed_step)
             if step is not None:
                 for chunk in range(len(step.tables)):
                     while chunk - step.num_answered >= MAX_CHUNKS_IN_FLIGHT:
@@ -499,7 +505,7 @@ class RingSession:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
-    async def _send_replay(self, table: StepTable, hidden_TD: torch.Tensor) -> None:
+    async def _send_replay(self, table: StepTable, hidden_TD: torch.Tensor, step: int) -> None:
         hidden_TD = hidden_TD.to(self._spec.dtype)
         tables = table.split(self._max_chunk_tokens())
         offset = 0
@@ -508,7 +514,7 @@ class RingSession:
             await self._send(
                 piece,
                 part_TD,
-                step=self._number - 1,
+                step=step,
                 chunk=chunk,
                 num_chunks=len(tables),
                 flags=FLAG_REPLAY,
@@ -521,7 +527,7 @@ class RingSession:
         await self._send(
             table,
             step.hidden_TD[offset : offset + table.num_tokens],
-            step=self._number,
+            step=step.number,
             chunk=chunk,
             num_chunks=len(step.tables),
             flags=FLAG_KEEP_LAST if step.keep_last else 0,

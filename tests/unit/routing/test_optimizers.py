@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from planetserve.errors import MissingBlocksError, NoChainAvailable
 from planetserve.routing.cost import check_chain, latency_ms, throughput_tokens_per_s
+from planetserve.routing.exact.sweep import gap_of
 from planetserve.routing.optimizers import OPTIMIZERS
 from planetserve.routing.optimizers.nsga2 import Nsga2
 from planetserve.routing.optimizers.pareto_exact import ParetoExact
@@ -38,6 +41,32 @@ def test_exact_front_equals_brute_force(scale: float) -> None:
         expected = _front(latency, throughput)
         assert len(got) == len(expected)
         np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_a_bound_proves_nothing_about_chains_slower_than_its_floor() -> None:
+    chain = Chain((), latency_ms=10.0, throughput_tokens_per_s=100.0)
+    above = 100.0 * (1 + 1e-9)
+    assert gap_of(chain, [(50.0, 8.0), (above, math.inf)]) == pytest.approx(0.2)
+    assert gap_of(chain, [(50.0, 8.0), (100.0, 10.0), (above, math.inf)]) == 0.0
+    assert gap_of(chain, []) == 1.0
+
+
+@pytest.mark.parametrize("effort", [0, 1, 3000])
+def test_little_effort_still_gives_a_front(effort: int) -> None:
+    rng = np.random.default_rng(21)
+    for _ in range(6):
+        snapshot = random_snapshot(rng, 12, 14, 0.1)
+        truth = ParetoExact(30_000_000).solve(snapshot, ChainRequest())
+        assert truth.exact
+        found = ParetoExact(effort).solve(snapshot, ChainRequest())
+        assert found.chains[0].latency_ms == pytest.approx(truth.chains[0].latency_ms)
+        for chain, gap in zip(found.chains, found.gaps, strict=True):
+            least_ms = min(
+                c.latency_ms
+                for c in truth.chains
+                if c.throughput_tokens_per_s >= chain.throughput_tokens_per_s * (1 - 1e-12)
+            )
+            assert least_ms >= chain.latency_ms * (1 - gap) * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS.names())

@@ -57,7 +57,7 @@ def sweep(problem: RoutingProblem, effort: int) -> Swept:
     solver = FloorSolver(work, effort - int(_PROVING_SHARE * effort), int(_SEARCH_SHARE * effort))
     floors: list[tuple[float, float]] = []
     rate, reached, complete = _LEAST_RATE, 0.0, True
-    while solver.proving:
+    while solver.proving or not floors:
         answer = solver.solve(rate)
         floors.append((rate, answer.lower_ms))
         if answer.chain is None:
@@ -70,7 +70,7 @@ def sweep(problem: RoutingProblem, effort: int) -> Swept:
     if not complete:
         floors += _climb(work, solver, reached)
     chains = work.front()
-    return Swept(tuple(chains), tuple(_gap(chain, floors) for chain in chains), complete)
+    return Swept(tuple(chains), tuple(gap_of(chain, floors) for chain in chains), complete)
 
 
 def _climb(work: Work, solver: FloorSolver, start: float) -> list[tuple[float, float]]:
@@ -122,10 +122,14 @@ def _top_rate(work: Work, reached: float) -> float:
     return high
 
 
-def _gap(chain: Chain, floors: list[tuple[float, float]]) -> float:
-    """By what part of its latency a chain might be beaten, as far as the bounds of floors tell."""
-    most = chain.throughput_tokens_per_s * (1 + TOLERANCE)
-    lower_ms = max((lower for rate, lower in floors if rate <= most), default=0.0)
+def gap_of(chain: Chain, floors: list[tuple[float, float]]) -> float:
+    """By what part of its latency a chain might be beaten by one of no less throughput.
+
+    Args:
+        floors: pairs of a throughput and a lower bound on the latency of chains that reach it.
+    """
+    rate = chain.throughput_tokens_per_s
+    lower_ms = max((lower for floor, lower in floors if floor <= rate), default=0.0)
     return (
         0.0 if chain.latency_ms <= lower_ms * (1 + TOLERANCE) else 1 - lower_ms / chain.latency_ms
     )

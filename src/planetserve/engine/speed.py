@@ -106,8 +106,14 @@ class PassSpeed:
         self.tokens_per_s_per_block = 0.0
         """0 until a large pass has run."""
 
-    def record(self, num_tokens: int, num_blocks: int, elapsed_s: float) -> None:
-        """Take a pass into account that ran for `elapsed_s`."""
+    def record(self, num_tokens: float, num_blocks: int, elapsed_s: float) -> None:
+        """Take a pass into account that ran for `elapsed_s`.
+
+        Args:
+            num_tokens: that went through each of its blocks, on average.
+            num_blocks: it went through.
+            elapsed_s: its time.
+        """
         if num_tokens < _MIN_LARGE_PASS:
             return
         newest = num_tokens * num_blocks / max(elapsed_s, 1e-9)

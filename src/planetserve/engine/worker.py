@@ -9,6 +9,7 @@ sessions whose steps fail when run alone, and never the thread.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 from collections import deque
@@ -25,6 +26,7 @@ from planetserve.errors import PlanetServeError, RemoteError, RemoteProtocolErro
 from planetserve.scheduler.batch import Piece, WorkItem
 from planetserve.scheduler.chunk_budget import ChunkBudget
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from planetserve.scheduler.segments import segments, separate
 from planetserve.types import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -180,21 +182,7 @@ class Worker:
         self._idle_since_s = self._clock.monotonic()
 
     def _forward(self, pieces: Sequence[Piece]) -> None:
-        """Run pieces, one pass per span that their sessions use, and hand the outputs to jobs."""
-        by_span: dict[BlockSpan, list[Piece]] = {}
-        for piece in pieces:
-            by_span.setdefault(self._spans[piece.session_id], []).append(piece)
-        outputs = [(part, self._pass(part, span)) for span, part in by_span.items()]
-        for part, output_TD in outputs:
-            # A view would keep everyone's output alive for as long as anyone holds theirs.
-            is_shared = part[0].item_id != part[-1].item_id
-            start = 0
-            for piece in part:
-                own_TD = output_TD[start : start + piece.num_tokens]
-                self._jobs[piece.item_id].outputs.append(own_TD.clone() if is_shared else own_TD)
-                start += piece.num_tokens
-
-    def _pass(self, pieces: Sequence[Piece], span: BlockSpan) -> torch.Tensor:
+        """Run pieces through the spans of their sessions and hand the outputs to jobs."""
         hidden = []
         positions: list[int] = []
         for piece in pieces:
@@ -205,14 +193,42 @@ class Worker:
             else:
                 positions += job.positions[piece.offset : end]
         hidden_TD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        output_TD = self._pass(pieces, hidden_TD, positions)
+        # A view would keep everyone's output alive for as long as anyone holds theirs.
+        is_shared = pieces[0].item_id != pieces[-1].item_id
+        start = 0
+        for piece in pieces:
+            own_TD = output_TD[start : start + piece.num_tokens]
+            self._jobs[piece.item_id].outputs.append(own_TD.clone() if is_shared else own_TD)
+            start += piece.num_tokens
+
+    def _pass(
+        self, pieces: Sequence[Piece], hidden_TD: torch.Tensor, positions: list[int]
+    ) -> torch.Tensor:
+        """What leaves the pieces' spans; pieces share a pass wherever their spans overlap."""
+        runner = self._runner
+        spans = [self._spans[piece.session_id] for piece in pieces]
+        # A plain cache belongs to one sequence and one span: nothing to share, nothing to cut.
+        passes = segments(spans) if runner.is_ragged else separate(spans)
         started_s = self._clock.monotonic()
-        output_TD = self._runner.forward(
-            pieces,
-            hidden_TD.to(self._runner.device, self._runner.dtype),
-            torch.tensor(positions, device=self._runner.device),
-            span,
-        ).cpu()
-        self.speed.record(len(positions), len(span), self._clock.monotonic() - started_s)
+        hidden_TD = hidden_TD.to(runner.device, runner.dtype)
+        positions_T = torch.tensor(positions, device=runner.device)
+        num_blocks = num_token_blocks = 0
+        for span, members in passes:
+            if len(members) == len(pieces):
+                hidden_TD = runner.forward(pieces, hidden_TD, positions_T, span)
+                num_tokens = len(positions)
+            else:
+                part = [pieces[index] for index in members]
+                rows = torch.tensor(_rows(pieces, members), device=runner.device)
+                num_tokens = len(rows)
+                # With more than one piece `hidden_TD` is a copy, so nobody's input is written.
+                hidden_TD[rows] = runner.forward(part, hidden_TD[rows], positions_T[rows], span)
+            num_blocks += len(span)
+            num_token_blocks += num_tokens * len(span)
+        output_TD = hidden_TD.cpu()
+        elapsed_s = self._clock.monotonic() - started_s
+        self.speed.record(num_token_blocks / num_blocks, num_blocks, elapsed_s)
         return output_TD
 
     def _isolate(self, pieces: Sequence[Piece], cause: Exception) -> None:
@@ -255,6 +271,16 @@ class Worker:
                 loop.call_soon_threadsafe(_resolve, results)
             except RuntimeError:
                 logger.debug("%d results for an event loop that is closed", len(results))
+
+
+def _rows(pieces: Sequence[Piece], members: Sequence[int]) -> list[int]:
+    """Where the tokens of some pieces are when all are laid end to end."""
+    ends = list(itertools.accumulate(piece.num_tokens for piece in pieces))
+    return [
+        row
+        for index in members
+        for row in range(ends[index] - pieces[index].num_tokens, ends[index])
+    ]
 
 
 def _resolve(results: list[_Result]) -> None:

@@ -12,6 +12,7 @@ import torch
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.errors import CapacityError, NoChainAvailable
 from planetserve.testing.swarm import LocalSwarm
+from planetserve.wire.step import RowSlice, StepTable
 
 
 def _wait_until_empty(swarm: LocalSwarm) -> list[int]:
@@ -42,6 +43,53 @@ def test_forgotten_cache_returns_its_pages(
     assert any(server.engine.stats().pages_used for server in swarm.servers)
     del cache
     assert _wait_until_empty(swarm) == [0, 0, 0]
+
+
+def _pages_used(swarm: LocalSwarm) -> list[int]:
+    return [server.engine.stats().pages_used for server in swarm.servers]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 8, "do_sample": False},
+        {"num_return_sequences": 8, "do_sample": True},
+    ],
+    ids=["beams", "answers"],
+)
+def test_eight_texts_share_the_pages_of_one_long_prompt(
+    model: Any, local: Any, swarm: LocalSwarm, options: dict[str, Any]
+) -> None:
+    prompt = torch.randint(5, 90, (1, 1000), generator=torch.Generator().manual_seed(9))
+    settings = {**options, "max_new_tokens": 3, "min_new_tokens": 3, "pad_token_id": 0}
+    num_pages = -(-1000 // 16)
+    with model.inference_session(max_length=1010) as session:
+        torch.manual_seed(2)
+        got = model.generate(prompt, **settings)
+        used = _pages_used(swarm)
+        assert all(num_pages < pages <= num_pages + 8 for pages in used)
+        assert len(session.lengths) == 8
+    torch.manual_seed(2)
+    assert torch.equal(got, local.generate(prompt, **settings))
+
+
+def test_forks_of_a_session_share_its_pages(
+    model: Any, local: Any, swarm: LocalSwarm, prompt: torch.Tensor
+) -> None:
+    """What no call of `generate()` does: a row filled first, and forked later."""
+    ids = prompt.repeat(1, 84)[:, :1001]
+    hidden = model.get_input_embeddings()(ids)[0].detach()
+    with model.inference_session(max_length=1010) as session:
+        session.run(8, StepTable((RowSlice(0, 0, 1000),)), hidden[:1000])
+        before = _pages_used(swarm)
+        assert before == [63, 63, 63]
+        every = StepTable(tuple(RowSlice(row, 1000, 1) for row in range(8)), reorder=(0,) * 8)
+        output = session.run(8, every, hidden[1000:].expand(8, -1))
+        after = _pages_used(swarm)
+        assert all(b < a <= b + 8 for b, a in zip(before, after, strict=True))
+    expected = local.model(ids).last_hidden_state[0, -1]
+    normed = local.model.norm(output)
+    torch.testing.assert_close(normed, expected.expand(8, -1), rtol=1e-3, atol=1e-3)
 
 
 def test_full_server_refuses_and_small_sessions_still_get_in(

@@ -2,7 +2,9 @@
 
 `on_call` sees the arguments of the decoder's forward (mask, positions, cache); `__call__` then gets
 the hidden states that would have entered the first layer and returns those that would have left
-the last. Padding never travels: rows are sent as their real tokens and scattered back.
+the last. Padding never travels: rows are sent as their real tokens and scattered back. Nor do
+copies: rows that begin alike (the beams of a search, several answers to one prompt) are computed
+once and forked with the next step, so that servers keep one set of pages for what they share.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from planetserve.client.remote_cache import RemoteCache
 from planetserve.client.session import InferenceSession
 from planetserve.errors import ConfigError
+from planetserve.tensors import tensor_bytes
 from planetserve.wire.step import RowSlice, StepTable
 
 
@@ -109,16 +112,72 @@ class RemoteBlocks:
         positions = _explicit_positions(call.positions_BT, columns_BT, cache.get_seq_length(), rows)
         device = hidden_BTD.device
         local_BTD = hidden_BTD.detach().cpu()
-        hidden_TD = local_BTD[columns_BT] if padded else local_BTD.reshape(-1, width)
-        output_TD = cache.session.run(
-            num_rows, StepTable(rows, positions, cache.reorder), hidden_TD, keep_last=keep_last
-        ).to(device)
-        cache.commit(columns_BT)
+        table = StepTable(rows, positions, cache.reorder)
+        sources = None if any(starts) else _twins(local_BTD, columns_BT, table)
+        if sources is None:
+            hidden_TD = local_BTD[columns_BT] if padded else local_BTD.reshape(-1, width)
+            output_TD = cache.session.run(num_rows, table, hidden_TD, keep_last=keep_last)
+            cache.commit(columns_BT)
+        else:
+            table, chosen_TD = _without_twins(local_BTD, columns_BT, table, sources)
+            chosen_TD = cache.session.run(num_rows, table, chosen_TD, keep_last=keep_last)
+            counts = [piece.num_tokens for piece in table.rows]
+            by_row = dict(zip((p.row for p in table.rows), chosen_TD.split(counts), strict=True))
+            output_TD = torch.cat([by_row[source] for source in sources])
+            cache.commit(columns_BT)
+            cache.reorder = sources
+        output_TD = output_TD.to(device)
         if not padded:
             return output_TD.view(num_rows, num_tokens, width)
         output_BTD = torch.zeros_like(hidden_BTD)
         output_BTD[columns_BT.to(device)] = output_TD
         return output_BTD
+
+
+def _twins(
+    hidden_BTD: torch.Tensor, columns_BT: torch.Tensor, table: StepTable
+) -> tuple[int, ...] | None:
+    """For each row of a first step the first row that is the same; None if no two are."""
+    num_rows = len(columns_BT)
+    if num_rows == 1 or len(table.rows) < num_rows:
+        return None
+    sources: list[int] = []
+    # Rows that differ mostly do so in their last token; only the others are compared whole.
+    alike: dict[bytes, list[int]] = {}
+    offset = 0
+    positions = []
+    for row, piece in enumerate(table.rows):
+        end = offset + piece.num_tokens
+        positions.append(table.positions and table.positions[offset:end])
+        offset = end
+        others = alike.setdefault(bytes(tensor_bytes(hidden_BTD[row, -1])), [])
+        same = (
+            other
+            for other in others
+            if positions[other] == positions[row]
+            and torch.equal(columns_BT[other], columns_BT[row])
+            and torch.equal(hidden_BTD[other], hidden_BTD[row])
+        )
+        sources.append(next(same, row))
+        if sources[-1] == row:
+            others.append(row)
+    return tuple(sources) if len(set(sources)) < num_rows else None
+
+
+def _without_twins(
+    hidden_BTD: torch.Tensor, columns_BT: torch.Tensor, table: StepTable, sources: tuple[int, ...]
+) -> tuple[StepTable, torch.Tensor]:
+    """The step for the rows that are their own source."""
+    rows, hidden, offset = [], [], 0
+    positions: list[int] = []
+    for piece in table.rows:
+        end = offset + piece.num_tokens
+        if sources[piece.row] == piece.row:
+            rows.append(piece)
+            hidden.append(hidden_BTD[piece.row, columns_BT[piece.row]])
+            positions += (table.positions or ())[offset:end]
+        offset = end
+    return StepTable(tuple(rows), tuple(positions) or None), torch.cat(hidden)
 
 
 def _new_columns(mask_BS: torch.Tensor | None, num_rows: int, num_tokens: int) -> torch.Tensor:

@@ -62,6 +62,8 @@ class EngineStats:
     Attributes:
         pages_total: pages of the KV cache.
         pages_used: pages that hold tokens.
+        live_tokens: tokens that these pages hold; one that several rows share counts once.
+        kv_useful_share: the part of these pages' slots that holds a token; 1 if no page is used.
         pages_leased: pages promised to open sessions.
         free_cache_tokens: tokens that new sessions could lease.
         num_sessions: open sessions.
@@ -74,6 +76,8 @@ class EngineStats:
 
     pages_total: int
     pages_used: int
+    live_tokens: int
+    kv_useful_share: float
     pages_leased: int
     free_cache_tokens: int
     num_sessions: int

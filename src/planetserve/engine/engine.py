@@ -181,15 +181,18 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine holds and how fast it has been lately."""
-        pages_used, queued_tokens = self._worker.usage
+        usage = self._worker.usage
+        num_slots = usage.pages * self.runner.page_size
         latency = self._latency
         return EngineStats(
             pages_total=self.runner.num_pages,
-            pages_used=pages_used,
+            pages_used=usage.pages,
+            live_tokens=usage.live_tokens,
+            kv_useful_share=usage.live_tokens / num_slots if num_slots else 1.0,
             pages_leased=self._leases.leased_pages,
             free_cache_tokens=self._leases.free_tokens,
             num_sessions=len(self._pending),
-            queued_tokens=queued_tokens,
+            queued_tokens=usage.queued_tokens,
             decode_ms_per_block=self.decode_ms_per_block,
             overhead_ms=latency.overhead_ms if latency else 0.0,
             tokens_per_s_per_block=self._worker.speed.tokens_per_s_per_block,

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -48,6 +49,14 @@ class Job:
     """Whether nothing else was in the engine between its arrival and its result."""
 
 
+class Usage(NamedTuple):
+    """What the scheduler holds."""
+
+    pages: int = 0
+    live_tokens: int = 0
+    queued_tokens: int = 0
+
+
 class Worker:
     """The engine thread's state and loop."""
 
@@ -74,11 +83,11 @@ class Worker:
         self.speed = PassSpeed()
         """Written on the engine thread, read anywhere."""
         self._idle_since_s = 0.0
-        self._usage = (0, 0)
+        self._usage = Usage()
 
     @property
-    def usage(self) -> tuple[int, int]:
-        """Pages in use and queued tokens, as of the last tick. For any thread."""
+    def usage(self) -> Usage:
+        """As of the last tick. For any thread."""
         return self._usage
 
     def post(self, command: Callable[[], None]) -> None:
@@ -259,7 +268,10 @@ class Worker:
 
     def _publish(self) -> None:
         """Let the loop know what has finished, with one wake-up per loop."""
-        self._usage = (self._scheduler.num_used_pages, self._scheduler.num_queued_tokens)
+        scheduler = self._scheduler
+        self._usage = Usage(
+            scheduler.num_used_pages, scheduler.num_live_tokens, scheduler.num_queued_tokens
+        )
         if not self._resolved:
             return
         resolved, self._resolved = self._resolved, []

@@ -120,6 +120,29 @@ class Scheduler:
     def num_used_pages(self) -> int:
         return self._allocator.num_used
 
+    @property
+    def num_live_tokens(self) -> int:
+        """Slots of the used pages that hold a token; one that several rows share counts once."""
+        size = self._config.page_size
+        empty = 0
+        # Only the last page of a row can have empty slots; another row may have filled it further.
+        partly: dict[int, list[int]] = {}
+        for session in self._sessions.values():
+            for row in session.rows:
+                filled = row.length % size
+                if not filled:
+                    continue
+                page = row.pages[-1]
+                if self._allocator.references(page) == 1:
+                    empty += size - filled
+                else:
+                    partly.setdefault(page, []).append(filled)
+        for page, fills in partly.items():
+            # A row that holds it and is not here has filled it.
+            if len(fills) == self._allocator.references(page):
+                empty += size - max(fills)
+        return self._allocator.num_used * size - empty
+
     def prefilling(self) -> set[bytes]:
         """Sessions whose next step is not a decode step."""
         return {key for key, item in self._ready.items() if not item.queue[0].is_decode}

@@ -70,7 +70,7 @@ class Server:
         self._announcer = Announcer(
             self._directory,
             self.info,
-            self._measure_neighbours,
+            self._before_announcing,
             config.update_period,
             config.expiration_s,
         )
@@ -140,8 +140,16 @@ class Server:
         # A slow peer says nothing of this server's link: that carries what the best one took.
         return max(self.node.send_rates.snapshot().values(), default=DEFAULT_NETWORK_BYTES_PER_S)
 
-    async def _measure_neighbours(self) -> None:
+    async def _before_announcing(self) -> None:
+        """Once a period: measure what takes a while, and tell the operator how things are."""
         await self._neighbours.measure(self._prefix, self.checkpoint.fingerprint, self.span)
+        stats = self.engine.stats()
+        if stats.num_sessions:
+            logger.info(
+                "%d sessions; %d of %d KV pages in use, %.1f %% of their slots hold tokens",
+                stats.num_sessions, stats.pages_used, stats.pages_total,
+                100 * stats.kv_useful_share,
+            )  # fmt: skip
 
     async def close(self, drain_timeout_s: float = 0.0) -> None:
         """Stop admitting, wait for open sessions, announce leaving, release everything."""

@@ -221,6 +221,21 @@ async def test_a_session_grows_past_its_lease_while_there_is_room(engine):
         engine.submit(b"s", table(20, 1), torch.randn(1, HIDDEN_SIZE))
 
 
+async def test_the_useful_share_of_kv_memory_is_reported(engine):
+    assert engine.stats().kv_useful_share == 1
+    engine.open_session(b"s", "peer", 4, 16)
+    await engine.submit(b"s", table(0, 6), torch.randn(6, HIDDEN_SIZE))
+    await settled(engine)
+    stats = engine.stats()
+    assert (stats.pages_used, stats.live_tokens, stats.kv_useful_share) == (2, 6, 6 / 8)
+    every = StepTable(tuple(RowSlice(row, 6, 1) for row in range(4)), reorder=(0, 0, 0, 0))
+    await engine.submit(b"s", every, torch.randn(4, HIDDEN_SIZE))
+    await settled(engine)
+    stats = engine.stats()
+    # The full page is shared, the other one has become four.
+    assert (stats.pages_used, stats.live_tokens, stats.kv_useful_share) == (5, 16, 16 / 20)
+
+
 async def test_the_queue_of_a_session_is_bounded(engine):
     engine.open_session(b"s", "peer", 1, 64)
     hold = threading.Event()

@@ -143,6 +143,41 @@ def test_reorder_forks_the_rows_that_are_used_twice():
     assert scheduler.num_used_pages == 0
 
 
+@pytest.mark.parametrize("length", [1000, 1008, 1007])
+def test_a_long_row_forked_eight_ways_takes_at_most_eight_pages_more(length):
+    scheduler = make(num_pages=80, page_size=16, max_batch_tokens=512)
+    scheduler.open(b"s", 8)
+    scheduler.add(step(1, b"s", (0, 0, length)))
+    while scheduler.has_work:
+        run(scheduler)
+    before = scheduler.num_used_pages
+    assert before == -(-length // 16)
+    assert scheduler.num_live_tokens == length
+    # Every fork writes a token of its own.
+    every = tuple((row, length, 1) for row in range(8))
+    scheduler.add(step(2, b"s", *every, reorder=(0,) * 8))
+    run(scheduler)
+    assert scheduler.num_used_pages - before <= 8
+    partly = length % 16
+    assert scheduler.num_live_tokens == length - partly + 8 * (partly + 1)
+
+
+def test_live_tokens_are_those_that_some_row_still_has():
+    scheduler = make()
+    assert scheduler.num_live_tokens == 0
+    scheduler.open(b"s", 2)
+    scheduler.add(step(1, b"s", (0, 0, 7)))
+    run(scheduler)
+    scheduler.add(step(2, b"s", (0, 7, 1), (1, 5, 1), reorder=(0, 0)))
+    run(scheduler)
+    # Row 0 has 8 tokens in two full pages; row 1 shares the first and has 2 in a copy.
+    assert (scheduler.num_used_pages, scheduler.num_live_tokens) == (3, 10)
+    scheduler.add(step(3, b"s", (0, 2, 1)))
+    run(scheduler)
+    # Row 1 still has all of the shared page, of which row 0 has made a copy.
+    assert (scheduler.num_used_pages, scheduler.num_live_tokens) == (3, 9)
+
+
 def test_closing_drops_the_queue_and_reports_it():
     scheduler = make(max_batch_tokens=8)
     scheduler.open(b"s", 1)
@@ -313,6 +348,13 @@ class RandomServing(RuleBasedStateMachine):
     @invariant()
     def pages_are_accounted_for(self):
         self.scheduler.check_integrity()
+        rows = [row for session in self.scheduler._sessions.values() for row in session.rows]
+        live = {
+            row.pages[token // PAGE_SIZE] * PAGE_SIZE + token % PAGE_SIZE
+            for row in rows
+            for token in range(row.length)
+        }
+        assert self.scheduler.num_live_tokens == len(live)
 
     def teardown(self):
         while self.scheduler.has_work:

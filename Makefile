@@ -38,7 +38,7 @@ $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev,nsga2,plot,quant]'
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev,nsga2,plot,quant,simulation]'
 	touch $@
 
 clean:

@@ -50,6 +50,7 @@ setup(
     extras_require={
         "nsga2": ["pymoo>=0.6.1"],
         "plot": ["matplotlib>=3.8"],
+        "simulation": ["simpy>=4.1"],
         "quant": ["bitsandbytes>=0.46", "accelerate>=1.1"],
         "dev": [
             "hypothesis>=6.100",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from planetserve import cli, demo, plan, run_dht, run_server
+from planetserve import cli, demo, plan, run_dht, run_server, simulation
 from planetserve.config import ClientConfig, ServerConfig
 from planetserve.plan import command as plan_command
+from planetserve.simulation import command as simulate_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,9 +21,15 @@ PARSERS = {
     "planetserve.run_dht": run_dht.parse,
     "planetserve.demo": demo.parse,
     "planetserve.plan": plan.parse,
+    "planetserve.simulation": simulation.parse,
 }
 
-EXAMPLES = (run_server.EXAMPLES, run_dht.EXAMPLES, plan_command.EXAMPLES)
+EXAMPLES = (
+    run_server.EXAMPLES,
+    run_dht.EXAMPLES,
+    plan_command.EXAMPLES,
+    simulate_command.EXAMPLES,
+)
 
 
 def shell_commands(text: str) -> list[str]:
@@ -56,6 +63,7 @@ def test_a_shown_command_is_accepted(line: str) -> None:
 def test_flags_in_the_text_exist(page: str) -> None:
     known = {*ServerConfig.__dataclass_fields__, *run_dht.DhtConfig.__dataclass_fields__}
     known |= {*plan_command.PlanConfig.__dataclass_fields__}
+    known |= {*simulate_command.SimulateConfig.__dataclass_fields__}
     known |= {*demo.Options.__dataclass_fields__, "config", "help", "version"}
     other = {
         "rm",

@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "run_dht": BASE | {"cli", "crypto", "swarm"},
     "demo": BASE | {"cli", "client", "model"},
     "plan": BASE | {"cli", "client", "model", "routing"},
+    "simulation": BASE | {"cli", "routing", "scheduler"},
     "testing": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "model", "engine",
                        "swarm", "server", "client"},
 }  # fmt: skip
@@ -65,6 +66,7 @@ HEAVY = {
     "safetensors": {"model", "testing"},
     "pymoo": {"routing"},
     "matplotlib": {"plan"},
+    "simpy": {"simulation"},
 }
 
 MODULES = sorted(SOURCE.rglob("*.py"))

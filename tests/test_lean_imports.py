@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "hivemind", "pymoo", "matplotlib", "rich.console")
+HEAVY = ("torch", "transformers", "hivemind", "pymoo", "matplotlib", "rich.console", "simpy")
 
 LEAN = [
     "planetserve",
@@ -21,6 +21,7 @@ LEAN = [
     "planetserve.run_dht",
     "planetserve.demo",
     "planetserve.plan",
+    "planetserve.simulation",
     "planetserve.wire.frame",
     "planetserve.wire.step",
     "planetserve.wire.messages",

@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("planetserve.run_server", "serve some blocks of a model"),
     "dht": ("planetserve.run_dht", "run a peer that others join the swarm through"),
     "plan": ("planetserve.plan", "show which chain a request would get, and how fast it would be"),
+    "simulate": ("planetserve.simulation", "show what users would see, in simulated time"),
     "demo": ("planetserve.demo", "a private swarm on this machine that completes a prompt"),
 }
 """Subcommand -> module with a `main(argv) -> None`, and what it does."""

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from planetserve.client.experience import Experience
-from planetserve.client.moving import Offer
 from planetserve.client.planning import ChainPlanner, ModelFacts, spans_text
 from planetserve.client.ring import RingSession
 from planetserve.client.ring_spec import Gap, RingSpec
@@ -37,6 +36,7 @@ from planetserve.errors import (
     RemoteProtocolError,
 )
 from planetserve.history import History
+from planetserve.routing.moving import Offer
 from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.directory import Directory

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 
 from planetserve.client.block_ranges import split_blocks, trusted_spans
-from planetserve.client.moving import move_ms, new_hops
 from planetserve.client.ring_spec import Gap
 from planetserve.config import ClientConfig
 from planetserve.errors import (
@@ -29,6 +28,7 @@ from planetserve.errors import (
 )
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.routing.cost import latency_ms
+from planetserve.routing.moving import move_ms, new_hops
 from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
 from planetserve.routing.points import server_point
 from planetserve.routing.request import ChainRequest

@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 
 from planetserve.client.hop_link import HopLink, Inbox
-from planetserve.client.moving import new_hops
 from planetserve.client.ring_spec import Gap, RingSpec
 from planetserve.client.vigil import Vigil
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
@@ -38,6 +37,7 @@ from planetserve.errors import (
     TransportError,
 )
 from planetserve.history import History
+from planetserve.routing.moving import new_hops
 from planetserve.swarm.node import SwarmNode
 from planetserve.tensors import tensor_bytes, tensor_from_payload, wire_dtype
 from planetserve.types import CLIENT, Chain, Hop, PeerId, ServerInfo

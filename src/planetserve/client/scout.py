@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planetserve.client.experience import Experience
-from planetserve.client.moving import Offer
 from planetserve.client.planning import ChainPlanner
 from planetserve.clock import Clock
 from planetserve.errors import NoChainAvailable, SessionLengthError
+from planetserve.routing.moving import Offer
 from planetserve.types import Chain, ServerInfo
 
 _REST = 20.0

@@ -21,7 +21,6 @@ import torch
 
 from planetserve.client.chain_manager import ChainManager
 from planetserve.client.local_blocks import LocalEnds, LocalRows
-from planetserve.client.moving import Mover
 from planetserve.client.portal import Portal
 from planetserve.client.ring import RingSession
 from planetserve.client.scout import Running
@@ -35,6 +34,7 @@ from planetserve.errors import (
     SessionLengthError,
 )
 from planetserve.history import History
+from planetserve.routing.moving import Mover
 from planetserve.types import Chain
 from planetserve.wire.step import MAX_ROWS, RowSlice, StepTable
 

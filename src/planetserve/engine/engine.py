@@ -18,7 +18,6 @@ from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig, EngineStats
 from planetserve.engine.measure import measure_cost
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.engine.speed import StepLatency
 from planetserve.engine.worker import Job, Worker
 from planetserve.errors import (
     QueueFull,
@@ -29,6 +28,7 @@ from planetserve.errors import (
 )
 from planetserve.scheduler.batch import WorkItem
 from planetserve.scheduler.leases import Leases
+from planetserve.scheduler.speed import StepLatency
 from planetserve.types import BlockSpan
 from planetserve.wire.step import StepTable
 

@@ -14,9 +14,9 @@ import torch
 
 from planetserve.clock import Clock
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.engine.speed import StepCost
 from planetserve.engine.worker import Job, Worker
 from planetserve.scheduler.batch import WorkItem
+from planetserve.scheduler.speed import StepCost
 from planetserve.types import BlockSpan
 from planetserve.wire.step import RowSlice
 

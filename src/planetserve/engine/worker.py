@@ -22,12 +22,12 @@ import torch
 from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.engine.speed import PassSpeed
 from planetserve.errors import PlanetServeError, RemoteError, RemoteProtocolError, SessionError
 from planetserve.scheduler.batch import Piece, WorkItem
 from planetserve.scheduler.chunk_budget import ChunkBudget
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.scheduler.segments import segments, separate
+from planetserve.scheduler.speed import PassSpeed
 from planetserve.types import BlockSpan
 
 logger = logging.getLogger(__name__)

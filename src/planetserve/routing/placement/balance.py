@@ -37,12 +37,12 @@ class Balance:
         if not 0 < own_tokens_per_s_per_block < np.inf:
             raise ConfigError("own_tokens_per_s_per_block must be positive and finite")
         covered = block_throughputs(servers, num_blocks_model)
-        own = own_tokens_per_s_per_block / num_blocks
-        starts = range(num_blocks_model - num_blocks + 1)
-        return max(
-            (BlockSpan(start, start + num_blocks) for start in starts),
-            key=lambda span: (_leximin_key(covered, span, own), -span.start),
-        )
+        starts = num_blocks_model - num_blocks + 1
+        after = np.tile(covered, (starts, 1))
+        for start in range(starts):
+            after[start, start : start + num_blocks] += own_tokens_per_s_per_block / num_blocks
+        best = _leximin(after)
+        return BlockSpan(best, best + num_blocks)
 
 
 def block_throughputs(servers: Sequence[ServerPoint], num_blocks_model: int) -> FloatArray:
@@ -56,7 +56,17 @@ def block_throughputs(servers: Sequence[ServerPoint], num_blocks_model: int) -> 
     return total
 
 
-def _leximin_key(covered: FloatArray, span: BlockSpan, own: float) -> list[float]:
-    after = covered.copy()
-    after[span.start : span.end] += own
-    return [float(f"{value:.{_DIGITS}g}") for value in np.sort(after)]
+def _leximin(rows: FloatArray) -> int:
+    """The first of the rows whose sorted values are greatest, compared from the smallest on."""
+    ordered = _rounded(np.sort(rows, axis=1))
+    # lexsort takes the most significant key last.
+    best = ordered[np.lexsort(ordered.T[::-1])[-1]]
+    return int(np.argmax((ordered == best).all(axis=1)))
+
+
+def _rounded(values: FloatArray) -> FloatArray:
+    """Non-negative `values` at `_DIGITS` significant digits."""
+    magnitude = np.floor(np.log10(values, out=np.zeros_like(values), where=values > 0))
+    unit = 10.0 ** (magnitude - (_DIGITS - 1))
+    rounded: FloatArray = np.round(values / unit) * unit
+    return rounded

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from planetserve.client.experience import Experience
-from planetserve.client.moving import Mover, Offer, move_ms, new_hops
 from planetserve.config import ClientConfig
 from planetserve.errors import ConfigError
+from planetserve.routing.moving import Mover, Offer, move_ms, new_hops
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
 from planetserve.types import BlockSpan, Chain, Hop, ServerInfo, ServerState
 

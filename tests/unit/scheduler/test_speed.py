@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planetserve.engine.speed import PassSpeed, StepCost, StepLatency
+from planetserve.scheduler.speed import PassSpeed, StepCost, StepLatency
 
 
 def test_overhead_and_blocks_are_told_apart() -> None:

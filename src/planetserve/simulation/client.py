@@ -1,0 +1,311 @@
+"""What clients know and how they plan: announcements, loads of servers in use, the real optimizer.
+
+A client reads the directory when it opens a session and before it moves one, unless it has just
+done so. Of servers that it uses it knows the present load, because every answer carries it.
+Round-trip times it knows as they are. In a swarm larger than `VIEW_SERVERS` it plans on the best
+holders of each block (`routing/shortlist.py`); optimizers that choose blindly get a sample of all
+servers instead, or the shortlist would do half of the routing for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planetserve.config import ClientConfig
+from planetserve.errors import ConfigError, NoChainAvailable
+from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
+from planetserve.routing.request import ChainRequest
+from planetserve.routing.shortlist import best_holders
+from planetserve.routing.snapshot import FloatArray, ServerPoint, SwarmSnapshot
+from planetserve.simulation.world import World
+from planetserve.types import BlockSpan, Chain, Hop
+
+if TYPE_CHECKING:
+    from planetserve.simulation.ring import Ring
+    from planetserve.simulation.server import SimServer
+
+CLIENT_CONFIG = ClientConfig()
+VIEW_SERVERS = 256
+"""Servers that a simulated client plans on at most: it keeps large swarms affordable."""
+FRESH_S = 5.0
+"""A view of the directory this old is not renewed, as in `ChainManager`."""
+_BLIND = frozenset({"random", "petals_max_throughput"})
+"""Optimizers that look at neither links nor speeds."""
+
+
+@dataclass(frozen=True)
+class MatrixSnapshot(SwarmSnapshot):
+    """A snapshot whose round-trip times come as a matrix. A table of names would be checked and
+    turned into this very matrix again for every plan."""
+
+    half: FloatArray = field(default_factory=lambda: np.zeros((1, 1)), compare=False)
+    """Half round-trip times in the order of `servers`, the client last."""
+
+    @cached_property
+    def half_rtt_ms(self) -> FloatArray:
+        return self.half
+
+    def rtt(self, first: str, second: str) -> float:
+        return 2.0 * float(self.half[self.index[first], self.index[second]])
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How clients choose chains.
+
+    Raises:
+        ConfigError: there is no such optimizer, or it has no such option.
+    """
+
+    optimizer: str
+    """Name and options, as in `ClientConfig.chain_optimizer`."""
+    moves: bool = False
+    """Whether running sessions look for better chains, as the real client's do."""
+    static: bool = False
+    """Whether clients know of speeds only what servers measured when they started, as in Petals."""
+
+    def __post_init__(self) -> None:
+        self.create(0)  # a mistyped name should fail here
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Read `"NAME"` or `"NAME:option=value"`, with `"+moves"` or `"+static"` behind it or not.
+
+        Raises:
+            ConfigError: it is nothing of the kind.
+        """
+        optimizer, *flags = text.split("+")
+        unknown = sorted(set(flags) - {"moves", "static"})
+        if unknown:
+            raise ConfigError(f"{text[:80]!r}: write +moves or +static, not +{unknown[0]}")
+        return cls(optimizer, "moves" in flags, "static" in flags)
+
+    def __str__(self) -> str:
+        return self.optimizer + "+moves" * self.moves + "+static" * self.static
+
+    @property
+    def is_blind(self) -> bool:
+        return self.optimizer.partition(":")[0] in _BLIND
+
+    def create(self, seed: int) -> ChainOptimizer:
+        """The optimizer, made as `ChainPlanner` makes it."""
+        spread = CLIENT_CONFIG.chain_spread
+        return OPTIMIZERS.create_from(self.optimizer, spread=spread, seed=seed)
+
+
+class Directory:
+    """What servers have announced last.
+
+    Args:
+        lifetime_s: how long a record stays when its owner falls silent.
+    """
+
+    def __init__(self, lifetime_s: float):
+        self._lifetime_s = lifetime_s
+        self._records: dict[int, tuple[float, ServerPoint]] = {}
+
+    def announce(self, server: int, now_s: float, point: ServerPoint) -> None:
+        """Store a record."""
+        self._records[server] = now_s, point
+
+    def withdraw(self, server: int) -> None:
+        """Remove a server's record, if there is one."""
+        self._records.pop(server, None)
+
+    def lookup(self, now_s: float) -> list[tuple[int, ServerPoint]]:
+        """Servers and their records, in the order of their numbers."""
+        return [
+            (server, point)
+            for server, (announced_s, point) in sorted(self._records.items())
+            if announced_s + self._lifetime_s > now_s
+        ]
+
+
+class SimClient:
+    """A user's machine.
+
+    Args:
+        world: where it is.
+        number: which client.
+        policy: how it plans.
+        directory: where it looks servers up.
+        servers: whose present load it knows while it uses them.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        number: int,
+        policy: Policy,
+        directory: Directory,
+        servers: list[SimServer],
+    ):
+        self.name = f"c{number}"
+        self.node = world.client_node(number)
+        self.rings: dict[Ring, None] = {}
+        """Its open sessions."""
+        self._world = world
+        self._policy = policy
+        self._directory = directory
+        self._servers = servers
+        self._rng = np.random.default_rng([world.seed, number])
+        self._known_at_s = -np.inf
+        self._known: list[tuple[int, ServerPoint]] = []
+        self._banned_until_s: dict[int, float] = {}
+
+    def draw_seed(self) -> int:
+        """For a new session, which keeps it."""
+        return int(self._rng.integers(2**32))
+
+    def ban(self, server: int, until_s: float) -> None:
+        """Leave the server out of plans for a while."""
+        self._banned_until_s[server] = until_s
+
+    def refresh(self, now_s: float) -> bool:
+        """Read the directory, unless that has just been done; say whether it was read."""
+        if now_s - self._known_at_s < FRESH_S:
+            return False
+        self._known_at_s = now_s
+        found = self._directory.lookup(now_s)
+        if len(found) > VIEW_SERVERS:
+            if self._policy.is_blind:
+                chosen = np.sort(self._rng.choice(len(found), VIEW_SERVERS, replace=False))
+            else:
+                chosen = _shortlist(self._world, self.node, found)
+            found = [found[i] for i in chosen]
+        self._known = found
+        return True
+
+    def snapshot(self, now_s: float, own: Ring | None = None, lease: int = 0) -> MatrixSnapshot:
+        """What the client plans on.
+
+        Args:
+            now_s: time.
+            own: a session whose `lease` tokens count as free where it has them.
+        """
+        members, points = [], []
+        for number, point in self._usable(now_s, own, lease):
+            members.append(number)
+            points.append(point)
+        return _snapshot(self._world, points, self._world.links.matrix([*members, self.node]))
+
+    def plan(self, snapshot: SwarmSnapshot, tokens: int, seed: int) -> Chain:
+        """A chain with room for `tokens`.
+
+        Raises:
+            NoChainAvailable: there is none now.
+        """
+        if not snapshot.servers:
+            raise NoChainAvailable("no server is known")
+        return self._policy.create(seed).plan(snapshot, ChainRequest(tokens=tokens))
+
+    def plan_gap(
+        self,
+        now_s: float,
+        span: BlockSpan,
+        sides: tuple[int | None, int | None],
+        without: Collection[int],
+        lease: int,
+        seed: int,
+    ) -> Chain:
+        """Hops that take over `span` of a chain, as `ChainPlanner` plans them: the place of the
+        client is taken by the hops on both sides.
+
+        Args:
+            span: the blocks.
+            sides: the servers before and after the gap, None for the client.
+            without: servers not to use.
+
+        Raises:
+            NoChainAvailable: nobody can.
+        """
+        members, points = [], []
+        for number, point in self._usable(now_s, None, 0):
+            start, end = max(point.start, span.start), min(point.end, span.end)
+            if number not in without and start < end:
+                members.append(number)
+                points.append(replace(point, start=start - span.start, end=end - span.start))
+        links = self._world.links
+        half = links.matrix([*members, self.node])
+        before, after = (self.node if side is None else side for side in sides)
+        if members:
+            to_sides = [
+                (links.half_ms(before, number) + links.half_ms(after, number)) / 2
+                for number in members
+            ]
+            half[-1, :-1] = half[:-1, -1] = to_sides
+        gap = self.plan(_snapshot(self._world, points, half, len(span)), lease, seed)
+        hops = [Hop(hop.peer_id, hop.start + span.start, hop.end + span.start) for hop in gap]
+        return Chain(tuple(hops), gap.latency_ms, gap.throughput_tokens_per_s)
+
+    def _usable(
+        self, now_s: float, own: Ring | None, lease: int
+    ) -> Iterator[tuple[int, ServerPoint]]:
+        """Servers that are not banned, with the loads that this client's own answers carry."""
+        in_use = {number for ring in self.rings for number in ring.servers}
+        own_servers = set() if own is None else set(own.servers)
+        for number, point in self._known:
+            if self._banned_until_s.get(number, 0.0) > now_s:
+                continue
+            server = self._servers[number]
+            if self._policy.static:
+                point = replace(point, decode_ms_per_block=server.machine.decode_ms_per_block)
+            elif number in in_use and server.is_up:
+                point = replace(point, decode_ms_per_block=server.load_ms)
+            if number in own_servers:
+                point = replace(point, free_cache_tokens=point.free_cache_tokens + lease)
+            yield number, point
+
+
+def _shortlist(world: World, node: int, found: list[tuple[int, ServerPoint]]) -> NDArray[np.intp]:
+    """Positions of the best holders: by the time of a token if a server could run all blocks."""
+    num_blocks = world.scenario.model.num_blocks
+    half = world.links.column(node, len(world.machines))[[number for number, _ in found]]
+    decode = np.array([point.decode_ms_per_block for _, point in found])
+    return best_holders(
+        np.array([point.start for _, point in found]),
+        np.array([point.end for _, point in found]),
+        2 * half + num_blocks * decode,
+        num_blocks,
+        VIEW_SERVERS,
+    )
+
+
+def _snapshot(
+    world: World, points: list[ServerPoint], half: FloatArray, num_blocks: int | None = None
+) -> MatrixSnapshot:
+    scenario = world.scenario
+    return MatrixSnapshot(
+        num_blocks=num_blocks or scenario.model.num_blocks,
+        activation_bytes_per_token=scenario.model.activation_bytes_per_token,
+        hop_overhead_ms=scenario.network.hop_overhead_ms,
+        default_rtt_ms=0.0,
+        servers=tuple(points),
+        half=half,
+    )
+
+
+def idle_snapshot(world: World, client: int) -> MatrixSnapshot:
+    """The whole swarm without any load, seen from a client; cut as a client with sight would."""
+    points = [
+        ServerPoint(
+            id=machine.id,
+            start=span.start,
+            end=span.end,
+            decode_ms_per_block=machine.decode_ms_per_block,
+            tokens_per_s_per_block=machine.tokens_per_s_per_block,
+            network_bytes_per_s=machine.network_bytes_per_s,
+            free_cache_tokens=world.scenario.machines.cache_tokens,
+        )
+        for machine, span in zip(world.machines, world.spans, strict=True)
+    ]
+    node = world.client_node(client)
+    chosen = _shortlist(world, node, list(enumerate(points))).tolist()
+    half = world.links.matrix([*chosen, node])
+    return _snapshot(world, [points[i] for i in chosen], half)

@@ -1,0 +1,72 @@
+"""A session's chain as the simulation sees it, and what travels around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from planetserve.simulation.world import Links
+from planetserve.types import Chain, Hop
+
+if TYPE_CHECKING:
+    from planetserve.simulation.session import Session
+
+
+class Ring:
+    """One per session, whatever chain it runs on. Compared by identity.
+
+    Args:
+        session: whose.
+        ring_id: unique.
+        links: how far nodes are apart.
+        number_of: server ids to their numbers.
+    """
+
+    def __init__(
+        self, session: Session, ring_id: bytes, links: Links, number_of: Mapping[str, int]
+    ):
+        self.session = session
+        self.id = ring_id
+        self.epoch = 0
+        """Raised whenever what is under way has become worthless."""
+        self.chain = Chain(())
+        self.servers: list[int] = []
+        self.spans: list[tuple[int, int]] = []
+        self.half_s: list[float] = []
+        """From the client to the first server, from each server to the next, back to the client."""
+        self._links = links
+        self._number_of = number_of
+
+    def set_chain(self, chain: Chain) -> None:
+        """Run on `chain` from now on."""
+        client = self.session.client.node
+        self.chain = chain
+        self.servers = [self._number_of[hop.peer_id] for hop in chain]
+        self.spans = [(hop.start, hop.end) for hop in chain]
+        nodes = [client, *self.servers, client]
+        half_ms = self._links.half_ms
+        self.half_s = [half_ms(a, b) / 1000.0 for a, b in zip(nodes, nodes[1:], strict=False)]
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """Tokens of one session on their way around its ring, from hop `hop` to before hop `stop`."""
+
+    ring: Ring
+    epoch: int
+    num_tokens: int
+    is_last: bool
+    """Whether nothing follows it that belongs to the same text: it brings an answer."""
+    hop: int = 0
+    stop: int | None = None
+    """Where a step ends that only fills caches; None goes all the way round."""
+    arrived_s: float = 0.0
+    num_left: int = 0
+    is_alone: bool = False
+    """Whether the server was idle when it came."""
+
+
+def spliced(hops: Sequence[Hop], first: int, stop: int, entering: Sequence[Hop]) -> Chain:
+    """The chain in which `entering` take the place of hops `first:stop`."""
+    return Chain((*hops[:first], *entering, *hops[stop:]))

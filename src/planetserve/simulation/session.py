@@ -1,0 +1,339 @@
+"""One request: finds a chain, fills its cache, takes tokens until it has all, moves when it should.
+
+Follows the real client: all hops are opened at once and each leases cache or refuses; the prompt
+goes round in chunks, one behind the other; after that one token at a time. When a server is lost or
+leaves, others take over its part and are filled by the hop before them, the rest stays; the same
+happens when a clearly better chain has come up (`routing/moving.py`).
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from planetserve.errors import CacheExhausted, NoChainAvailable
+from planetserve.routing.cost import latency_ms
+from planetserve.routing.moving import Mover, Offer, move_ms, new_hops
+from planetserve.simulation.client import CLIENT_CONFIG
+from planetserve.simulation.events import SimClock, later
+from planetserve.simulation.ring import Ring, Step, spliced
+from planetserve.simulation.world import Request
+from planetserve.types import BlockSpan, Chain, Hop
+
+if TYPE_CHECKING:
+    from planetserve.simulation.client import SimClient
+    from planetserve.simulation.run import Simulation
+
+_POLL_S = 1.0
+"""Between two attempts to find a chain when there is none."""
+_CHUNK_TOKENS = 512
+"""Of a prompt that one frame carries."""
+_LOOKUP_S = 0.5
+"""A look at the directory: some round trips to peers anywhere."""
+
+
+class Outcome(enum.Enum):
+    """How a request ended."""
+
+    DONE = "done"
+    NO_CHAIN = "no chain"
+
+
+@dataclass(slots=True)
+class Record:
+    """What a request experienced."""
+
+    request: Request
+    first_token_s: float = 0.0
+    """From its arrival."""
+    gaps_ms: list[float] = field(default_factory=list)
+    """From each token to the next."""
+    outcome: Outcome | None = None
+    ended_s: float = 0.0
+    num_plans: int = 0
+    num_refusals: int = 0
+    """Hops that had no room."""
+    num_jumps: int = 0
+    """Times that a server was lost or left."""
+    num_moves: int = 0
+    """Times that a better chain was taken."""
+    num_replayed: int = 0
+    """Tokens computed again by a server that took over, summed over servers."""
+
+
+class Session:
+    """Serves one request; the simulation gets `record` when it has ended.
+
+    Args:
+        sim: where.
+        client: whose.
+        request: what.
+        number: unique.
+        moves: whether it looks for better chains while it runs.
+    """
+
+    def __init__(
+        self, sim: Simulation, client: SimClient, request: Request, number: int, moves: bool
+    ):
+        self.record = Record(request)
+        self.client = client
+        self._sim = sim
+        self._env = sim.env
+        self._ring = Ring(self, b"%d" % number, sim.world.links, sim.number_of)
+        self._generated = 0
+        self._latest_token_s = 0.0
+        self._searching_since_s: float | None = None
+        self._leaving: set[int] = set()
+        self._lease = request.prompt_tokens + sim.world.scenario.workload.max_output_tokens
+        self._seed = client.draw_seed()
+        self._mover: Mover | None = None
+        if moves:
+            dice = random.Random(self._seed)
+            self._mover = Mover(CLIENT_CONFIG, SimClock(sim.env), dice)
+
+    @property
+    def _known(self) -> int:
+        """Tokens of the text so far."""
+        return self.record.request.prompt_tokens + self._generated
+
+    def begin(self) -> None:
+        """Look for a chain, with an empty cache."""
+        if self._searching_since_s is None:
+            self._searching_since_s = self._env.now
+        self._abandon()
+        if self.client.refresh(self._env.now):
+            self._later(_LOOKUP_S, self._plan)
+        else:
+            self._plan()
+
+    def _later(self, delay_s: float, do: Callable[[], None]) -> None:
+        """Unless something else has come up by then."""
+
+        def act(epoch: int) -> None:
+            if epoch == self._ring.epoch:
+                do()
+
+        later(self._env, delay_s, act, self._ring.epoch)
+
+    def _plan(self) -> None:
+        try:
+            snapshot = self.client.snapshot(self._env.now)
+            self.record.num_plans += 1
+            chain = self.client.plan(snapshot, self._lease, self._seed)
+        except NoChainAvailable:
+            self._later(_POLL_S, self._begin_or_give_up)
+            return
+        self._open(chain.hops, chain)
+
+    def _begin_or_give_up(self) -> None:
+        since_s = self._env.now if self._searching_since_s is None else self._searching_since_s
+        if self._env.now - since_s < self._sim.world.scenario.workload.patience_s:
+            self.begin()
+        else:
+            self._abandon()
+            self._end(Outcome.NO_CHAIN)
+
+    def _open(self, hops: Sequence[Hop], chain: Chain, is_move: bool = False) -> None:
+        """Ask `hops`, all at once, and then run on `chain`, of which they are a part."""
+        half_ms = self._sim.world.links.half_ms
+        numbers = [self._sim.number_of[hop.peer_id] for hop in hops]
+        farthest_ms = max(half_ms(self.client.node, number) for number in numbers)
+        attempt = _Attempt(tuple(hops), chain, is_move)
+        self._later(2 * farthest_ms / 1000.0, partial(self._answered, attempt))
+
+    def _answered(self, attempt: _Attempt) -> None:
+        """All hops have answered, or one never will."""
+        now_s = self._env.now
+        opened: list[int] = []
+        for hop in attempt.hops:
+            number = self._sim.number_of[hop.peer_id]
+            server = self._sim.servers[number]
+            ban_s, wait_s = 0.0, 0.0
+            if not server.is_up:
+                ban_s, wait_s = CLIENT_CONFIG.ban_timeout, CLIENT_CONFIG.connect_timeout
+            elif server.is_draining or not server.span.covers(hop.span):
+                ban_s = CLIENT_CONFIG.ban_timeout  # it answers, but not with what was announced
+            elif self._ring not in server.rings:
+                try:
+                    server.open(self._ring, self._lease)
+                    opened.append(number)
+                except CacheExhausted as error:
+                    self.record.num_refusals += 1
+                    ban_s = wait_s = error.retry_after_s
+            if ban_s:
+                self.client.ban(number, now_s + ban_s)
+                for other in opened:
+                    self._sim.servers[other].close(self._ring)
+                self._later(wait_s, self._stay if attempt.is_move else self._begin_or_give_up)
+                return
+        self._run_on(attempt)
+
+    def _stay(self) -> None:
+        self._send(1, first=0, stop=None)
+
+    def _run_on(self, attempt: _Attempt) -> None:
+        """Put the opened hops in place and fill their caches."""
+        ring, old = self._ring, self._ring.servers
+        ring.set_chain(attempt.chain)
+        for number in old:
+            if number not in ring.servers:
+                self._sim.servers[number].close(ring)
+        for number in ring.servers:
+            self._sim.servers[number].drop_steps(ring)
+        self.client.rings[ring] = None
+        self._searching_since_s = None
+        self._leaving &= set(ring.servers)
+        known = self._known
+        if len(attempt.hops) == len(attempt.chain):
+            # All are new: the answer to the whole text is the next token.
+            if self._generated:
+                self.record.num_replayed += known * len(attempt.hops)
+            self._send(known, first=0, stop=None)
+        else:
+            self.record.num_replayed += (known - 1) * len(attempt.hops)
+            first = attempt.chain.hops.index(attempt.hops[0])
+            self._send(known - 1, first, first + len(attempt.hops))
+
+    def _send(self, num_tokens: int, first: int, stop: int | None) -> None:
+        """Send tokens in chunks into hop `first`, from the hop before it."""
+        while num_tokens > 0:
+            count = min(_CHUNK_TOKENS, num_tokens)
+            num_tokens -= count
+            ring = self._ring
+            step = Step(ring, ring.epoch, count, is_last=num_tokens == 0, hop=first, stop=stop)
+            self._sim.send_into(self.client, step)
+
+    def result(self, step: Step) -> None:
+        """A step has been all the way round, or has filled the hops that it was to fill."""
+        if step.epoch != self._ring.epoch or not step.is_last:
+            return
+        if step.stop is not None:
+            self._send(1, first=0, stop=None)
+            return
+        now_s = self._env.now
+        if self._generated == 0:
+            self.record.first_token_s = now_s - self.record.request.arrival_s
+        else:
+            gap_ms = 1000.0 * (now_s - self._latest_token_s)
+            self.record.gaps_ms.append(gap_ms)
+            if self._mover is not None:
+                self._mover.count_step(self._ring.chain, gap_ms)
+        self._latest_token_s = now_s
+        self._generated += 1
+        self._sim.count_token(now_s)
+        if self._generated == self.record.request.output_tokens:
+            self._abandon()
+            self._end(Outcome.DONE)
+        elif not self._change_chain():
+            self._send(1, first=0, stop=None)
+
+    def server_leaves(self, server: int) -> None:
+        """A server has said that it goes; others take its part between two tokens."""
+        self._leaving.add(server)
+
+    def lost(self, server: int) -> None:
+        """A server has been found silent."""
+        if server not in self._ring.servers:
+            return
+        self.client.ban(server, self._env.now + CLIENT_CONFIG.ban_timeout)
+        self.record.num_jumps += 1
+        self._replace({server})
+
+    def _change_chain(self) -> bool:
+        """Between two tokens: begin to leave a server that goes, or to take a better chain."""
+        if self._leaving:
+            self.record.num_jumps += 1
+            self._replace(set(self._leaving))
+            return True
+        if self._mover is None or not self._mover.is_due():
+            return False
+        # How long a text will be is unknown: probably as long again as it is already.
+        tokens_left = min(self._generated, self._lease - self._known)
+        chain = self._mover.decide(self._better_chain(self._mover.may_decide), tokens_left)
+        if chain is None:
+            return False
+        self.record.num_moves += 1
+        first, last = new_hops(self._ring.chain.hops, chain.hops)
+        self._splice(chain.hops[first : len(chain) - last], chain, is_move=True)
+        return True
+
+    def _better_chain(self, refresh: bool) -> Offer | None:
+        now_s = self._env.now
+        if refresh:
+            self.client.refresh(now_s)
+        snapshot = self.client.snapshot(now_s, own=self._ring, lease=self._lease)
+        old = self._ring.chain
+        if not all(hop.peer_id in snapshot.index for hop in old):
+            return None
+        try:
+            self.record.num_plans += 1
+            chain = self.client.plan(snapshot, self._lease, self._seed)
+        except NoChainAvailable:
+            return None
+        if chain.hops == old.hops:
+            return None
+        first, last = new_hops(old.hops, chain.hops)
+        entering = chain.hops[first : len(chain) - last]
+        took_ms = move_ms(snapshot, entering, self._known, num_rows=1) if entering else 0.0
+        return Offer(chain, latency_ms(snapshot, old), chain.latency_ms, took_ms)
+
+    def _replace(self, servers: set[int]) -> None:
+        """Have others run what `servers` did; without anybody for that part, start over."""
+        ring = self._ring
+        bad = [place for place, number in enumerate(ring.servers) if number in servers]
+        if not bad or not self._generated:
+            self._leaving.clear()
+            self.begin()
+            return
+        first, stop = bad[0], bad[-1] + 1
+        hops = ring.chain.hops
+        span = BlockSpan(hops[first].start, hops[stop - 1].end)
+        before = ring.servers[first - 1] if first else None
+        after = ring.servers[stop] if stop < len(hops) else None
+        stay = {*ring.servers[:first], *ring.servers[stop:]}
+        try:
+            self.record.num_plans += 1
+            gap = self.client.plan_gap(
+                self._env.now, span, (before, after), stay | servers, self._lease, self._seed
+            )
+        except NoChainAvailable:
+            self._leaving.clear()
+            self.begin()
+            return
+        self._splice(gap.hops, spliced(hops, first, stop, gap.hops))
+
+    def _splice(self, entering: Sequence[Hop], chain: Chain, is_move: bool = False) -> None:
+        # What still comes back from the old chain counts for nothing.
+        self._ring.epoch += 1
+        if entering:
+            self._open(entering, chain, is_move)
+        else:
+            self._ring.set_chain(chain)
+            self._send(1, first=0, stop=None)
+
+    def _abandon(self) -> None:
+        ring = self._ring
+        ring.epoch += 1
+        self.client.rings.pop(ring, None)
+        for number in ring.servers:
+            self._sim.servers[number].close(ring)
+        ring.set_chain(Chain(()))
+
+    def _end(self, outcome: Outcome) -> None:
+        self.record.outcome = outcome
+        self.record.ended_s = self._env.now
+        self._sim.ended(self.record)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """Hops that are being asked, and the chain that would result."""
+
+    hops: tuple[Hop, ...]
+    chain: Chain
+    is_move: bool
+    """Whether the old chain would do as well."""

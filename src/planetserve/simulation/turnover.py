@@ -1,0 +1,96 @@
+"""Servers that leave, with a word or without, and come back to where they are needed most."""
+
+from __future__ import annotations
+
+import numpy as np
+import simpy
+
+from planetserve.routing.placement import PLACEMENTS
+from planetserve.simulation.client import CLIENT_CONFIG, Directory
+from planetserve.simulation.events import later
+from planetserve.simulation.server import SimServer
+from planetserve.simulation.world import World, join
+
+_DETECT_S = CLIENT_CONFIG.probe_after + CLIENT_CONFIG.ping_timeout
+"""Until the client of a step knows that a server is silent."""
+
+
+class Turnover:
+    """Makes servers leave and return as the scenario says. `start` once.
+
+    When and how a server leaves depends on the seed and nothing else, so it is the same for every
+    optimizer; so is where it goes when it returns, since that depends on who is there.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        world: World,
+        servers: list[SimServer],
+        directory: Directory,
+    ):
+        self.departures = 0
+        """How many there have been."""
+        self._env = env
+        self._churn = world.scenario.churn
+        self._seed = world.seed
+        self._directory = directory
+        self._servers = servers
+        self._dice: list[np.random.Generator] = []
+        self._is_fixed = bool(world.scenario.machines.spans)
+        self._placement = PLACEMENTS.create(world.scenario.machines.placement)
+        self._covered = np.zeros(world.scenario.model.num_blocks)
+
+    def start(self) -> None:
+        """Every server is up and will leave some day; no server ever does without churn."""
+        if self._churn is None:
+            return
+        for server in self._servers:
+            self._count(server, 1.0)
+            self._dice.append(np.random.default_rng([self._seed, 2, server.number]))
+            self._stay(server)
+
+    def _stay(self, server: SimServer) -> None:
+        if self._churn is not None:
+            up_s = float(self._dice[server.number].exponential(self._churn.mean_up_s))
+            later(self._env, up_s, self._leave, server)
+
+    def _leave(self, server: SimServer) -> None:
+        if self._churn is None:
+            return
+        self.departures += 1
+        if self._dice[server.number].random() >= self._churn.graceful:
+            self._go(server)
+            return
+        server.is_draining = True
+        self._directory.withdraw(server.number)
+        for ring in server.rings:
+            ring.session.server_leaves(server.number)
+        later(self._env, self._churn.drain_s, self._go, server)
+
+    def _go(self, server: SimServer) -> None:
+        """Fall silent. Whoever is still there notices after a while."""
+        if self._churn is None:
+            return
+        for ring in server.rings:
+            later(self._env, _DETECT_S, ring.session.lost, server.number)
+        server.stop()
+        self._count(server, -1.0)
+        down_s = float(self._dice[server.number].exponential(self._churn.mean_down_s))
+        later(self._env, down_s + self._churn.load_s, self._return, server)
+
+    def _return(self, server: SimServer) -> None:
+        span = server.span
+        if not self._is_fixed:
+            span = join(self._placement, server.machine, self._covered)
+        server.start(span)
+        self._count(server, 1.0)
+        self._directory.announce(server.number, self._env.now, server.point())
+        self._stay(server)
+
+    def _count(self, server: SimServer, sign: float) -> None:
+        span = server.span
+        rate = server.machine.tokens_per_s_per_block / len(span)
+        self._covered[span.start : span.end] += sign * rate
+        # Sums of floats do not return to zero by themselves.
+        self._covered[self._covered < 1e-6 * rate] = 0.0

@@ -1,0 +1,151 @@
+"""The simulated swarm against what can be worked out by hand, and what must hold in every run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("simpy")
+
+from small_swarm import small
+
+from planetserve.errors import ConfigError
+from planetserve.routing.cost import latency_ms
+from planetserve.routing.optimizers import OPTIMIZERS
+from planetserve.routing.request import ChainRequest
+from planetserve.simulation.client import Policy, idle_snapshot
+from planetserve.simulation.run import RunResult, Simulation
+from planetserve.simulation.scenario import LoadedScenario
+from planetserve.simulation.server import pass_ms
+from planetserve.simulation.session import Outcome
+from planetserve.simulation.summary import Objective, interval, summarise
+from planetserve.simulation.world import World
+
+CHURN = {"mean_up_s": 15.0, "mean_down_s": 5.0, "load_s": 2.0, "drain_s": 3.0}
+CROWDED = {
+    "requests_per_s": 20.0,
+    "output_tokens": 25.0,
+    "cache_tokens": 256,
+    "duration_s": 12.0,
+}
+
+
+def run(loaded: LoadedScenario, policy: str = "shortest_path", seed: int = 0) -> RunResult:
+    return Simulation(World(loaded, seed), Policy.parse(policy)).run()
+
+
+def test_a_session_alone_takes_what_the_planner_predicts() -> None:
+    loaded = small(clients=1, requests_per_s=0.2, duration_s=60.0)
+    world = World(loaded, 1)
+    # Far apart, so that nobody meets anybody.
+    requests = [
+        dataclasses.replace(request, arrival_s=100.0 * number)
+        for number, request in enumerate(world.requests)
+    ]
+    world.requests = requests
+    snapshot = idle_snapshot(world, 0)
+    chain = OPTIMIZERS.create("shortest_path").plan(snapshot, ChainRequest())
+    client_sends_ms = 1000.0 * 1000.0 / (1000.0 * 125_000)
+    expected_ms = latency_ms(snapshot, chain) + client_sends_ms
+    result = Simulation(world, Policy.parse("shortest_path:spread=0")).run()
+    gaps_ms = [gap for record in result.records for gap in record.gaps_ms]
+    assert len(gaps_ms) > 20
+    assert gaps_ms == pytest.approx([expected_ms] * len(gaps_ms), rel=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["random", "petals_min_latency+static", "shortest_path+moves"])
+@pytest.mark.parametrize("trouble", [{}, {"churn": CHURN}, {**CROWDED, "churn": CHURN}])
+def test_every_request_ends_once_with_all_its_tokens_or_counts_as_failed(
+    policy: str, trouble: dict[str, object]
+) -> None:
+    loaded = small(**trouble)
+    world = World(loaded, 3)
+    simulation = Simulation(world, Policy.parse(policy))
+    result = simulation.run()
+    assert sorted(r.request.arrival_s for r in result.records) == [
+        request.arrival_s for request in world.requests
+    ]
+    for record in result.records:
+        if record.outcome is Outcome.DONE:
+            assert len(record.gaps_ms) == record.request.output_tokens - 1
+            assert all(gap > 0 for gap in record.gaps_ms)
+        else:
+            assert record.outcome is Outcome.NO_CHAIN
+    for server in simulation.servers:
+        assert not server.rings
+        assert server.leases.free_tokens == loaded.scenario.machines.cache_tokens
+    if not trouble:
+        assert all(record.outcome is Outcome.DONE for record in result.records)
+
+
+def test_too_many_requests_are_refused_and_some_fail() -> None:
+    result = run(small(**CROWDED))
+    assert sum(record.num_refusals for record in result.records) > 0
+    assert any(record.outcome is Outcome.NO_CHAIN for record in result.records)
+
+
+def test_sessions_survive_departures_by_replaying() -> None:
+    result = run(small(churn=CHURN, output_tokens=25.0, requests_per_s=3.0))
+    jumped = [record for record in result.records if record.num_jumps]
+    assert result.departures > 3
+    assert jumped
+    assert sum(record.num_replayed for record in jumped) > 0
+    assert sum(record.outcome is Outcome.DONE for record in jumped) > len(jumped) / 2
+
+
+@pytest.mark.parametrize("policy", ["random", "shortest_path+moves"])
+def test_a_seed_fixes_everything(policy: str) -> None:
+    loaded = small(churn=CHURN, requests_per_s=4.0)
+
+    def numbers(seed: int) -> dict[str, float]:
+        world = World(loaded, seed)
+        result = Simulation(world, Policy.parse(policy)).run()
+        return summarise(world, Objective(world), result).values()
+
+    assert numbers(5) == numbers(5)
+    assert numbers(5) != numbers(6)
+
+
+def test_every_policy_gets_the_same_machines_requests_and_departures() -> None:
+    loaded = small(churn=CHURN)
+    one, other = World(loaded, 2), World(loaded, 2)
+    assert one.machines == other.machines
+    assert one.requests == other.requests
+    up_to_s = [run(loaded, policy, seed=2).departures for policy in ("random", "greedy")]
+    assert abs(up_to_s[0] - up_to_s[1]) <= 2  # a run that lasts longer sees more
+
+
+def test_choosing_chains_beats_chance_on_unequal_machines() -> None:
+    def mean_ms(policy: str) -> float:
+        world = World(small(requests_per_s=2.0), 0)
+        result = Simulation(world, Policy.parse(policy)).run()
+        return summarise(world, Objective(world), result).token_mean_ms
+
+    assert mean_ms("shortest_path") < 0.8 * mean_ms("random")
+
+
+def test_tokens_share_a_pass_where_their_spans_overlap() -> None:
+    assert pass_ms([(0, 4, 1)], 2.0, 0.1) == pytest.approx(8.0)
+    assert pass_ms([(0, 4, 1), (0, 4, 1)], 2.0, 0.1) == pytest.approx(8.4)
+    # Blocks 0:2 once, 2:4 together, 4:6 once.
+    assert pass_ms([(0, 4, 1), (2, 6, 1)], 2.0, 0.1) == pytest.approx(4.0 + 4.2 + 4.0)
+    # Nobody needs 2:4.
+    assert pass_ms([(0, 2, 3), (4, 6, 1)], 2.0, 0.1) == pytest.approx(4.4 + 4.0)
+
+
+def test_policies_are_read_from_text() -> None:
+    assert Policy.parse("shortest_path:spread=0.2+moves") == Policy(
+        "shortest_path:spread=0.2", True
+    )
+    assert str(Policy.parse("petals_min_latency+static")) == "petals_min_latency+static"
+    with pytest.raises(ConfigError, match="choose one of"):
+        Policy.parse("shortest")
+    with pytest.raises(ConfigError, match=r"\+moves or \+static"):
+        Policy.parse("random+fast")
+
+
+def test_interval_is_students() -> None:
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.303 / 3**0.5, rel=1e-3)

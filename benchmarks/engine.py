@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py            everything: 20 minutes or more
     python benchmarks/engine.py --quick    one round of a few cases
+    python benchmarks/engine.py --profile  where each millisecond of a token goes
 
 Local transformers (single stream, and one static batch of as many rows as there are sessions) and
 chains of servers on loopback, each server a process of its own with one thread, take turns within
@@ -32,6 +33,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import stamps
+import token_profile
 import torch
 from common import cpu_seconds, environment, load, median, percentile, table, write_result
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
@@ -123,12 +126,12 @@ class Bench:
         self.expected = []
         for index in range(len(self.prompts_BT)):
             progress(f"reference tokens {index + 1}/{len(self.prompts_BT)}")
-            self.expected += self._generate(local, self.prompts_BT[[index]])[0]
+            self.expected += self.generate(local, self.prompts_BT[[index]])[0]
 
     def run_local(self, model: Any, sessions: int) -> Run:
         """One static batch."""
         started_s = time.perf_counter()
-        rows, times_s = self._generate(model, self.prompts_BT[:sessions])
+        rows, times_s = self.generate(model, self.prompts_BT[:sessions])
         return self._run(started_s, rows, [times_s] * sessions)
 
     def run_swarm(self, model: Any, sessions: int) -> Run:
@@ -136,7 +139,7 @@ class Bench:
         results: list[tuple[list[list[int]], list[float]] | None] = [None] * sessions
 
         def session(index: int) -> None:
-            results[index] = self._generate(model, self.prompts_BT[[index]])
+            results[index] = self.generate(model, self.prompts_BT[[index]])
 
         threads = [threading.Thread(target=session, args=(i,)) for i in range(sessions)]
         started_s = time.perf_counter()
@@ -149,9 +152,7 @@ class Bench:
             raise SystemExit(f"{sessions - len(done)} of {sessions} sessions failed; see above")
         return self._run(started_s, [rows[0] for rows, _ in done], [times for _, times in done])
 
-    def _generate(
-        self, model: Any, prompts_BT: torch.Tensor
-    ) -> tuple[list[list[int]], list[float]]:
+    def generate(self, model: Any, prompts_BT: torch.Tensor) -> tuple[list[list[int]], list[float]]:
         watch = Stopwatch()
         output = model.generate(
             prompts_BT,
@@ -194,16 +195,28 @@ def make_checkpoint(folder: Path) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Swarm:
+    """A client's model, the process ids of its servers, and a folder for what these write."""
+
+    client: Any
+    pids: list[int]
+    folder: Path
+
+
 @contextmanager
-def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Client models by number of servers; every swarm runs for as long as the block does."""
+def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Swarm]]:
+    """Swarms by number of servers; they run for as long as the block does."""
+    module = "stamps" if options.profile else "planetserve.run_server"
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="planetserve-bench-")))
+        if options.profile:
+            os.environ.update(token_profile.server_environment(logs))
         children = Children(logs)
         stack.callback(children.stop)
         bootstrap = children.start("bootstrap", "planetserve.run_dht", "--host_maddrs", LOOPBACK)
         peers = bootstrap.wait_ready()["addresses"]
-        clients = {}
+        found = {}
         for num_servers in options.chains:
             progress(f"{dtype}: starting {num_servers} servers")
             prefix = f"bench-{num_servers}"
@@ -213,16 +226,19 @@ def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterato
                 "--linear_backend", options.linear_backend,
                 "--attn_cache_tokens", str(options.cache_tokens),
             ]  # fmt: skip
+            pids = []
             for span in split_blocks(SHAPE["num_hidden_layers"], num_servers):
                 arguments = [str(checkpoint), "--block_indices", str(span), *flags]
                 # One after the other: what a server measures while it starts is announced.
-                children.start(f"server {span}", "planetserve.run_server", *arguments).wait_ready()
+                server = children.start(f"server {span}", module, *arguments)
+                server.wait_ready()
+                pids.append(server.process.pid)
             client = AutoDistributedModelForCausalLM.from_pretrained(
                 str(checkpoint), initial_peers=peers, dht_prefix=prefix, torch_dtype=dtype,
                 show_route=False,
             )  # fmt: skip
-            clients[str(num_servers)] = stack.enter_context(client)
-        yield clients
+            found[str(num_servers)] = Swarm(stack.enter_context(client), pids, logs)
+        yield found
 
 
 def measure(checkpoint: Path, dtype: str, options: argparse.Namespace) -> list[Case]:
@@ -230,20 +246,20 @@ def measure(checkpoint: Path, dtype: str, options: argparse.Namespace) -> list[C
     bench = Bench(options)
     local = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
     bench.expect(local)
-    with swarms(checkpoint, dtype, options) as clients:
+    with swarms(checkpoint, dtype, options) as found:
         cases = [
             Case(dtype, target, sessions)
             for sessions in options.sessions
-            for target in (LOCAL, *clients)
+            for target in (LOCAL, *found)
         ]
-        for client in clients.values():
-            bench.run_swarm(client, 1)
+        for swarm in found.values():
+            bench.run_swarm(swarm.client, 1)
         for number in range(options.rounds):
             for case in cases:
                 if case.target == LOCAL:
                     run = bench.timed(bench.run_local, local, case.sessions)
                 else:
-                    run = bench.timed(bench.run_swarm, clients[case.target], case.sessions)
+                    run = bench.timed(bench.run_swarm, found[case.target].client, case.sessions)
                 case.runs.append(run)
                 progress(
                     f"round {number + 1}/{options.rounds} {dtype} {case.target} "
@@ -252,10 +268,30 @@ def measure(checkpoint: Path, dtype: str, options: argparse.Namespace) -> list[C
     return cases
 
 
+def measure_profile(
+    checkpoint: Path, dtype: str, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Where the time of one session's tokens goes, for every chain."""
+    bench = Bench(options)
+    noted: stamps.Stamps = []
+    stamps.note_client(noted)
+    rows = []
+    with swarms(checkpoint, dtype, options) as found:
+        for target, swarm in found.items():
+            bench.generate(swarm.client, bench.prompts_BT[[0]])
+            token_profile.collect(swarm.folder, swarm.pids)
+            noted.clear()
+            bench.generate(swarm.client, bench.prompts_BT[[0]])
+            servers = token_profile.collect(swarm.folder, swarm.pids)
+            rows.append({"dtype": dtype, "target": target, **token_profile.profile(noted, servers)})
+    return rows
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="one round of a few cases")
+    add("--profile", action="store_true", help="stamps along a token's way instead of rates")
     add("--dtypes", nargs="+", default=["float32", "bfloat16"])
     add("--chains", nargs="+", type=int, default=[1, 2, 3], help="numbers of servers")
     add("--sessions", nargs="+", type=int, default=[1, 4, 8, 16])
@@ -266,8 +302,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--linear_backend", default="auto")
     add("--cache_tokens", type=int, default=8192)
     add("--model", type=Path, help="a checkpoint of the same shape, instead of making one")
-    add("--name", default="engine", help="of the result file")
+    add("--name", help="of the result file; default: engine or engine_profile")
     options = parser.parse_args(argv)
+    options.name = options.name or ("engine_profile" if options.profile else "engine")
     if options.quick:
         options.dtypes, options.chains, options.sessions = ["float32"], [1], [1, 4]
         options.rounds, options.new_tokens = 1, 16
@@ -294,6 +331,19 @@ def report(rows: list[dict[str, Any]]) -> str:
     return table(header, lines)
 
 
+def profile_report(rows: list[dict[str, Any]]) -> str:
+    """The table of `--profile`: milliseconds of a token."""
+    header = ["ms of a token", *token_profile.KINDS, "all", "tokens"]
+    return table(
+        header,
+        [
+            [f"{row['dtype']} {row['target']} servers", *row["ms"].values(), row["token_ms"],
+             row["tokens"]]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
@@ -308,15 +358,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads_per_process": 1,
     }
     cases: list[Case] = []
+    profiles: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as folder:
         checkpoint = options.model or make_checkpoint(Path(folder))
         for dtype in options.dtypes:
-            cases += measure(checkpoint, dtype, options)
+            if options.profile:
+                profiles += measure_profile(checkpoint, dtype, options)
+            else:
+                cases += measure(checkpoint, dtype, options)
             gc.collect()
-    rows = [case.summary() for case in cases]
-    print(report(rows))
     result["load_after"] = load()
-    result["cases"] = rows
+    if options.profile:
+        result["profiles"] = profiles
+        print(profile_report(profiles))
+    else:
+        result["cases"] = rows = [case.summary() for case in cases]
+        print(report(rows))
     print(f"load before {result['environment']['load_before']}, after {result['load_after']}")
     print(f"written to {write_result(options.name, result)}")
 

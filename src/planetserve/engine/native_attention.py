@@ -90,7 +90,7 @@ class NativeBackend:
         if not len(short.pieces_N4):
             return
         sinks = None if options.sinks_H is None else options.sinks_H.float().contiguous()
-        shape = self._shape(query_THD, pages, options, output_THE)
+        shape = self.shape(query_THD, pages, options, output_THE)
         size = library.scratch_size(
             shape.heads, shape.key_width, shape.value_width, short.max_context
         )
@@ -100,13 +100,14 @@ class NativeBackend:
             short.pieces_N4, sinks, scratch, output_THE,
         )  # fmt: skip
 
-    def _shape(
+    def shape(
         self,
         query_THD: torch.Tensor,
         pages: LayerPages,
         options: AttentionOptions,
         output_THE: torch.Tensor,
     ) -> library.AttentionShape:
+        """What the kernel is told of tensors such as these."""
         visibility = options.visibility
         key = (
             *query_THD.stride(), *query_THD.shape[1:], *output_THE.stride(),

@@ -20,6 +20,46 @@ typedef struct {
     float scale, softcap; /* softcap 0 for none */
 } attention_shape;
 
+/* What a pass of few tokens goes through; element types are the entry point's. */
+typedef struct {
+    const void *packed, *bias; /* bias or NULL */
+    long width, outs;
+} product;
+
+typedef struct {
+    const void *weight; /* NULL for no norm */
+    long width;
+    float epsilon;
+} norm;
+
+typedef struct {
+    norm entry, query_norm, key_norm, middle;
+    product query, key, value, output, gate, up, down;
+    attention_shape attention;
+    const float *sinks;
+    void *keys, *values; /* pages */
+} layer;
+
+/* The tokens of a pass: rotary tables [tokens, key_width], and what `ps_attend_f32` takes. */
+typedef struct {
+    long tokens, num_pieces;
+    const void *cos, *sin;
+    const int64_t *slots, *pieces;
+    const int32_t *tables;
+    float *scratch;
+} pass;
+
+/* Copies keys or values of `count` tokens, [token][head][width] with strides, to slots of pages.
+ * Widths and strides are bytes here. */
+void ps_store(const char *from, long token_stride, long head_stride, long heads, long head_bytes,
+              const int64_t *slots, long count, char *pages) {
+    for (long t = 0; t < count; t++) {
+        char *to = pages + slots[t] * heads * head_bytes;
+        for (long h = 0; h < heads; h++)
+            memcpy(to + h * head_bytes, from + t * token_stride + h * head_stride, head_bytes);
+    }
+}
+
 #define CAT_(a, b) a##_##b
 #define CAT(a, b) CAT_(a, b)
 #define NAME(f) CAT(f, ISA)
@@ -91,7 +131,7 @@ int ps_level(void) { return 1; }
 #endif
 
 /* Raised with every change of what an entry point means; `planetserve.native` checks it. */
-int ps_version(void) { return 2; }
+int ps_version(void) { return 3; }
 
 /* y[m] = x[m] W^T (+ bias) (+ add[m]) for m < rows. `packed` is W [outs, width] in panels. */
 void ps_linear_f32(int level, const float *x, long x_stride, long rows, long width,
@@ -127,17 +167,6 @@ void ps_attend_bf16(int level, const attention_shape *shape, const uint16_t *que
     DISPATCH(attend_bf16, shape, query, keys, values, tables, pieces, count, sinks, scratch, output)
 }
 
-/* Copies keys or values of `count` tokens, [token][head][width] with strides, to slots of pages.
- * Widths and strides are bytes here. */
-void ps_store(const char *from, long token_stride, long head_stride, long heads, long head_bytes,
-              const int64_t *slots, long count, char *pages) {
-    for (long t = 0; t < count; t++) {
-        char *to = pages + slots[t] * heads * head_bytes;
-        for (long h = 0; h < heads; h++)
-            memcpy(to + h * head_bytes, from + t * token_stride + h * head_stride, head_bytes);
-    }
-}
-
 /* y = weight * x / sqrt(mean(x^2) + epsilon), per row. */
 void ps_rms_norm_f32(int level, const float *x, long x_stride, long rows, long width,
                      const float *weight, float epsilon, float *y, long y_stride) {
@@ -168,4 +197,16 @@ void ps_silu_gate_f32(int level, const float *gate, const float *up, long count,
 void ps_silu_gate_bf16(int level, const uint16_t *gate, const uint16_t *up, long count,
                        uint16_t *y) {
     DISPATCH(silu_gate_bf16, gate, up, count, y)
+}
+
+/* `count` layers, one after the other, in place on hidden [tokens, width]. `work` has room for
+ * tokens * (width + the larger of query + key + value + attended and gate + up) elements. */
+void ps_layers_f32(int level, const layer *layers, long count, const pass *pass, float *hidden,
+                   float *work) {
+    DISPATCH(layers_f32, layers, count, pass, hidden, work)
+}
+
+void ps_layers_bf16(int level, const layer *layers, long count, const pass *pass, uint16_t *hidden,
+                    uint16_t *work) {
+    DISPATCH(layers_bf16, layers, count, pass, hidden, work)
 }

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from planetserve.native import memory
+
 logger = logging.getLogger(__name__)
 
 PANEL = 16
@@ -22,7 +24,7 @@ PANEL = 16
 WIDTH_MULTIPLE = 16
 """Heads of other widths than multiples of this have no attention kernel."""
 
-_VERSION = 2
+_VERSION = 3
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _LINEAR = [
@@ -33,6 +35,7 @@ _NORM = [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, ctypes.c_float, _POINTER
 _ROTATE = [_INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER]
 _GATE = [_INT, _POINTER, _POINTER, _LONG, _POINTER]
 _STORE = [_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER]
+_LAYERS = [_INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER]
 
 
 class AttentionShape(ctypes.Structure):
@@ -45,6 +48,40 @@ class AttentionShape(ctypes.Structure):
         )),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Product(ctypes.Structure):
+    """`product` of kernels.c: a packed weight."""
+
+    _fields_ = [("packed", _POINTER), ("bias", _POINTER), ("width", _LONG), ("outs", _LONG)]
+
+
+class Norm(ctypes.Structure):
+    """`norm` of kernels.c: an RMS norm, or none if it has no weight."""
+
+    _fields_ = [("weight", _POINTER), ("width", _LONG), ("epsilon", ctypes.c_float)]
+
+
+class Layer(ctypes.Structure):
+    """`layer` of kernels.c."""
+
+    _fields_ = [
+        *((name, Norm) for name in ("entry", "query_norm", "key_norm", "middle")),
+        *((name, Product) for name in (
+            "query", "key", "value", "output", "gate", "up", "down",
+        )),
+        ("attention", AttentionShape),
+        *((name, _POINTER) for name in ("sinks", "keys", "values")),
+    ]  # fmt: skip
+
+
+class Pass(ctypes.Structure):
+    """`pass` of kernels.c: the tokens that go through layers."""
+
+    _fields_ = [
+        ("tokens", _LONG), ("num_pieces", _LONG),
+        *((name, _POINTER) for name in ("cos", "sin", "slots", "pieces", "tables", "scratch")),
     ]  # fmt: skip
 
 
@@ -61,12 +98,14 @@ class Kernels:
         self._norm = {}
         self._rotate = {}
         self._gate = {}
+        self._layers = {}
         for dtype, suffix in _SUFFIX.items():
             self._linear[dtype] = _declared(library, f"ps_linear_{suffix}", _LINEAR)
             self._attend[dtype] = _declared(library, f"ps_attend_{suffix}", _ATTEND)
             self._norm[dtype] = _declared(library, f"ps_rms_norm_{suffix}", _NORM)
             self._rotate[dtype] = _declared(library, f"ps_rotate_{suffix}", _ROTATE)
             self._gate[dtype] = _declared(library, f"ps_silu_gate_{suffix}", _GATE)
+            self._layers[dtype] = _declared(library, f"ps_layers_{suffix}", _LAYERS)
         self._store = _declared(library, "ps_store", _STORE)
 
     @property
@@ -177,6 +216,22 @@ class Kernels:
             scratch.data_ptr(), output.data_ptr(),
         )  # fmt: skip
 
+    def layers(
+        self,
+        layers: ctypes.Array[Layer],
+        span: slice,
+        batch: Pass,
+        hidden_TD: torch.Tensor,
+        work: torch.Tensor,
+    ) -> None:
+        """Run tokens through `layers[span]`, in place on contiguous hidden states; see
+        `ps_layers_f32` in kernels.c for how large `work` must be."""
+        first = ctypes.byref(layers, span.start * ctypes.sizeof(Layer))
+        self._layers[hidden_TD.dtype](
+            self._level, first, span.stop - span.start, ctypes.byref(batch),
+            hidden_TD.data_ptr(), work.data_ptr(),
+        )  # fmt: skip
+
 
 def scratch_size(num_heads: int, key_width: int, value_width: int, max_context: int) -> int:
     """Elements of the scratch buffer that `Kernels.attend` needs."""
@@ -188,8 +243,8 @@ def pack(weight_OK: torch.Tensor) -> torch.Tensor:
     num_outputs, width = weight_OK.shape
     per_step = 4 // weight_OK.element_size()
     padded = F.pad(weight_OK, (0, -width % per_step, 0, -num_outputs % PANEL))
-    panels = padded.view(-1, PANEL, padded.shape[1] // per_step, per_step)
-    return panels.transpose(1, 2).contiguous()
+    panels = padded.view(-1, PANEL, padded.shape[1] // per_step, per_step).transpose(1, 2)
+    return memory.empty(tuple(panels.shape), panels.dtype).copy_(panels)
 
 
 def unpack(packed: torch.Tensor, num_outputs: int, width: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,44 @@ def test_fused_layers_give_what_the_familys_code_gives(
                 actual = fused.forward(batch.pieces, hidden, positions, part)
                 assert agree(actual, own.forward(batch.pieces, hidden, positions, part), hidden)
             assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3"])
+def test_one_call_for_all_layers_gives_exactly_what_their_kernels_give(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    blocks = load(family, tmp_path, dtype)
+    whole = SpanRunner(blocks, 32, 16)._runner
+    by_kernel = copy(whole._fused)
+    by_kernel._program_over = lambda *_: None
+    runners = [whole, RaggedRunner(blocks, 32, 16, whole._backend, 1 << 20, by_kernel)]
+    called = []
+    kernels = whole._fused._kernels
+    run_layers = kernels.layers
+    scheduler = Scheduler(SchedulerConfig(32, 16))
+    generator = torch.Generator().manual_seed(5)
+    for index in range(3):
+        scheduler.open(bytes([index]), num_rows=1)
+    start = 0
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "layers", lambda *a: (called.append(a[1]), run_layers(*a)))
+        for count in (20, 1, 3):
+            for index in range(3):
+                item = WorkItem(index, bytes([index]), (RowSlice(0, start, count),))
+                scheduler.add(item)
+            start += count
+            batch = scheduler.schedule()
+            scheduler.commit(batch)
+            hidden = torch.randn(batch.num_tokens, 64, generator=generator).to(dtype)
+            positions = torch.cat([torch.arange(p.start, p.end) for p in batch.pieces])
+            for part in (SPAN, BlockSpan(SPAN.start + 1, SPAN.end)):
+                outputs = []
+                for runner in runners:
+                    runner.prepare(batch)
+                    outputs.append(runner.forward(batch.pieces, hidden, positions, part))
+                assert torch.equal(*outputs)
+    assert called == [slice(0, len(SPAN)), slice(1, len(SPAN))] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

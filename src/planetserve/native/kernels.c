@@ -71,8 +71,8 @@ void ps_store(const char *from, long token_stride, long head_stride, long heads,
 #define ISA avx512bf16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
 #define LANES 16
-#define MAX_ROWS 16
-#define PAIR_ROWS 14
+#define MAX_ROWS 14
+#define PANELS 2
 #define HAS_DPBF16 1
 #include "isa.inc"
 #undef ISA
@@ -87,13 +87,13 @@ void ps_store(const char *from, long token_stride, long head_stride, long heads,
 #undef TARGET
 #undef LANES
 #undef MAX_ROWS
-#undef PAIR_ROWS
+#undef PANELS
 
 #define ISA avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define MAX_ROWS 6
-#define PAIR_ROWS 0
+#define PANELS 1
 #include "isa.inc"
 
 #define DISPATCH(f, ...)                        \
@@ -119,7 +119,7 @@ int ps_level(void) {
 #define TARGET
 #define LANES 4
 #define MAX_ROWS 6
-#define PAIR_ROWS 0
+#define PANELS 1
 #define HAS_DPBF16 0
 #include "isa.inc"
 

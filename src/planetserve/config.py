@@ -199,7 +199,7 @@ class ServerConfig:
     """Longest sequence of a session in tokens; by default 8192, or 2048 without shared KV heads."""
     max_batch_size: int = 512
     """Most tokens, of all sessions together, in one forward pass."""
-    prefill_slowdown: float = 1.5
+    prefill_slowdown: float = 1.7
     """How much longer a forward pass may take for the sake of somebody's prompt than one for tokens
     that are being generated. Higher: prompts are done sooner; lower: texts flow more evenly."""
     page_size: int = 16

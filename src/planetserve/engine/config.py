@@ -29,7 +29,7 @@ class EngineConfig:
     attn_cache_tokens: int
     page_size: int = 16
     max_batch_tokens: int = 512
-    prefill_slowdown: float = 1.5
+    prefill_slowdown: float = 1.7
     inference_max_length: int = 2048
     attention_backend: str = "auto"
     scheduling_policy: str = "deficit_round_robin"

@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,9 @@ class Worker:
             )
         )
         self._chunk_budget = ChunkBudget(config.max_batch_tokens, config.prefill_slowdown)
+        # What other programs take of a CPU while a batch runs says nothing about the batch.
+        is_cpu = runner.device.type == "cpu"
+        self._work_clock = time.thread_time if is_cpu else clock.monotonic
         self._spans: dict[bytes, BlockSpan] = {}
         self._jobs: dict[int, Job] = {}
         self._resolved: list[tuple[Job, torch.Tensor | PlanetServeError]] = []
@@ -162,9 +166,12 @@ class Worker:
             del self._jobs[item_id]
 
     def _tick(self) -> None:
-        started_s = self._clock.monotonic()
-        prefilling = self._scheduler.prefilling()
-        max_prefill = self._chunk_budget.tokens(started_s, prefilling) if prefilling else None
+        started_s = self._work_clock()
+        prefilling, num_decode = self._scheduler.ready()
+        max_prefill = None
+        if prefilling:
+            now_s = self._clock.monotonic()
+            max_prefill = self._chunk_budget.tokens(now_s, prefilling, num_decode)
         batch = self._scheduler.schedule(max_prefill)
         try:
             self._runner.prepare(batch)
@@ -178,9 +185,12 @@ class Worker:
             self._forward(batch.pieces)
         except Exception as error:  # noqa: BLE001 - as above, and so may a family's code
             self._isolate(batch.pieces, error)
-        now_s = self._clock.monotonic()
         self._chunk_budget.record(
-            batch.decoding, batch.num_prefill_tokens, now_s - started_s, now_s
+            batch.decoding,
+            batch.num_tokens - batch.num_prefill_tokens,
+            batch.num_prefill_tokens,
+            self._work_clock() - started_s,
+            self._clock.monotonic(),
         )
         is_single = len({piece.session_id for piece in batch.pieces}) == 1
         for item_id in self._scheduler.commit(batch):

@@ -143,9 +143,16 @@ class Scheduler:
                 empty += size - max(fills)
         return self._allocator.num_used * size - empty
 
-    def prefilling(self) -> set[bytes]:
-        """Sessions whose next step is not a decode step."""
-        return {key for key, item in self._ready.items() if not item.queue[0].is_decode}
+    def ready(self) -> tuple[set[bytes], int]:
+        """Sessions whose next step is not a decode step, and the tokens of all decode steps."""
+        prefilling, num_decode_tokens = set(), 0
+        for session_id, session in self._ready.items():
+            head = session.queue[0]
+            if head.is_decode:
+                num_decode_tokens += head.num_left
+            else:
+                prefilling.add(session_id)
+        return prefilling, num_decode_tokens
 
     def open(self, session_id: bytes, num_rows: int) -> None:
         """Start a session with `num_rows` empty rows.
@@ -195,7 +202,7 @@ class Scheduler:
 
         Args:
             max_prefill_tokens: most tokens of longer steps in it, where these can be spread over
-                several batches; None: as many as the batch holds.
+                several batches; None: as many as the batch holds; 0: none beside decode steps.
 
         The batch may have no pieces and still name released sequences. `commit` it, or `close` its
         sessions, before the next call.
@@ -260,7 +267,7 @@ class Scheduler:
             budget -= sum(grant.num_tokens for grant in grants)
             yield from grants
         if max_prefill_tokens is not None:
-            budget = min(budget, max(1, max_prefill_tokens))
+            budget = min(budget, max(0 if decode else 1, max_prefill_tokens))
         if prefill and budget > 0:
             yield from _share(self._prefill_policy, prefill, budget)
 

@@ -1,0 +1,216 @@
+"""How much of the KV memory that sessions take holds tokens, and what forks of a text add to it.
+
+    python benchmarks/kv_memory.py            a few minutes
+    python benchmarks/kv_memory.py --quick    fewer texts
+
+Two servers and a client in one process serve a small random Llama; how pages are used does not
+depend on the width of a model. Threads write texts of mixed lengths, each the next one as soon as
+its last one is finished: chats, long documents, beam searches, several answers to one prompt. All
+the while the servers' own statistics are read. The useful share is that of tokens among the slots
+of all pages in use, over all readings; slots that several texts share count once. Then a prompt of
+1,000 tokens is continued in eight ways, by a beam search and as eight answers.
+
+Results go to `benchmarks/results/kv_memory.json`; a table goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from common import environment, load, percentile, table, write_result
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from planetserve import AutoDistributedModelForCausalLM
+from planetserve.testing.swarm import LocalSwarm
+
+SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 1000,
+    "max_position_embeddings": 8192,
+}
+SPANS = ("0:2", "2:4")
+PAGE_SIZE = 16
+TARGET_SHARE = 0.96
+FORKS = 8
+FORKED_TOKENS = 1000
+_READ_PERIOD_S = 0.02
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Texts of one kind: the range of prompt lengths and of new tokens, and options."""
+
+    weight: int
+    prompt: tuple[int, int]
+    new: tuple[int, int]
+    options: dict[str, Any]
+
+
+KINDS = {
+    "chat": Kind(6, (16, 512), (16, 256), {"do_sample": False}),
+    "document": Kind(2, (1024, 3072), (16, 128), {"do_sample": False}),
+    "beams": Kind(1, (64, 512), (16, 64), {"do_sample": False, "num_beams": 4}),
+    "answers": Kind(1, (64, 512), (16, 128), {"do_sample": True, "num_return_sequences": 4}),
+}
+
+
+class Meter:
+    """Reads the statistics of all servers again and again, until it is stopped."""
+
+    def __init__(self, swarm: LocalSwarm):
+        self.readings: list[tuple[int, int]] = []
+        """Live tokens and slots of used pages, over all servers."""
+        self._swarm = swarm
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Meter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    @property
+    def share(self) -> float:
+        """Useful share over all readings."""
+        return sum(live for live, _ in self.readings) / sum(slots for _, slots in self.readings)
+
+    def _run(self) -> None:
+        while not self._is_over.wait(_READ_PERIOD_S):
+            stats = self._swarm.call(_stats(self._swarm))
+            slots = sum(item.pages_used for item in stats) * PAGE_SIZE
+            if slots:
+                self.readings.append((sum(item.live_tokens for item in stats), slots))
+
+
+async def _stats(swarm: LocalSwarm) -> list[Any]:
+    return [server.engine.stats() for server in swarm.servers]
+
+
+def write_text(model: Any, kind: Kind, choose: random.Random) -> None:
+    """One text with a random prompt; short ones are likelier than long ones."""
+    low, high = kind.prompt
+    num_prompt = round(low * (high / low) ** choose.random())
+    num_new = choose.randint(*kind.new)
+    ids = torch.tensor([choose.choices(range(3, SHAPE["vocab_size"]), k=num_prompt)])
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_new, min_new_tokens=num_new,
+        pad_token_id=0, **kind.options,
+    )  # fmt: skip
+
+
+def workload(
+    swarm: LocalSwarm, model: Any, names: Sequence[str], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Texts of these kinds, a fixed number of them at once."""
+    choose = random.Random(1)
+    weights = [KINDS[name].weight for name in names]
+    chosen = choose.choices(names, weights, k=options.texts)
+    seeds = [choose.randrange(1 << 30) for _ in chosen]
+    with Meter(swarm) as meter, ThreadPoolExecutor(options.threads) as pool:
+        list(pool.map(lambda name, seed: write_text(model, KINDS[name], random.Random(seed)),
+                      chosen, seeds))  # fmt: skip
+    slots = [slots for _, slots in meter.readings]
+    shares = [live / slots for live, slots in meter.readings]
+    return {
+        "kinds": dict(Counter(chosen)),
+        "useful_share": meter.share,
+        "useful_share_target": TARGET_SHARE,
+        "useful_share_p5": percentile(shares, 5),
+        "pages_used_mean": sum(slots) / len(slots) / PAGE_SIZE,
+        "readings": len(slots),
+    }
+
+
+def forks(swarm: LocalSwarm, model: Any) -> dict[str, Any]:
+    """Pages beyond those of the prompt, on the server that has most."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, SHAPE["vocab_size"], (1, FORKED_TOKENS), generator=generator)
+    found: dict[str, Any] = {"tokens": FORKED_TOKENS, "ways": FORKS, "extra_pages_target": FORKS}
+    for name, options in {
+        "beams": {"num_beams": FORKS, "do_sample": False},
+        "answers": {"num_return_sequences": FORKS, "do_sample": True},
+    }.items():
+        with model.inference_session(max_length=FORKED_TOKENS + 4):
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, min_new_tokens=2,
+                pad_token_id=0, **options,
+            )  # fmt: skip
+            used = max(item.pages_used for item in swarm.call(_stats(swarm)))
+        found[f"extra_pages_{name}"] = used - -(-FORKED_TOKENS // PAGE_SIZE)
+        while any(item.pages_used for item in swarm.call(_stats(swarm))):
+            time.sleep(_READ_PERIOD_S)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer texts")
+    parser.add_argument("--texts", type=int, default=120, help="texts of each workload")
+    parser.add_argument("--threads", type=int, default=16, help="texts at once")
+    parser.add_argument("--name", default="kv_memory", help="of the result file")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.texts = 30
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    result: dict[str, Any] = {
+        "benchmark": "kv_memory",
+        "environment": environment(),
+        "settings": vars(options),
+        "model": SHAPE,
+        "page_size": PAGE_SIZE,
+    }
+    with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as folder:
+        made = LlamaForCausalLM(LlamaConfig(**SHAPE))
+        made.generation_config.eos_token_id = None
+        made.save_pretrained(folder)
+        settings = {"attn_cache_tokens": 1 << 17, "page_size": PAGE_SIZE}
+        with (
+            LocalSwarm(folder, SPANS, settings) as swarm,
+            AutoDistributedModelForCausalLM.from_pretrained(
+                folder, initial_peers=swarm.initial_peers, show_route=False
+            ) as model,
+        ):
+            result["workloads"] = {
+                "mixed": workload(swarm, model, list(KINDS), options),
+                "chats alone": workload(swarm, model, ["chat"], options),
+            }
+            result["forks"] = forks(swarm, model)
+    rows = [
+        [name, 100 * item["useful_share"], 100 * item["useful_share_p5"], item["pages_used_mean"]]
+        for name, item in result["workloads"].items()
+    ]
+    print(table(["workload", "useful %", "5th percentile", "pages"], rows))
+    print(table(["forks", "value"], result["forks"].items()))
+    result["load_after"] = load()
+    print(f"written to {write_result(options.name, result)}")
+    if result["workloads"]["mixed"]["useful_share"] < TARGET_SHARE:
+        sys.exit("too much of the memory is empty")
+
+
+if __name__ == "__main__":
+    main()

@@ -179,7 +179,8 @@ class SimServer:
         now_s = self._env.now
         decoding = [step.ring.id for step, _ in tick.batch if step.num_tokens <= _DECODE_TOKENS]
         prefill = sum(count for step, count in tick.batch if step.num_tokens > _DECODE_TOKENS)
-        self._chunk_budget.record(decoding, prefill, tick.took_s, now_s)
+        total = sum(count for _, count in tick.batch)
+        self._chunk_budget.record(decoding, total - prefill, prefill, tick.took_s, now_s)
         for step, count in tick.batch:
             ring = step.ring
             if self._heads.get(ring) is not step:
@@ -212,8 +213,10 @@ class SimServer:
         batch = self._share(0, decode, budget - reserved)
         budget -= sum(count for _, count in batch)
         prefilling = {step.ring.id for step in prefill}
-        budget = min(budget, max(1, self._chunk_budget.tokens(self._env.now, prefilling)))
-        return batch + self._share(1, prefill, budget)
+        num_decode = sum(step.num_left for step in decode)
+        allowed = self._chunk_budget.tokens(self._env.now, prefilling, num_decode)
+        budget = min(budget, max(0 if decode else 1, allowed))
+        return batch + self._share(1, prefill, budget) if budget > 0 else batch
 
     def _share(self, which: int, steps: list[Step], budget: int) -> list[tuple[Step, int]]:
         """What of `steps` fits `budget`; the policy decides only if not all of it does."""

@@ -71,7 +71,7 @@ def _parts(snapshot: Any, chain: Chain) -> dict[str, float]:
         "blocks": sum(
             (hop.end - hop.start) * servers[hop.peer_id].decode_ms_per_block for hop in chain
         ),
-        "visits": len(chain) * snapshot.hop_overhead_ms,
+        "visits": sum(snapshot.hop_overhead_ms + servers[hop.peer_id].wait_ms for hop in chain),
         "sending": sum(
             1000 * snapshot.activation_bytes_per_token / servers[hop.peer_id].network_bytes_per_s
             for hop in chain

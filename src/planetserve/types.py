@@ -100,6 +100,8 @@ class ServerInfo:
     free_cache_tokens: int
     max_session_tokens: int
     """Longest sequence a session may hold here (`--inference_max_length`)."""
+    alone_ms_per_block: float = 0.0
+    """The same without load; 0 if not known."""
     quant_type: str = "none"
     version: str = "0"
     public_name: str = ""

@@ -48,6 +48,10 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
 _LEAVING_S = 60.0
+_FRESH_S = 5.0
+"""So old may the view of the directory be that a session begins with."""
+_LOOK_AGAIN_S = 1.0
+"""How long a session that begins waits for a newer one at most."""
 _MAX_REVIVED = 8
 _KEPT_FRESH = 4
 """Times `max_pinged` servers at either end of the chain are measured again and again."""
@@ -82,6 +86,8 @@ class ChainManager:
         self._node: SwarmNode | None = None
         self._directory: Directory | None = None
         self._refresher: asyncio.Task[None] | None = None
+        self._looking = asyncio.Lock()
+        self._looked_up_s = float("-inf")
         self.last_chain: Chain | None = None
         """The chain opened most recently."""
 
@@ -128,6 +134,23 @@ class ChainManager:
 
     async def refresh(self) -> None:
         """Read the directory anew and ping servers whose round-trip time is not known yet."""
+        await self._look_up()
+        await self._ping_edges()
+
+    async def _look_again(self) -> None:
+        """Before a session begins: read the directory, unless that has just been done.
+
+        What it said a minute ago is of a time before other sessions began: those that plan on it
+        all go to servers that were idle then.
+        """
+        async with self._looking:
+            if self._clock.monotonic() - self._looked_up_s < _FRESH_S:
+                return
+            with contextlib.suppress(PlanetServeError, TimeoutError):
+                async with asyncio.timeout(_LOOK_AGAIN_S):
+                    await self._look_up()
+
+    async def _look_up(self) -> None:
         if self._directory is None:
             return
         found = await self._directory.lookup(self._prefix)
@@ -138,7 +161,7 @@ class ChainManager:
         self._strangers = {
             info.peer_id: info for info in online if info.fingerprint != self.facts.fingerprint
         }
-        await self._ping_edges()
+        self._looked_up_s = self._clock.monotonic()
 
     async def plan(self, num_rows: int, lease_tokens: int, seed: int | None = None) -> Chain:
         """The chain the optimizer picks for a session of this size; see `ChainPlanner.plan`.
@@ -174,6 +197,8 @@ class ChainManager:
         Raises:
             PlanetServeError: as `plan`, or a hop refuses or cannot be reached.
         """
+        if history is None or not any(history.lengths):
+            await self._look_again()
         chain = await self.plan(num_rows, lease_tokens, seed)
         servers = self._infos(chain)
         spec = RingSpec(

@@ -70,6 +70,7 @@ class EngineStats:
         queued_tokens: tokens of accepted steps that have not run yet.
         decode_ms_per_block: what one block adds to a decode step's time, waiting for the steps of
             other sessions included; 0 before `Engine.measure`.
+        alone_ms_per_block: the same while nothing else runs.
         overhead_ms: what a decode step takes besides, whatever its blocks.
         tokens_per_s_per_block: tokens per second through one block in large batches.
     """
@@ -83,5 +84,6 @@ class EngineStats:
     num_sessions: int
     queued_tokens: int
     decode_ms_per_block: float
+    alone_ms_per_block: float
     overhead_ms: float
     tokens_per_s_per_block: float

@@ -194,6 +194,7 @@ class Engine:
             num_sessions=len(self._pending),
             queued_tokens=usage.queued_tokens,
             decode_ms_per_block=self.decode_ms_per_block,
+            alone_ms_per_block=latency.alone_ms_per_block if latency else 0.0,
             overhead_ms=latency.overhead_ms if latency else 0.0,
             tokens_per_s_per_block=self._worker.speed.tokens_per_s_per_block,
         )

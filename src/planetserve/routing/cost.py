@@ -4,7 +4,7 @@ One token travels client -> first hop -> ... -> last hop -> client, so every lin
 its round-trip time:
 
     latency_ms = rtt(client, s1)/2 + sum rtt(sk, sk+1)/2 + rtt(sn, client)/2
-                 + hops * hop_overhead_ms + sum blocks * decode_ms_per_block
+                 + hops * hop_overhead_ms + sum blocks * decode_ms_per_block + sum over hops wait_ms
                  + sum over hops 1000 * activation_bytes / network_bytes_per_s
 
 and a chain is as fast as its slowest stage, compute or link, where a server that is visited twice
@@ -61,9 +61,9 @@ def latency_ms(snapshot: SwarmSnapshot, chain: Chain) -> float:
 
 
 def hop_ms(snapshot: SwarmSnapshot, server: ServerPoint) -> float:
-    """What a visit to `server` costs besides links and blocks: overhead, sending one token."""
+    """What a visit to `server` costs besides links and blocks: overhead, waiting, sending."""
     sending = 1000.0 * snapshot.activation_bytes_per_token / server.network_bytes_per_s
-    return snapshot.hop_overhead_ms + sending
+    return snapshot.hop_overhead_ms + server.wait_ms + sending
 
 
 def throughput_tokens_per_s(snapshot: SwarmSnapshot, chain: Chain) -> float:

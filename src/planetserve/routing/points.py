@@ -8,12 +8,33 @@ from planetserve.types import ServerInfo
 
 def server_point(info: ServerInfo) -> ServerPoint:
     """The planner's view of one directory record."""
+    decode_ms, wait_ms = split_load(
+        info.decode_ms_per_block, info.alone_ms_per_block, len(info.span)
+    )
     return ServerPoint(
         id=info.peer_id,
         start=info.span.start,
         end=info.span.end,
-        decode_ms_per_block=info.decode_ms_per_block,
+        decode_ms_per_block=decode_ms,
         tokens_per_s_per_block=info.tokens_per_s_per_block,
         network_bytes_per_s=info.network_bytes_per_s,
         free_cache_tokens=info.free_cache_tokens,
+        wait_ms=wait_ms,
     )
+
+
+def split_load(decode_ms: float, alone_ms: float, num_blocks: int) -> tuple[float, float]:
+    """Time per block and wait per visit, from time per block with and without load.
+
+    Load makes a step wait for the batch under way and for the end of its own, in which others use
+    the rest of the span. Both take as long however few blocks the step itself uses, so load is
+    charged by the visit. Through the whole span it comes to the same.
+
+    Args:
+        decode_ms: per block under load.
+        alone_ms: per block without load, 0 if not known.
+        num_blocks: of the server.
+    """
+    if not 0 < alone_ms < decode_ms:
+        return decode_ms, 0.0
+    return alone_ms, (decode_ms - alone_ms) * num_blocks

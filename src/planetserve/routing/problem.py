@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planetserve.errors import MissingBlocksError, NoChainAvailable
-from planetserve.routing.cost import latency_ms, throughput_tokens_per_s
+from planetserve.routing.cost import hop_ms, latency_ms, throughput_tokens_per_s
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import FloatArray, SwarmSnapshot, uncovered_spans
 from planetserve.types import Chain, Hop
@@ -36,7 +36,7 @@ class RoutingProblem:
     decode_ms: FloatArray
     """`[n]` per block."""
     hop_ms: FloatArray
-    """`[n]` overhead and sending time of one visit."""
+    """`[n]` overhead, waiting and sending time of one visit."""
     half_rtt_ms: FloatArray
     """`[n, n]` between servers."""
     client_half_ms: FloatArray
@@ -82,7 +82,7 @@ class RoutingProblem:
             members=members,
             legal=legal[:, members],
             decode_ms=np.array([s.decode_ms_per_block for s in servers]),
-            hop_ms=snapshot.hop_overhead_ms + 1000.0 * sent / network,
+            hop_ms=np.array([hop_ms(snapshot, s) for s in servers]),
             half_rtt_ms=half[:-1, :-1] if everybody else half[np.ix_(members, members)],
             client_half_ms=half[-1, members],
             block_rate=np.array([s.tokens_per_s_per_block for s in servers]),

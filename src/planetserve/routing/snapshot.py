@@ -49,7 +49,8 @@ class ServerPoint:
     start: int
     end: int
     decode_ms_per_block: float
-    """Time one decode step of one sequence spends in one block, under the server's current load."""
+    """Time one decode step of one sequence spends in one block, under the server's current load but
+    for `wait_ms`."""
     tokens_per_s_per_block: float
     """Tokens per second through one block when batched."""
     network_bytes_per_s: float
@@ -57,6 +58,8 @@ class ServerPoint:
     reputation: float = 1.0
     price: float = 0.0
     """Price of one token through one block, in whatever unit the swarm uses."""
+    wait_ms: float = 0.0
+    """What a decode step waits for others at every visit, however many blocks it uses here."""
 
     def __post_init__(self) -> None:
         if not self.id or len(self.id) > MAX_ID_CHARS or not self.id.isprintable():
@@ -71,7 +74,7 @@ class ServerPoint:
             )
         for name in ("tokens_per_s_per_block", "network_bytes_per_s"):
             _check_number(getattr(self, name), f"server {self.id!r}: {name}", least=_MIN_RATE)
-        for name in ("decode_ms_per_block", "free_cache_tokens", "reputation", "price"):
+        for name in ("decode_ms_per_block", "free_cache_tokens", "reputation", "price", "wait_ms"):
             _check_number(getattr(self, name), f"server {self.id!r}: {name}")
 
     @property
@@ -249,7 +252,7 @@ def uncovered_spans(covered: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
 
 _SERVER_KEYS = tuple(spec.name for spec in fields(ServerPoint))
 _SERVER_INTEGERS = frozenset({"start", "end", "free_cache_tokens"})
-_SERVER_OPTIONAL = frozenset({"reputation", "price"})
+_SERVER_OPTIONAL = frozenset({"reputation", "price", "wait_ms"})
 _SNAPSHOT_KEYS = tuple(spec.name for spec in fields(SwarmSnapshot))
 
 

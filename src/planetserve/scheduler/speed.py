@@ -93,6 +93,11 @@ class StepLatency:
         """What a step costs whatever its blocks."""
         return self.cost.overhead_ms + self._handling_ms
 
+    @property
+    def alone_ms_per_block(self) -> float:
+        """Time per block of a step that meets nobody."""
+        return self._alone_ms
+
     def ms_per_block(self, now_s: float) -> float:
         """The recent average; without recent steps it returns to that of an unloaded server."""
         idle_s = max(0.0, now_s - self._latest_s - _AVERAGE_S)

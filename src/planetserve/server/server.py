@@ -123,6 +123,7 @@ class Server:
             quant_type=self.config.quant_type,
             addresses=self.node.addresses(),
             decode_ms_per_block=decode_ms,
+            alone_ms_per_block=stats.alone_ms_per_block if stats else 0.0,
             tokens_per_s_per_block=tokens_per_s,
             network_bytes_per_s=self._network_bytes_per_s(),
             hop_overhead_ms=stats.overhead_ms if stats else 0.0,

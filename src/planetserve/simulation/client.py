@@ -67,27 +67,28 @@ class Policy:
     """Name and options, as in `ClientConfig.chain_optimizer`."""
     moves: bool = False
     """Whether running sessions look for better chains, as the real client's do."""
-    static: bool = False
-    """Whether clients know of speeds only what servers measured when they started, as in Petals."""
+    folded: bool = False
+    """Whether load counts as time per block instead of as a wait per visit: for optimizers such as
+    Petals' that do not know of waits."""
 
     def __post_init__(self) -> None:
         self.create(0)  # a mistyped name should fail here
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        """Read `"NAME"` or `"NAME:option=value"`, with `"+moves"` or `"+static"` behind it or not.
+        """Read `"NAME"` or `"NAME:option=value"`, with `"+moves"` or `"+folded"` behind it or not.
 
         Raises:
             ConfigError: it is nothing of the kind.
         """
         optimizer, *flags = text.split("+")
-        unknown = sorted(set(flags) - {"moves", "static"})
+        unknown = sorted(set(flags) - {"moves", "folded"})
         if unknown:
-            raise ConfigError(f"{text[:80]!r}: write +moves or +static, not +{unknown[0]}")
-        return cls(optimizer, "moves" in flags, "static" in flags)
+            raise ConfigError(f"{text[:80]!r}: write +moves or +folded, not +{unknown[0]}")
+        return cls(optimizer, "moves" in flags, "folded" in flags)
 
     def __str__(self) -> str:
-        return self.optimizer + "+moves" * self.moves + "+static" * self.static
+        return self.optimizer + "+moves" * self.moves + "+folded" * self.folded
 
     @property
     def is_blind(self) -> bool:
@@ -254,10 +255,14 @@ class SimClient:
             if self._banned_until_s.get(number, 0.0) > now_s:
                 continue
             server = self._servers[number]
-            if self._policy.static:
-                point = replace(point, decode_ms_per_block=server.machine.decode_ms_per_block)
-            elif number in in_use and server.is_up:
-                point = replace(point, decode_ms_per_block=server.load_ms)
+            if number in in_use and server.is_up:
+                now = server.point()
+                point = replace(
+                    point, decode_ms_per_block=now.decode_ms_per_block, wait_ms=now.wait_ms
+                )
+            if self._policy.folded:
+                decode_ms = point.decode_ms_per_block + point.wait_ms / len(point.span)
+                point = replace(point, decode_ms_per_block=decode_ms, wait_ms=0.0)
             if number in own_servers:
                 point = replace(point, free_cache_tokens=point.free_cache_tokens + lease)
             yield number, point
@@ -267,7 +272,9 @@ def _shortlist(world: World, node: int, found: list[tuple[int, ServerPoint]]) ->
     """Positions of the best holders: by the time of a token if a server could run all blocks."""
     num_blocks = world.scenario.model.num_blocks
     half = world.links.column(node, len(world.machines))[[number for number, _ in found]]
-    decode = np.array([point.decode_ms_per_block for _, point in found])
+    decode = np.array(
+        [point.decode_ms_per_block + point.wait_ms / len(point.span) for _, point in found]
+    )
     return best_holders(
         np.array([point.start for _, point in found]),
         np.array([point.end for _, point in found]),

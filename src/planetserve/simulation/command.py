@@ -40,7 +40,8 @@ EXAMPLES = """examples:
 
 An optimiser's name may be followed by its options, and by
   +moves    running sessions look for better chains, as those of the real client do by default
-  +static   clients know no loads, only the speeds that servers measured once, as in Petals
+  +folded   load counts as time per block instead of as a wait per visit, so that optimisers see it
+            that know of no waits; without it Petals' see what Petals announces, speeds without load
 
 The scenarios home_4, city_14, continent_100, planet_1000 and planet_10000 are in configs/scenarios/
 of the source code; a file of your own has the same form. docs/chain_optimization.md explains the
@@ -69,7 +70,7 @@ class SimulateConfig:
     scenario: str | None = None
     """Name of a scenario, or a YAML file of one."""
     optimizers: tuple[str, ...] = (
-        "random", "petals_min_latency+static", "shortest_path", "shortest_path+moves"
+        "random", "petals_min_latency", "shortest_path", "shortest_path+moves"
     )  # fmt: skip
     """Optimisers to compare, each with the first one. By default random chains, Petals' routing,
     and ours without and with moves."""

@@ -177,6 +177,5 @@ class Simulation:
         later(self.env, _LOOK_S, self._look, server)
 
     def _publish(self, server: SimServer) -> None:
-        point = server.point()
-        self._announced[server.number] = self.env.now, point.decode_ms_per_block
-        self._directory.announce(server.number, self.env.now, point)
+        self._announced[server.number] = self.env.now, server.load_ms
+        self._directory.announce(server.number, self.env.now, server.point())

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import simpy
 
 from planetserve.config import ServerConfig
+from planetserve.routing.points import split_load
 from planetserve.routing.snapshot import ServerPoint
 from planetserve.scheduler.chunk_budget import ChunkBudget
 from planetserve.scheduler.leases import Leases
@@ -102,14 +103,17 @@ class SimServer:
     def point(self) -> ServerPoint:
         """What it would announce now."""
         machine, span = self.machine, self.span
+        alone_ms = machine.decode_ms_per_block
+        decode_ms, wait_ms = split_load(self.load_ms, alone_ms, len(span))
         return ServerPoint(
             id=machine.id,
             start=span.start,
             end=span.end,
-            decode_ms_per_block=self.load_ms,
+            decode_ms_per_block=decode_ms,
             tokens_per_s_per_block=machine.tokens_per_s_per_block,
             network_bytes_per_s=machine.network_bytes_per_s,
             free_cache_tokens=self.leases.free_tokens,
+            wait_ms=wait_ms,
         )
 
     def stop(self) -> None:

@@ -88,6 +88,7 @@ class ServerBody(Body):
     dtype: Dtype
     addresses: Annotated[list[Text], Field(max_length=MAX_ADDRESSES)]
     decode_ms_per_block: Positive
+    alone_ms_per_block: Milliseconds
     tokens_per_s_per_block: Positive
     network_bytes_per_s: Positive
     hop_overhead_ms: Milliseconds

@@ -70,7 +70,8 @@ def all_chains(snapshot: SwarmSnapshot) -> tuple[np.ndarray, np.ndarray, np.ndar
     latency = rtt[-1][hosts[:, 0]] / 2 + rtt[-1][hosts[:, -1]] / 2 + decode[hosts].sum(axis=1)
     starts_hop = np.ones(hosts.shape, dtype=bool)
     starts_hop[:, 1:] = hosts[:, 1:] != hosts[:, :-1]
-    visit = snapshot.hop_overhead_ms + 1000 * bytes_out / network
+    wait = np.array([s.wait_ms for s in servers])
+    visit = snapshot.hop_overhead_ms + wait + 1000 * bytes_out / network
     latency += (starts_hop * visit[hosts]).sum(axis=1)
     for block in range(1, num_blocks):
         latency += rtt[hosts[:, block - 1], hosts[:, block]] / 2

@@ -119,6 +119,17 @@ def test_the_snapshot_has_one_overhead_for_all_that_a_liar_cannot_move() -> None
     assert honest.hop_overhead_ms == lied.hop_overhead_ms == 2.0
 
 
+def test_load_is_a_wait_per_visit_whatever_the_blocks() -> None:
+    """`busy` is fast alone: through all of its span it costs as much as ever, in parts more."""
+    busy = server("busy", 0, 8, decode_ms_per_block=3.0, alone_ms_per_block=1.0)
+    (point,) = planner().snapshot([busy], 1).servers
+    assert (point.decode_ms_per_block, point.wait_ms) == (1.0, 16.0)
+    assert planner().plan([busy], 1, 1).latency_ms >= 24.0
+    idle = server("idle", 0, 8, decode_ms_per_block=1.0, alone_ms_per_block=2.0)
+    (point,) = planner().snapshot([idle], 1).servers
+    assert (point.decode_ms_per_block, point.wait_ms) == (1.0, 0.0)
+
+
 NEARLY_EQUAL = [
     server(f"{stage}{number}", 4 * stage, 4 * stage + 4, decode_ms_per_block=5.0 + 0.02 * number)
     for stage in range(2)

@@ -80,7 +80,7 @@ CHANGES: list[tuple[tuple[Any, ...], list[Any]]] = [
       ("activation_bytes_per_token", "hop_overhead_ms", "default_rtt_ms")],
     *[(("servers", 0, name), [-1, 1e16, "1", False]) for name in
       ("decode_ms_per_block", "tokens_per_s_per_block", "network_bytes_per_s", "reputation",
-       "price")],
+       "price", "wait_ms")],
     *[(("servers", 0, name), [0, 1e-10]) for name in
       ("tokens_per_s_per_block", "network_bytes_per_s")],
 ]  # fmt: skip

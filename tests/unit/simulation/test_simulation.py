@@ -54,7 +54,7 @@ def test_a_session_alone_takes_what_the_planner_predicts() -> None:
     assert gaps_ms == pytest.approx([expected_ms] * len(gaps_ms), rel=1e-9)
 
 
-@pytest.mark.parametrize("policy", ["random", "petals_min_latency+static", "shortest_path+moves"])
+@pytest.mark.parametrize("policy", ["random", "petals_min_latency+folded", "shortest_path+moves"])
 @pytest.mark.parametrize("trouble", [{}, {"churn": CHURN}, {**CROWDED, "churn": CHURN}])
 def test_every_request_ends_once_with_all_its_tokens_or_counts_as_failed(
     policy: str, trouble: dict[str, object]
@@ -138,10 +138,10 @@ def test_policies_are_read_from_text() -> None:
     assert Policy.parse("shortest_path:spread=0.2+moves") == Policy(
         "shortest_path:spread=0.2", True
     )
-    assert str(Policy.parse("petals_min_latency+static")) == "petals_min_latency+static"
+    assert str(Policy.parse("petals_min_latency+folded")) == "petals_min_latency+folded"
     with pytest.raises(ConfigError, match="choose one of"):
         Policy.parse("shortest")
-    with pytest.raises(ConfigError, match=r"\+moves or \+static"):
+    with pytest.raises(ConfigError, match=r"\+moves or \+folded"):
         Policy.parse("random+fast")
 
 

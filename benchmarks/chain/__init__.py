@@ -20,6 +20,7 @@ from __future__ import annotations
 SECTIONS = {
     "solvers": "chain.solvers",
     "quality": "chain.quality",
+    "simulation": "chain.simulation",
     "wide_area": "chain.wide_area",
 }
 """Name -> module, in the order in which they run and stand in the document."""

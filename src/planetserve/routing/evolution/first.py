@@ -20,12 +20,14 @@ from planetserve.routing.optimizers.shortest_path import least_latency_hosts
 from planetserve.routing.problem import IntArray, RoutingProblem
 
 _WEIGHTS = 16
+_EFFORT = 280_000
+"""Of the sweep, some 1 s at most, when latency and throughput are all that counts."""
 
 
 def good_chains(problem: RoutingProblem, num_objectives: int, rng: np.random.Generator) -> IntArray:
     """`[chains, num_blocks]` distinct good starts."""
     found = [greedy_chain(problem)]
-    found += sweep(problem, DEFAULT_EFFORT).chains
+    found += sweep(problem, _EFFORT if num_objectives == 2 else DEFAULT_EFFORT).chains
     hosts = [problem.hosts(chain) for chain in found]
     if num_objectives > 2:
         hosts += walk_front(problem, num_objectives)

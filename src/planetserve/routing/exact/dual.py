@@ -16,8 +16,10 @@ import numpy as np
 from planetserve.routing.exact.bounds import Bounds, Limits, RunGraph, lower_bounds, usage
 from planetserve.routing.snapshot import FloatArray
 
-_SHRINK = 0.6
+_SHRINK = 0.9
 """Factor on the step length whenever a step did not raise the bound."""
+_MEMORY = 0.5
+"""Part of the last direction that is kept, against zigzags (Camerini et al., 1975)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ def ascend(
     usable = limits.blocks > 0
     block_price, hop_price = start.block_price * usable, start.hop_price * usable
     best, scale = start, 1.0
+    block_way, hop_way = np.zeros(len(usable)), np.zeros(len(usable))
     for _ in range(steps):
         bounds = lower_bounds(graph, limits, block_price, hop_price)
         lower = bounds.total - float(block_price @ limits.blocks + hop_price @ limits.hops)
@@ -76,11 +79,13 @@ def ascend(
         over_hops = np.where(usable, hops - limits.hops, 0)
         over_blocks[(over_blocks < 0) & (block_price <= 0)] = 0
         over_hops[(over_hops < 0) & (hop_price <= 0)] = 0
-        norm = float(over_blocks @ over_blocks + over_hops @ over_hops)
-        if norm == 0:
+        if not over_blocks.any() and not over_hops.any():
             break
-        target = min(ceiling, 1.03 * best.lower)
+        block_way = (1 - _MEMORY) * over_blocks + _MEMORY * block_way
+        hop_way = (1 - _MEMORY) * over_hops + _MEMORY * hop_way
+        norm = float(block_way @ block_way + hop_way @ hop_way) or 1.0
+        target = min(ceiling, 1.05 * best.lower)
         step = scale * max(target - lower, 0.002 * best.lower) / norm
-        block_price = np.maximum(0.0, block_price + step * over_blocks)
-        hop_price = np.maximum(0.0, hop_price + step * over_hops)
+        block_price = np.maximum(0.0, block_price + step * block_way)
+        hop_price = np.maximum(0.0, hop_price + step * hop_way)
     return best

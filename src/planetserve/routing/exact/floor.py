@@ -1,13 +1,12 @@
 """Least latency under a floor on throughput: bound, price, search, in that order.
 
-One `FloorSolver` serves a whole sweep of rising floors. A chain that is fast enough for one floor
-is an upper end for all lower ones, and the prices of the last floor are nearly right for the next.
+One `FloorSolver` serves a whole sweep. A chain that is fast enough for one floor is an upper end
+for all lower ones, and the prices of one floor are nearly right for the next.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,60 +20,64 @@ from planetserve.routing.exact.work import TOLERANCE, Hosts, Work
 from planetserve.types import Chain
 
 _DUAL_STEPS = 12
+_PROVABLE = 0.03
+"""Gap between a chain and the bound, as a part, up to which a second look tries to close it."""
 _FIRST_GAP = 0.004
 _WIDEN = 2.0
 _HOPELESS = 64.0
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The best chain found for a floor, and a proven lower bound on the latency of any.
-
-    No chain and an infinite bound: it is proven that none is that fast.
-    """
-
-    chain: Chain | None
-    lower_ms: float
-
-
 class FloorSolver:
-    """Solves floors in rising order.
+    """Solves floors in any order, and remembers the bounds of all.
 
     Args:
         work: the sweep that this is a part of.
-        stop_at: effort that is left when proofs are given up.
-        search_effort: effort that one search may take, so that a hard floor leaves some for others.
+        search_effort: effort that one search for a proof may take.
     """
 
-    def __init__(self, work: Work, stop_at: int, search_effort: int):
+    def __init__(self, work: Work, search_effort: int):
         self._work = work
-        self._stop_at = stop_at
         self._search_effort = search_effort
         self._neighbourhood = Neighbourhood(work)
-        self._prices: Priced | None = None
-        self._floor_ms = 0.0
+        self._prices: list[tuple[float, Priced]] = []
+        self.floors: list[tuple[float, float]] = []
+        """Throughputs, and lower bounds on the latency of all chains that reach them."""
 
-    @property
-    def proving(self) -> bool:
-        """Whether there is effort left for proofs."""
-        return self._work.left > self._stop_at
+    def lower_ms(self, rate: float) -> float:
+        """A bound on the latency of all chains that reach `rate`; infinite if there are none."""
+        # What a lower floor needs at least, a higher one needs too.
+        return max((lower for floor, lower in self.floors if floor <= rate), default=0.0)
 
-    def solve(self, rate: float, dual_steps: int = _DUAL_STEPS) -> Answer:
-        """The least latency of chains with a throughput of at least `rate` tokens per second."""
+    def prove(self, rate: float, effort: int) -> Chain | None:
+        """The chain of least latency with a throughput of at least `rate` tokens per second.
+
+        Args:
+            effort: of the search for it and its proof. If that is not enough, the answer is the
+                best chain known, and `lower_ms` tells how good it is.
+        """
+        self._solve(rate, 0, min(effort, self._search_effort))
+        best = self._work.best(rate)
+        return best and best[0]
+
+    def look(self, rate: float, beam: int, prove: bool) -> None:
+        """Offer what a search along the `beam` most promising partial chains finds for `rate`.
+
+        Args:
+            prove: then try to close the gap, if it is small.
+        """
+        self._solve(rate, beam, self._search_effort if prove else 0)
+
+    def _solve(self, rate: float, beam: int, effort: int) -> None:
         work = self._work
         limits = Limits.at_rate(work.problem, rate)
         free = unpriced(work.graph, limits)
         work.spend_passes(1)
-        if not free.bounds.hosts:
-            return Answer(None, math.inf)
-        work.offer(free.bounds.hosts)
-        # What a lower floor needed at least, this one needs too.
-        lower = max(free.lower, self._floor_ms)
-        if self._open(rate, lower):
-            lower = self._close_gap(rate, limits, free, lower, dual_steps)
-        self._floor_ms = lower
-        best = work.best(rate)
-        return Answer(best and best[0], lower)
+        lower = max(free.lower, self.lower_ms(rate))
+        if free.bounds.hosts:
+            work.offer(free.bounds.hosts)
+            if self._open(rate, lower):
+                lower = self._close_gap(rate, limits, free, lower, beam, effort)
+        self.floors.append((rate, lower))
 
     def _best_ms(self, rate: float) -> float:
         best = self._work.best(rate)
@@ -85,23 +88,15 @@ class FloorSolver:
         return self._best_ms(rate) > lower * (1 + TOLERANCE)
 
     def _close_gap(
-        self, rate: float, limits: Limits, free: Priced, lower: float, dual_steps: int
+        self, rate: float, limits: Limits, free: Priced, lower: float, beam: int, effort: int
     ) -> float:
         work = self._work
-
-        def upper(hosts: Hosts) -> float:
-            work.offer(hosts)
-            return self._best_ms(rate) * (1 - TOLERANCE)
-
-        priced = ascend(work.graph, limits, (self._prices or free).on(free), upper, dual_steps)
-        work.spend_passes(dual_steps)
-        if priced.bounds is free.bounds:
-            priced = free
-        self._prices = priced
+        priced = self._priced(rate, limits, free)
         lower = max(lower, priced.lower)
-        lower = self._search(rate, limits, priced, lower)
-        if self._open(rate, lower):
-            self._neighbourhood.improve(priced.bounds.hosts, limits)
+        if beam and self._open(rate, lower):
+            self._follow(limits, priced, self._best_ms(rate), beam)
+        if effort > 0 and (not beam or self._best_ms(rate) <= lower * (1 + _PROVABLE)):
+            lower = self._search(rate, limits, priced, lower, effort)
         if work.best(rate) is None:
             dealt = deal_out(work.graph, limits)
             if dealt is None:
@@ -109,13 +104,40 @@ class FloorSolver:
             self._neighbourhood.improve(dealt, limits)
         return lower
 
-    def _search(self, rate: float, limits: Limits, priced: Priced, lower: float) -> float:
+    def _priced(self, rate: float, limits: Limits, free: Priced) -> Priced:
+        """Prices for the limits, found from those of the nearest floor."""
+
+        def upper(hosts: Hosts) -> float:
+            self._work.offer(hosts)
+            self._work.spend_passes(1)
+            return self._best_ms(rate) * (1 - TOLERANCE)
+
+        nearest = min(self._prices, key=lambda known: abs(known[0] - rate), default=(rate, free))
+        priced = ascend(self._work.graph, limits, nearest[1].on(free), upper, _DUAL_STEPS)
+        if priced.bounds is free.bounds:
+            priced = free
+        self._prices.append((rate, priced))
+        return priced
+
+    def _follow(self, limits: Limits, priced: Priced, best_ms: float, beam: int) -> None:
+        """Look for a chain along the partial ones that the priced bounds find most promising."""
+        work = self._work
+        meter = Meter.binding(limits, work.problem.legal)
+        ceiling = best_ms * (1 - TOLERANCE)
+        found = LabelSearch(work.graph, limits, meter, priced, ceiling, beam=beam).run()
+        work.left -= found.effort
+        if found.hosts is not None:
+            work.offer(found.hosts)
+
+    def _search(
+        self, rate: float, limits: Limits, priced: Priced, lower: float, effort: int
+    ) -> float:
         """Label searches with a ceiling that rises, and more limits counted, until one answers."""
         work = self._work
         by_block = set(np.flatnonzero(priced.block_price).tolist())
         by_hop = set(np.flatnonzero(priced.hop_price).tolist())
         gap = _FIRST_GAP
-        while self.proving and self._open(rate, lower):
+        while effort > 0 and self._open(rate, lower):
             at_most = self._best_ms(rate)
             ceiling = min(lower * (1 + gap), at_most) if gap < _HOPELESS else at_most
             search = LabelSearch(
@@ -124,10 +146,11 @@ class FloorSolver:
                 Meter.of(limits, by_block, by_hop),
                 priced,
                 ceiling * (1 + TOLERANCE),
-                min(self._search_effort, work.left - self._stop_at),
+                effort,
             )
             found = search.run()
             work.left -= found.effort
+            effort -= found.effort
             if not found.complete:
                 break
             if found.hosts is None:

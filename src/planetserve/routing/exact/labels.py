@@ -3,7 +3,8 @@
 A label is a partial chain: the server whose run it ended at a boundary, its cost, and its counts of
 the metered limits. It is dropped when its cost plus the bound on the rest passes the ceiling, or
 when another label with the same server at the same boundary costs no more and has used no more of
-anything metered. What is left is few, because the prices make the bound tight.
+anything metered. What is left is few, because the prices make the bound tight. Where it is not, a
+beam search follows the most promising labels only (Lowerre, 1976).
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ class LabelSearch:
         self._settled[block] = ended
         graph, problem = self._graph, self._graph.problem
         here = graph.holders[block]
-        self._effort += len(ended.cost) * (1 + len(here) // _SERVERS_PER_LABEL)
+        effort = len(ended.cost) * (1 + len(here) // _SERVERS_PER_LABEL)
+        self._effort += effort if self._beam is None else effort // 2  # few are compared
         if self._effort > self._max_effort:
             return None
         rows = np.searchsorted(graph.holders[block - 1], ended.server)
@@ -216,6 +218,8 @@ class LabelSearch:
 
     def _undominated(self, labels: _Labels) -> _Labels:
         """Without the labels that another of the same server beats or equals in everything."""
+        if self._beam is not None:
+            return self._cheapest_of_like(labels)
         labels = labels.take(np.lexsort((labels.cost, labels.server)))
         server, used = labels.server, labels.used
         starts = np.flatnonzero(np.append(True, server[1:] != server[:-1]))
@@ -228,6 +232,13 @@ class LabelSearch:
             if end - start > 1:
                 beaten[start:end] = self._beaten_in_chunks(used[start:end])
         return labels.take(np.flatnonzero(~beaten))
+
+    def _cheapest_of_like(self, labels: _Labels) -> _Labels:
+        """Without the labels that another of the same server and the same counts beats."""
+        keys = np.column_stack([labels.server.astype(np.uint64), labels.used])
+        order = np.lexsort((labels.cost, *keys.T))
+        keys = keys[order]
+        return labels.take(order[np.append(True, (keys[1:] != keys[:-1]).any(axis=1))])
 
     def _beaten(self, used: Used, server: IntArray | None = None) -> BoolArray:
         """Rows beaten by an earlier, so no dearer, row of the same server."""

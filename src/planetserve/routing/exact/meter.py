@@ -80,6 +80,20 @@ class Meter:
             made.append(fields)
         return cls(made[0], made[1], np.array(guard, dtype=np.uint64))
 
+    @classmethod
+    def binding(cls, limits: Limits, legal: BoolArray) -> Meter:
+        """Count all that a chain through the blocks of `legal` could use too much of.
+
+        Args:
+            legal: `[blocks, n]` whether the server may run the block.
+        """
+        visits = np.minimum(limits.blocks, (len(legal) + 1) // 2)
+        return cls.of(
+            limits,
+            np.flatnonzero((limits.blocks > 0) & (limits.blocks < legal.sum(axis=0))),
+            np.flatnonzero((limits.hops > 0) & (limits.hops < visits)),
+        )
+
     def unused(self, paths: int) -> Used:
         """Counts of paths that have used nothing yet."""
         return np.zeros((paths, len(self.guard)), dtype=np.uint64)

@@ -112,11 +112,7 @@ class Neighbourhood:
     def _search(self, left: Limits, part: Stretch, priced: Priced, most: float) -> Hosts | None:
         if priced.bounds.total > most:
             return None
-        held = self._graph.problem.legal[part.start : part.end].sum(axis=0)
-        by_block = np.flatnonzero((left.blocks > 0) & (left.blocks < held))
-        visits = np.minimum(left.blocks, (part.end - part.start + 1) // 2)
-        by_hop = np.flatnonzero((left.hops > 0) & (left.hops < visits))
-        meter = Meter.of(left, by_block, by_hop)
+        meter = Meter.binding(left, self._graph.problem.legal[part.start : part.end])
         search = LabelSearch(self._graph, left, meter, priced, most, beam=_BEAM, part=part)
         found = search.run()
         self._work.left -= found.effort

@@ -1,14 +1,17 @@
 """The epsilon-constraint sweep: the least latency at every throughput there is, slowest first.
 
 The least latency of all, then the least latency at more than that chain's throughput, and so on
-until no chain is faster. When the effort for proofs is used up, floors are set farther apart, and
-what is found is improved once more from the fastest chain back.
+until no chain is faster or the effort for this is used up. From there on, floors are looked at in
+the order of what they may add to the front's area, so that little effort gives a rough front and
+more effort a fine one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -20,19 +23,21 @@ from planetserve.routing.exact.work import TOLERANCE, Work
 from planetserve.routing.problem import RoutingProblem
 from planetserve.types import Chain
 
-DEFAULT_EFFORT = 280_000
-"""Some 0.6 to 0.9 s at most. Proves the whole front of small swarms, and of larger ones whose
-servers hold a small part of the model."""
-_PROVING_SHARE = 0.3
-"""Part of the effort for proofs; the rest is for good chains where proofs are out of reach."""
+DEFAULT_EFFORT = 200_000
+"""Some 0.7 s at most. Proves the whole front of small swarms, and of larger ones whose servers hold
+a small part of the model."""
+_PROVING_SHARE = 0.15
+"""Part of the effort for floor after floor; the rest is for where the most may be gained."""
 _SEARCH_SHARE = 0.05
-"""Part of the effort that one search may take, so that a hard floor leaves some for the rest."""
+"""Part of the effort that one search for a proof may take, so that a hard floor leaves some."""
 _LEAST_RATE = 1e-12
-_LEAST_STEP = 1.015
-"""Least ratio of two rates once nothing is proven any more."""
-_TAIL_DUAL_STEPS = 5
-_WAY_BACK = 0.15
-"""Part of the effort without proofs that is for the way back."""
+_BEAM = 100
+_WIDER = 4
+"""Factor on the beam, and on what must be gained, each time that a floor is looked at again."""
+_WORST = 1.1
+"""Latency that stands for no chain, as a multiple of the greatest of a chain."""
+_FAR = 1.1
+"""Ratio of neighbouring throughputs beyond which the first look goes between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,64 +59,74 @@ def sweep(problem: RoutingProblem, effort: int) -> Swept:
         effort: work to spend, as for `Work`.
     """
     work = Work(problem, effort)
-    solver = FloorSolver(work, effort - int(_PROVING_SHARE * effort), int(_SEARCH_SHARE * effort))
-    floors: list[tuple[float, float]] = []
-    rate, reached, complete = _LEAST_RATE, 0.0, True
-    while solver.proving or not floors:
-        answer = solver.solve(rate)
-        floors.append((rate, answer.lower_ms))
-        if answer.chain is None:
-            complete = answer.lower_ms == math.inf
-            break
-        reached = answer.chain.throughput_tokens_per_s
-        rate = reached * (1 + TOLERANCE)
-    else:
-        complete = False
-    if not complete:
-        floors += _climb(work, solver, reached)
+    solver = FloorSolver(work, int(_SEARCH_SHARE * effort))
+    _prove_upwards(work, solver, effort - int(_PROVING_SHARE * effort))
+    if not _complete(work.front(), solver):
+        _refine(work, solver)
     chains = work.front()
-    return Swept(tuple(chains), tuple(gap_of(chain, floors) for chain in chains), complete)
+    gaps = tuple(gap_of(chain, solver.floors) for chain in chains)
+    return Swept(tuple(chains), gaps, _complete(chains, solver))
 
 
-def _climb(work: Work, solver: FloorSolver, start: float) -> list[tuple[float, float]]:
-    """Look for chains faster than `start`; the floors that were looked at, and their bounds."""
+def _prove_upwards(work: Work, solver: FloorSolver, stop_at: int) -> None:
+    """Floor after floor, until there is none or no more than `stop_at` of the effort is left."""
+    best = solver.prove(_LEAST_RATE, work.left - stop_at)
+    while best is not None and work.left > stop_at:
+        rate = best.throughput_tokens_per_s * (1 + TOLERANCE)
+        best = solver.prove(rate, work.left - stop_at)
+
+
+def _refine(work: Work, solver: FloorSolver) -> None:
+    """Look where the most may be gained, the harder the more often it was in vain."""
     neighbourhood = Neighbourhood(work)
-    top, budget = _top_rate(work, start), work.left
-    floors: list[tuple[float, float]] = []
-    reached, rate = start, start * _LEAST_STEP
-    while top > reached * _LEAST_STEP and work.left > _WAY_BACK * budget:
-        answer = solver.solve(rate, _TAIL_DUAL_STEPS)
-        floors.append((rate, answer.lower_ms))
-        slower = work.best(reached)
-        if slower is not None and answer.lower_ms < math.inf:
-            neighbourhood.improve(slower[1], Limits.at_rate(work.problem, rate))
-        best = work.best(rate)
-        if best is None:
-            top = rate
-            rate = math.sqrt(reached * top)
-            continue
-        reached = best[0].throughput_tokens_per_s
-        # Steps such that the effort lasts to the top.
-        left = (work.left / budget - _WAY_BACK) / max(1 - work.left / budget, 0.01) * len(floors)
-        rate = reached * max(_LEAST_STEP, (top / reached) ** (1 / max(1.0, left)))
-    _descend(work, neighbourhood, start)
-    return floors
-
-
-def _descend(work: Work, neighbourhood: Neighbourhood, start: float) -> None:
-    """Make slower chains out of faster ones, where that gives better ones."""
-    rates = [chain.throughput_tokens_per_s for chain in work.front()]
-    for rate, faster in zip(rates[-2::-1], rates[:0:-1], strict=True):
-        best = work.best(faster)
-        if rate <= start or work.left <= 0 or best is None:
+    top = _top_rate(work)
+    looks: dict[float, int] = {}
+    while work.left > 0:
+        gain, rate = max(_open_places(work, solver, top, looks))
+        if gain <= 0:
             return
-        neighbourhood.polish(best[1], Limits.at_rate(work.problem, rate))
+        again = looks.get(rate, 0)
+        looks[rate] = again + 1
+        slower = work.below(rate)
+        solver.look(rate, _BEAM * _WIDER**again, prove=again > 0)
+        limits = Limits.at_rate(work.problem, rate)
+        if slower is not None:
+            neighbourhood.improve(slower, limits)
+        best = work.best(rate)
+        if best is not None:
+            neighbourhood.polish(best[1], limits)
 
 
-def _top_rate(work: Work, reached: float) -> float:
+def _open_places(
+    work: Work, solver: FloorSolver, top: float, looks: dict[float, int]
+) -> Iterator[tuple[float, float]]:
+    """Floors to look at, after the area between front and bounds that one look may settle."""
+    chains = work.front()
+    points = [(chain.throughput_tokens_per_s, chain.latency_ms) for chain in chains]
+    none = max(top, points[-1][0]), _WORST * points[-1][1]
+    for (slower, _), (rate, latency_ms) in pairwise([*points, none]):
+        low, high = slower * (1 + TOLERANCE), rate
+        open_ms = latency_ms * (1 - TOLERANCE) - solver.lower_ms(low)
+        again = looks.get(low, 0)
+        if not again:
+            # What was found for a floor below `rate` is no slower than `rate` itself.
+            high = min((floor for floor in looks if low < floor < high), default=high)
+        area = (high - low) * open_ms / _WIDER**again
+        yield area, math.sqrt(low * high) if not again and high > low * _FAR else low
+
+
+def _complete(chains: Sequence[Chain], solver: FloorSolver) -> bool:
+    """Whether bounds leave no room between neighbouring chains, and none above the last."""
+    above = [solver.lower_ms(c.throughput_tokens_per_s * (1 + TOLERANCE)) for c in chains]
+    least = [chain.latency_ms * (1 - TOLERANCE) for chain in chains[1:]]
+    return all(bound >= ms for bound, ms in zip(above, [*least, math.inf], strict=True))
+
+
+def _top_rate(work: Work) -> float:
     """A rate that no chain passes, by at most 1 %: blocks cannot be dealt out any faster."""
     problem = work.problem
-    low, high = reached, float(np.minimum(problem.block_rate, problem.hop_rate).max())
+    low = work.front()[-1].throughput_tokens_per_s
+    high = float(np.minimum(problem.block_rate, problem.hop_rate).max())
     while low < 0.99 * high:
         middle = math.sqrt(low * high)
         work.spend_passes(1)

@@ -51,6 +51,11 @@ class Work:
         at = bisect_left(self._front, rate, key=lambda entry: entry[0])
         return self._front[at][2:] if at < len(self._front) else None
 
+    def below(self, rate: float) -> Hosts | None:
+        """The fastest of the known chains on the front with less throughput than `rate`."""
+        at = bisect_left(self._front, rate, key=lambda entry: entry[0])
+        return self._front[at - 1][3] if at else None
+
     def front(self) -> list[Chain]:
         """The chains that no known one beats, least latency first; of about equal ones one."""
         chains: list[Chain] = []

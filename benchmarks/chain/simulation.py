@@ -19,11 +19,15 @@ from planetserve.simulation.summary import interval
 SCENARIOS = ("home_4", "city_14", "continent_100", "planet_1000", "planet_10000")
 OURS = "shortest_path+moves"
 """What a client does by default."""
+STAYING = "shortest_path"
+NO_MOVES = ("planet_1000", "planet_10000")
+"""Where answers end before a session may move: it looks every 10 s, and must find a better chain three
+times in a row."""
 POLICIES = {
     "random": "random chains",
     "petals_min_latency": "Petals",
     "petals_min_latency+folded": "Petals, knowing loads",
-    "shortest_path": "ours, staying",
+    STAYING: "ours, staying",
     OURS: "ours",
 }
 SEEDS = 5
@@ -44,7 +48,8 @@ def measure(quick: bool) -> dict[str, Any]:
                 say(f"  {what}")
 
         started_s = time.process_time()
-        found = simulate(loaded, tuple(POLICIES), seeds, progress)
+        policies = [text for text in POLICIES if text != OURS or name not in NO_MOVES]
+        found = simulate(loaded, policies, seeds, progress)
         document = as_document(loaded, seeds, found)
         runs.append({**document, "cpu_s": round(time.process_time() - started_s, 1)})
     return {"scenarios": runs}
@@ -53,8 +58,8 @@ def measure(quick: bool) -> dict[str, Any]:
 def tables(result: dict[str, Any]) -> dict[str, str]:
     rows, targets = [], []
     for run in result["scenarios"]:
-        for policy, title in POLICIES.items():
-            found = run["optimizers"][policy]
+        for policy, found in run["optimizers"].items():
+            title = POLICIES[policy] if OURS in run["optimizers"] else _WITHOUT_MOVES[policy]
             rows.append(
                 [
                     f"{run['scenario']}, {title}",
@@ -89,13 +94,13 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             run["scenario"],
             run["servers"],
             run["workload"]["requests_per_s"],
-            round(_mean(run, OURS, "requests")),
+            round(_mean(run, _ours(run), "requests")),
             run["workload"]["prompt_tokens"],
             run["workload"]["output_tokens"],
-            100.0 * _mean(run, OURS, "busy_share"),
-            _mean(run, OURS, "tokens_per_tick"),
-            _mean(run, OURS, "departures"),
-            run["cpu_s"] / seeds / len(POLICIES),
+            100.0 * _mean(run, _ours(run), "busy_share"),
+            _mean(run, _ours(run), "tokens_per_tick"),
+            _mean(run, _ours(run), "departures"),
+            run["cpu_s"] / seeds / len(run["optimizers"]),
         ]
         for run in result["scenarios"]
     ]
@@ -111,6 +116,13 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     }  # fmt: skip
 
 
+_WITHOUT_MOVES = {**POLICIES, STAYING: POLICIES[OURS]}
+
+
+def _ours(run: dict[str, Any]) -> str:
+    return OURS if OURS in run["optimizers"] else STAYING
+
+
 def _mean(run: dict[str, Any], policy: str, key: str) -> float:
     value: float = run["optimizers"][policy]["mean"][key]
     return value
@@ -123,7 +135,9 @@ def _with_half(found: dict[str, Any], key: str, factor: float = 1.0, digits: int
 
 def _percent(run: dict[str, Any], other: str) -> str:
     """How much less or more ours takes per token than the other policy, seed by seed."""
-    pairs = zip(run["optimizers"][OURS]["seeds"], run["optimizers"][other]["seeds"], strict=True)
+    pairs = zip(
+        run["optimizers"][_ours(run)]["seeds"], run["optimizers"][other]["seeds"], strict=True
+    )
     changes = [100.0 * (ours["token_mean_ms"] / o["token_mean_ms"] - 1) for ours, o in pairs]
     mean, half = interval(changes)
     return f"{mean:+.0f} ± {half:.0f} %"
@@ -131,7 +145,7 @@ def _percent(run: dict[str, Any], other: str) -> str:
 
 def _slo_ratio(run: dict[str, Any]) -> str:
     random = _mean(run, "random", "slo_share")
-    return f"{_mean(run, OURS, 'slo_share') / random:.2f}" if random else "random has none"
+    return f"{_mean(run, _ours(run), 'slo_share') / random:.2f}" if random else "random has none"
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -141,9 +155,14 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
     panels = (("token_mean_ms", 1.0, "ms per token"), ("slo_share", 100.0, "SLO attainment, %"))
     for axis, (key, factor, title) in zip(axes, panels, strict=True):
         for place, (policy, label) in enumerate(POLICIES.items()):
-            found = [run["optimizers"][policy] for run in result["scenarios"]]
+            runs = [
+                (i, run["optimizers"][policy])
+                for i, run in enumerate(result["scenarios"])
+                if policy in run["optimizers"]
+            ]
+            found = [one for _, one in runs]
             axis.bar(
-                [i + (place - (len(POLICIES) - 1) / 2) * width for i in range(len(names))],
+                [i + (place - (len(POLICIES) - 1) / 2) * width for i, _ in runs],
                 [factor * one["mean"][key] for one in found],
                 width,
                 yerr=[factor * (one["half_interval_95"][key] or 0.0) for one in found],

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from planetserve.simulation.server import SimServer
 
 CLIENT_CONFIG = ClientConfig()
-VIEW_SERVERS = 256
+VIEW_SERVERS = 128
 """Servers that a simulated client plans on at most: it keeps large swarms affordable."""
 FRESH_S = 5.0
 """A view of the directory this old is not renewed, as in `ChainManager`."""
@@ -101,31 +101,36 @@ class Policy:
 
 
 class Directory:
-    """What servers have announced last.
+    """What servers have announced last, in columns, since a client looks at all of it.
 
     Args:
+        num_servers: how many there are.
         lifetime_s: how long a record stays when its owner falls silent.
     """
 
-    def __init__(self, lifetime_s: float):
+    def __init__(self, num_servers: int, lifetime_s: float):
+        self.points: list[ServerPoint | None] = [None] * num_servers
+        self.start = np.zeros(num_servers, dtype=np.intp)
+        self.end = np.zeros(num_servers, dtype=np.intp)
+        self.ms_per_block = np.zeros(num_servers)
+        """Waiting included, through the whole span."""
         self._lifetime_s = lifetime_s
-        self._records: dict[int, tuple[float, ServerPoint]] = {}
+        self._until_s = np.full(num_servers, -np.inf)
 
     def announce(self, server: int, now_s: float, point: ServerPoint) -> None:
         """Store a record."""
-        self._records[server] = now_s, point
+        self.points[server] = point
+        self.start[server], self.end[server] = point.start, point.end
+        self.ms_per_block[server] = point.decode_ms_per_block + point.wait_ms / len(point.span)
+        self._until_s[server] = now_s + self._lifetime_s
 
     def withdraw(self, server: int) -> None:
         """Remove a server's record, if there is one."""
-        self._records.pop(server, None)
+        self._until_s[server] = -np.inf
 
-    def lookup(self, now_s: float) -> list[tuple[int, ServerPoint]]:
-        """Servers and their records, in the order of their numbers."""
-        return [
-            (server, point)
-            for server, (announced_s, point) in sorted(self._records.items())
-            if announced_s + self._lifetime_s > now_s
-        ]
+    def lookup(self, now_s: float) -> NDArray[np.intp]:
+        """Numbers of the servers that have a record, ascending."""
+        return np.flatnonzero(self._until_s > now_s)
 
 
 class SimClient:
@@ -174,13 +179,9 @@ class SimClient:
             return False
         self._known_at_s = now_s
         found = self._directory.lookup(now_s)
-        if len(found) > VIEW_SERVERS:
-            if self._policy.is_blind:
-                chosen = np.sort(self._rng.choice(len(found), VIEW_SERVERS, replace=False))
-            else:
-                chosen = _shortlist(self._world, self.node, found)
-            found = [found[i] for i in chosen]
-        self._known = found
+        if len(found) > VIEW_SERVERS and self._policy.is_blind:
+            found = np.sort(self._rng.choice(found, VIEW_SERVERS, replace=False))
+        self._known = _seen(self._world, self.node, self._directory, found)
         return True
 
     def snapshot(self, now_s: float, own: Ring | None = None, lease: int = 0) -> MatrixSnapshot:
@@ -268,20 +269,16 @@ class SimClient:
             yield number, point
 
 
-def _shortlist(world: World, node: int, found: list[tuple[int, ServerPoint]]) -> NDArray[np.intp]:
-    """Positions of the best holders: by the time of a token if a server could run all blocks."""
+def _seen(
+    world: World, node: int, directory: Directory, found: NDArray[np.intp]
+) -> list[tuple[int, ServerPoint]]:
+    """Of the servers `found` the best holders: by a token's time if one could run all blocks."""
     num_blocks = world.scenario.model.num_blocks
-    half = world.links.column(node, len(world.machines))[[number for number, _ in found]]
-    decode = np.array(
-        [point.decode_ms_per_block + point.wait_ms / len(point.span) for _, point in found]
-    )
-    return best_holders(
-        np.array([point.start for _, point in found]),
-        np.array([point.end for _, point in found]),
-        2 * half + num_blocks * decode,
-        num_blocks,
-        VIEW_SERVERS,
-    )
+    half = world.links.column(node, len(world.machines))[found]
+    cost = 2 * half + num_blocks * directory.ms_per_block[found]
+    start, end = directory.start[found], directory.end[found]
+    best = found[best_holders(start, end, cost, num_blocks, VIEW_SERVERS)].tolist()
+    return [(number, point) for number in best if (point := directory.points[number]) is not None]
 
 
 def _snapshot(
@@ -298,10 +295,11 @@ def _snapshot(
     )
 
 
-def idle_snapshot(world: World, client: int) -> MatrixSnapshot:
-    """The whole swarm without any load, seen from a client; cut as a client with sight would."""
-    points = [
-        ServerPoint(
+def idle_directory(world: World) -> Directory:
+    """What all servers would announce without any load."""
+    directory = Directory(len(world.machines), np.inf)
+    for number, (machine, span) in enumerate(zip(world.machines, world.spans, strict=True)):
+        point = ServerPoint(
             id=machine.id,
             start=span.start,
             end=span.end,
@@ -310,9 +308,13 @@ def idle_snapshot(world: World, client: int) -> MatrixSnapshot:
             network_bytes_per_s=machine.network_bytes_per_s,
             free_cache_tokens=world.scenario.machines.cache_tokens,
         )
-        for machine, span in zip(world.machines, world.spans, strict=True)
-    ]
+        directory.announce(number, 0.0, point)
+    return directory
+
+
+def idle_snapshot(world: World, client: int, directory: Directory) -> MatrixSnapshot:
+    """What a client with sight would plan on if `directory` were all it knew."""
     node = world.client_node(client)
-    chosen = _shortlist(world, node, list(enumerate(points))).tolist()
-    half = world.links.matrix([*chosen, node])
-    return _snapshot(world, [points[i] for i in chosen], half)
+    seen = _seen(world, node, directory, directory.lookup(0.0))
+    half = world.links.matrix([*(number for number, _ in seen), node])
+    return _snapshot(world, [point for _, point in seen], half)

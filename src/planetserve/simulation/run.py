@@ -68,7 +68,7 @@ class Simulation:
             )
             for number, (machine, span) in enumerate(zip(world.machines, world.spans, strict=True))
         ]
-        self._directory = Directory(_SERVER_CONFIG.expiration_s)
+        self._directory = Directory(len(self.servers), _SERVER_CONFIG.expiration_s)
         self._policy = policy
         self._clients = [
             SimClient(world, number, policy, self._directory, self.servers)

@@ -11,7 +11,7 @@ import numpy as np
 
 from planetserve.routing.optimizers import OPTIMIZERS
 from planetserve.routing.request import ChainRequest
-from planetserve.simulation.client import idle_snapshot
+from planetserve.simulation.client import idle_directory, idle_snapshot
 from planetserve.simulation.run import RunResult
 from planetserve.simulation.session import Outcome, Record
 from planetserve.simulation.world import World
@@ -68,6 +68,7 @@ class Objective:
     def __init__(self, world: World):
         self._world = world
         self._slo = world.scenario.slo
+        self._idle = idle_directory(world)
         self._best_ms: dict[int, float] = {}
 
     def is_attained(self, record: Record) -> bool:
@@ -82,7 +83,7 @@ class Objective:
     def best_ms(self, client: int) -> float:
         """Time per token of the fastest chain of an idle swarm for this client."""
         if client not in self._best_ms:
-            snapshot = idle_snapshot(self._world, client)
+            snapshot = idle_snapshot(self._world, client, self._idle)
             chain = OPTIMIZERS.create("shortest_path").plan(snapshot, ChainRequest())
             self._best_ms[client] = chain.latency_ms
         return self._best_ms[client]

@@ -14,7 +14,7 @@ from planetserve.errors import ConfigError
 from planetserve.routing.cost import latency_ms
 from planetserve.routing.optimizers import OPTIMIZERS
 from planetserve.routing.request import ChainRequest
-from planetserve.simulation.client import Policy, idle_snapshot
+from planetserve.simulation.client import Policy, idle_directory, idle_snapshot
 from planetserve.simulation.run import RunResult, Simulation
 from planetserve.simulation.scenario import LoadedScenario
 from planetserve.simulation.server import pass_ms
@@ -44,7 +44,7 @@ def test_a_session_alone_takes_what_the_planner_predicts() -> None:
         for number, request in enumerate(world.requests)
     ]
     world.requests = requests
-    snapshot = idle_snapshot(world, 0)
+    snapshot = idle_snapshot(world, 0, idle_directory(world))
     chain = OPTIMIZERS.create("shortest_path").plan(snapshot, ChainRequest())
     client_sends_ms = 1000.0 * 1000.0 / (1000.0 * 125_000)
     expected_ms = latency_ms(snapshot, chain) + client_sends_ms

@@ -21,8 +21,8 @@ OURS = "shortest_path+moves"
 """What a client does by default."""
 STAYING = "shortest_path"
 NO_MOVES = ("planet_1000", "planet_10000")
-"""Where answers end before a session may move: it looks every 10 s, and must find a better chain three
-times in a row."""
+"""Where answers end before a session may move: it looks every 10 s, and must find a better chain
+three times in a row."""
 POLICIES = {
     "random": "random chains",
     "petals_min_latency": "Petals",

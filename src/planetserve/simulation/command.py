@@ -55,8 +55,9 @@ GROUPS = {
 }  # fmt: skip
 
 JSON_VERSION = 1
-_QUIET_S = 2.0
-"""Shorter work shows no progress."""
+OPTIMIZERS = ("random", "petals_min_latency", "shortest_path", "shortest_path+moves")
+_MANY_SERVERS = 1000
+"""Placing so many takes seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +70,9 @@ class SimulateConfig:
 
     scenario: str | None = None
     """Name of a scenario, or a YAML file of one."""
-    optimizers: tuple[str, ...] = (
-        "random", "petals_min_latency", "shortest_path", "shortest_path+moves"
-    )  # fmt: skip
-    """Optimisers to compare, each with the first one. By default random chains, Petals' routing,
-    and ours without and with moves."""
+    optimizers: tuple[str, ...] = ()
+    """Optimisers to compare, each with the first one; by default random, petals_min_latency,
+    shortest_path and shortest_path+moves."""
     seeds: int = 3
     """How many times to throw the dice; confidence intervals are over seeds."""
     first_seed: int = 0
@@ -91,8 +90,6 @@ class SimulateConfig:
     def __post_init__(self) -> None:
         if self.scenario is None:
             raise ConfigError("nothing to simulate: give --scenario NAME or a YAML file of one")
-        if not self.optimizers:
-            raise ConfigError("--optimizers names none; give at least one")
         if not 1 <= self.seeds <= 1000 or not 0 <= self.first_seed < 2**31:
             raise ConfigError("give 1 to 1000 seeds, and a first one from 0 to 2147483647")
         for name in ("duration_s", "requests_per_s"):
@@ -139,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         changes["requests_per_s"] = config.requests_per_s
     loaded = loaded.with_workload(**changes)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    found = simulate(loaded, config.optimizers, seeds, _Progress())
+    found = simulate(loaded, config.optimizers or OPTIMIZERS, seeds, _Progress())
     if config.json:
         document = {"version": JSON_VERSION, **as_document(loaded, seeds, found)}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
@@ -176,11 +173,13 @@ def simulate(
     policies = {text: Policy.parse(text) for text in optimizers}
     found: dict[str, list[Summary]] = {text: [] for text in policies}
     for number, seed in enumerate(seeds, start=1):
+        where = f"{loaded.scenario.name}, seed {number} of {len(seeds)}"
+        if loaded.scenario.machines.count >= _MANY_SERVERS:
+            progress(f"{where}, placing {loaded.scenario.machines.count} servers", 0.0)
         world = World(loaded, seed)
         objective = Objective(world)
         for text, policy in policies.items():
-            what = f"{loaded.scenario.name}, seed {number} of {len(seeds)}, {text}"
-            result = Simulation(world, policy, partial(progress, what)).run()
+            result = Simulation(world, policy, partial(progress, f"{where}, {text}")).run()
             found[text].append(summarise(world, objective, result))
     return found
 
@@ -189,13 +188,11 @@ class _Progress:
     """One line on stderr that is written over on a terminal, else one per run."""
 
     def __init__(self) -> None:
-        self._started_s = self._shown_s = time.monotonic()
+        self._shown_s = 0.0
         self._shown = ""
 
     def __call__(self, what: str, share: float) -> None:
         now_s = time.monotonic()
-        if now_s - self._started_s < _QUIET_S:
-            return
         if sys.stderr.isatty():
             if now_s - self._shown_s > 0.2 or share == 1:
                 end = "\n" if share == 1 else ""

@@ -51,7 +51,8 @@ def as_text(loaded: LoadedScenario, found: Mapping[str, Sequence[Summary]]) -> s
         [
             f"{scenario.name}: {scenario.machines.count} servers, "
             f"{scenario.workload.requests_per_s:g} requests/s, {requests:.0f} requests counted, "
-            f"{seeds} seed{'s' if seeds > 1 else ''}",
+            f"{seeds} seed{'s' if seeds > 1 else ''}; "
+            f"{interval([s.idle_ms for s in found[first]])[0]:.0f} ms/token on an idle swarm",
             "",
             *lines,
             "",

@@ -29,6 +29,9 @@ class Summary:
     requests: int
     failed: int
     """Requests that found no chain for too long."""
+    idle_ms: float
+    """Time per token of the fastest chain of an idle swarm, on average over the users who asked: no
+    policy gets below it."""
     token_mean_ms: float
     """From one token to the next, over all of them."""
     token_p50_ms: float
@@ -99,6 +102,7 @@ def summarise(world: World, objective: Objective, result: RunResult) -> Summary:
     return Summary(
         requests=len(counted),
         failed=len(counted) - len(done),
+        idle_ms=float(_array([objective.best_ms(r.request.client) for r in counted]).mean()),
         token_mean_ms=float(gaps_ms.mean()),
         token_p50_ms=float(np.percentile(gaps_ms, 50)),
         token_p99_ms=float(np.percentile(gaps_ms, 99)),

@@ -101,19 +101,6 @@ class World:
         """The client's number in `links`."""
         return len(self.machines) + client
 
-    def capacity_tokens_per_s(self) -> float:
-        """Tokens per second that the servers of the weakest block can run in large batches, when
-        each server runs its whole span: an upper bound for any routing of whole spans."""
-        covered = np.zeros(self.scenario.model.num_blocks)
-        for machine, span in zip(self.machines, self.spans, strict=True):
-            covered[span.start : span.end] += machine.tokens_per_s_per_block / len(span)
-        return float(covered.min())
-
-    def offered_tokens_per_s(self) -> float:
-        """Prompt and output tokens of all requests over the time in which they arrive."""
-        tokens = sum(request.prompt_tokens + request.output_tokens for request in self.requests)
-        return tokens / self.scenario.workload.duration_s
-
 
 def _machines(loaded: LoadedScenario, rng: np.random.Generator) -> list[Machine]:
     scenario, table = loaded.scenario, loaded.gpus

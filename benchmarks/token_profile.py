@@ -7,6 +7,7 @@ of work, so the parts of a token add up to the whole of it. Medians over tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -64,7 +65,7 @@ def profile(client: Stamps, servers: list[Stamps]) -> dict[str, Any]:
 
 
 def _tokens(client: Stamps, servers: list[Stamps]) -> Iterator[dict[str, float]]:
-    steps = [_steps(stamps, "asked") for stamps in (client,)][0]
+    steps = _steps(client, "asked")
     hops = [_steps(stamps, "received") for stamps in servers]
     for step, following in zip(steps, steps[1:], strict=False):
         wanted = ("asked", "on loop", "sent", "answered", "told", "head", "logits")
@@ -85,8 +86,8 @@ def _tokens(client: Stamps, servers: list[Stamps]) -> Iterator[dict[str, float]]
         for stamps in passed:
             # A frame may arrive before its sender has noted that it was sent.
             token[TRANSPORT] += stamps["received"] - left_s
-            moments = [stamps[name] for name in _SERVER_STAMPS]
-            for kind, begin_s, end_s in zip(_SERVER_KINDS, moments, moments[1:], strict=True):
+            moments = itertools.pairwise(stamps[name] for name in _SERVER_STAMPS)
+            for kind, (begin_s, end_s) in zip(_SERVER_KINDS, moments, strict=True):
                 token[kind] += end_s - begin_s
             left_s = stamps["sent"]
         token[TRANSPORT] += step["answered"] - left_s

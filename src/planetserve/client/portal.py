@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 from planetserve.errors import SessionClosed
@@ -41,14 +40,27 @@ class Portal:
         if self._closed:
             coroutine.close()
             raise SessionClosed("the model has been closed; load it again to use it")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        # `run_coroutine_threadsafe` takes two futures and a condition for this, and every token
+        # comes through here.
+        is_done = threading.Lock()
+        is_done.acquire()
+        tasks: list[asyncio.Task[T]] = []
+
+        def start() -> None:
+            task = self._loop.create_task(coroutine)
+            task.add_done_callback(lambda _: is_done.release())
+            tasks.append(task)
+
+        self._loop.call_soon_threadsafe(start)
         try:
-            return future.result()
-        except CancelledError as error:
-            raise SessionClosed("the model was closed while it was working") from error
+            is_done.acquire()
         except BaseException:
-            future.cancel()
+            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
             raise
+        try:
+            return tasks[0].result()
+        except asyncio.CancelledError as error:
+            raise SessionClosed("the model was closed while it was working") from error
 
     def post(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run `coroutine` without waiting; dropped when the portal is closed."""

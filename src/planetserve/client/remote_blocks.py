@@ -96,9 +96,8 @@ class RemoteBlocks:
         self, cache: RemoteCache, call: _Call, hidden_BTD: torch.Tensor, keep_last: bool
     ) -> torch.Tensor:
         num_rows, num_tokens, width = hidden_BTD.shape
-        columns_BT = _new_columns(call.mask_BS, num_rows, num_tokens)
-        padded = not bool(columns_BT.all())
-        counts = columns_BT.sum(dim=1).tolist() if padded else [num_tokens] * num_rows
+        columns_BT = _padded_columns(call.mask_BS, num_rows, num_tokens)
+        counts = [num_tokens] * num_rows if columns_BT is None else columns_BT.sum(dim=1).tolist()
         starts = cache.row_lengths() or (0,) * num_rows
         if len(starts) != num_rows:
             raise ConfigError(f"the cache holds {len(starts)} rows, the input has {num_rows}")
@@ -109,25 +108,26 @@ class RemoteBlocks:
         )
         if not rows:
             raise ConfigError("attention_mask leaves no token in any row")
-        positions = _explicit_positions(call.positions_BT, columns_BT, cache.get_seq_length(), rows)
+        positions = _explicit_positions(call.positions_BT, columns_BT, cache, rows)
         device = hidden_BTD.device
         local_BTD = hidden_BTD.detach().cpu()
         table = StepTable(rows, positions, cache.reorder)
         sources = None if any(starts) else _twins(local_BTD, columns_BT, table)
         if sources is None:
-            hidden_TD = local_BTD[columns_BT] if padded else local_BTD.reshape(-1, width)
+            flat_TD = local_BTD.reshape(-1, width)
+            hidden_TD = flat_TD if columns_BT is None else local_BTD[columns_BT]
             output_TD = cache.session.run(num_rows, table, hidden_TD, keep_last=keep_last)
-            cache.commit(columns_BT)
+            cache.commit(num_rows, num_tokens, columns_BT)
         else:
             table, chosen_TD = _without_twins(local_BTD, columns_BT, table, sources)
             chosen_TD = cache.session.run(num_rows, table, chosen_TD, keep_last=keep_last)
             counts = [piece.num_tokens for piece in table.rows]
             by_row = dict(zip((p.row for p in table.rows), chosen_TD.split(counts), strict=True))
             output_TD = torch.cat([by_row[source] for source in sources])
-            cache.commit(columns_BT)
+            cache.commit(num_rows, num_tokens, columns_BT)
             cache.reorder = sources
         output_TD = output_TD.to(device)
-        if not padded:
+        if columns_BT is None:
             return output_TD.view(num_rows, num_tokens, width)
         output_BTD = torch.zeros_like(hidden_BTD)
         output_BTD[columns_BT.to(device)] = output_TD
@@ -135,10 +135,10 @@ class RemoteBlocks:
 
 
 def _twins(
-    hidden_BTD: torch.Tensor, columns_BT: torch.Tensor, table: StepTable
+    hidden_BTD: torch.Tensor, columns_BT: torch.Tensor | None, table: StepTable
 ) -> tuple[int, ...] | None:
     """For each row of a first step the first row that is the same; None if no two are."""
-    num_rows = len(columns_BT)
+    num_rows = len(hidden_BTD)
     if num_rows == 1 or len(table.rows) < num_rows:
         return None
     sources: list[int] = []
@@ -155,7 +155,7 @@ def _twins(
             other
             for other in others
             if positions[other] == positions[row]
-            and torch.equal(columns_BT[other], columns_BT[row])
+            and (columns_BT is None or torch.equal(columns_BT[other], columns_BT[row]))
             and torch.equal(hidden_BTD[other], hidden_BTD[row])
         )
         sources.append(next(same, row))
@@ -165,7 +165,10 @@ def _twins(
 
 
 def _without_twins(
-    hidden_BTD: torch.Tensor, columns_BT: torch.Tensor, table: StepTable, sources: tuple[int, ...]
+    hidden_BTD: torch.Tensor,
+    columns_BT: torch.Tensor | None,
+    table: StepTable,
+    sources: tuple[int, ...],
 ) -> tuple[StepTable, torch.Tensor]:
     """The step for the rows that are their own source."""
     rows, hidden, offset = [], [], 0
@@ -174,35 +177,46 @@ def _without_twins(
         end = offset + piece.num_tokens
         if sources[piece.row] == piece.row:
             rows.append(piece)
-            hidden.append(hidden_BTD[piece.row, columns_BT[piece.row]])
+            row_TD = hidden_BTD[piece.row]
+            hidden.append(row_TD if columns_BT is None else row_TD[columns_BT[piece.row]])
             positions += (table.positions or ())[offset:end]
         offset = end
     return StepTable(tuple(rows), tuple(positions) or None), torch.cat(hidden)
 
 
-def _new_columns(mask_BS: torch.Tensor | None, num_rows: int, num_tokens: int) -> torch.Tensor:
+def _padded_columns(
+    mask_BS: torch.Tensor | None, num_rows: int, num_tokens: int
+) -> torch.Tensor | None:
+    """Which of the new columns hold tokens; None if all do."""
     if mask_BS is None:
-        return torch.ones(num_rows, num_tokens, dtype=torch.bool)
+        return None
     if mask_BS.shape[0] != num_rows or mask_BS.shape[1] < num_tokens:
         raise ConfigError(
             f"attention_mask of shape {tuple(mask_BS.shape)} does not fit an input of "
             f"{num_rows} rows and {num_tokens} tokens"
         )
-    return mask_BS[:, -num_tokens:].to(device="cpu", dtype=torch.bool)
+    columns_BT = mask_BS[:, -num_tokens:].to(device="cpu", dtype=torch.bool)
+    return None if bool(columns_BT.all()) else columns_BT
 
 
 def _explicit_positions(
     positions_BT: torch.Tensor | None,
-    columns_BT: torch.Tensor,
-    past_columns: int,
+    columns_BT: torch.Tensor | None,
+    cache: RemoteCache,
     rows: tuple[RowSlice, ...],
 ) -> tuple[int, ...] | None:
     """Rotary positions of the real tokens, or None when each is its place in the KV cache."""
-    num_tokens = columns_BT.shape[1]
+    num_tokens = rows[0].num_tokens if columns_BT is None else columns_BT.shape[1]
     if positions_BT is None:
+        if columns_BT is None and not cache.is_padded:
+            return None
         # What a model does without position_ids: it counts columns, padding included.
-        positions_BT = torch.arange(past_columns, past_columns + num_tokens)[None]
-    positions_BT = positions_BT[:, -num_tokens:].cpu().expand(columns_BT.shape[0], -1)
-    wanted = positions_BT[columns_BT].tolist()
+        past = cache.get_seq_length()
+        positions_BT = torch.arange(past, past + num_tokens)[None]
+    positions_BT = positions_BT[:, -num_tokens:].cpu()
+    if columns_BT is None:
+        wanted = positions_BT.expand(len(rows), -1).flatten().tolist()
+    else:
+        wanted = positions_BT.expand(len(columns_BT), -1)[columns_BT].tolist()
     natural = [position for piece in rows for position in range(piece.start, piece.end)]
     return None if wanted == natural else tuple(wanted)

@@ -55,6 +55,8 @@ def load_client_half(
     decoder = find_decoder(model)
     load_parameters(model, checkpoint, lambda name: decoder.layer_of(name) is None, dtype, device)
     setattr(decoder.base, decoder.layers_attr, nn.ModuleList())
+    if isinstance(getattr(decoder.base, "rotary_emb", None), nn.Module):
+        decoder.base.rotary_emb = _NoRotary()
     materialize_buffers(model, device)
     AttentionInterface.register(NO_ATTENTION, _no_attention)
     if not family_of(checkpoint.config.model_type).needs_masks:
@@ -67,6 +69,13 @@ def load_client_half(
     model.config.use_cache = model.generation_config.use_cache = True
     _hook(decoder, remote, on_call)
     return model
+
+
+class _NoRotary(nn.Module):
+    """Stands for a rotary embedding, which only layers would read."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return x, x
 
 
 def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:

@@ -12,8 +12,8 @@ random Llama of 134 million parameters made on the fly.
 
 Rates are steady: counted from when the last session has its first token to when the first session
 has its last one; "whole" ratios have prompts and ends in them. "CPU ms" is the processor time per
-new token of all processes, prompts included. Results go to `benchmarks/results/engine.json`; a table
-goes to stdout.
+new token of all processes, prompts included. Results go to `benchmarks/results/engine.json`, a
+table to stdout, and `engine_plot.py` makes the plot.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plots `results/engine.json` to `docs/images/engine.png`: rates against local transformers.
+"""Plots `results/engine.json` and `engine_bfloat16.json` to `docs/images/engine.png`.
 
 python benchmarks/engine_plot.py
 """
@@ -20,7 +20,9 @@ def main() -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    cases: list[dict[str, Any]] = json.loads((RESULTS / "engine.json").read_text())["cases"]
+    cases: list[dict[str, Any]] = []
+    for name in ("engine", "engine_bfloat16"):
+        cases += json.loads((RESULTS / f"{name}.json").read_text())["cases"]
     dtypes = list(dict.fromkeys(case["dtype"] for case in cases))
     figure, axes = pyplot.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 3.6), squeeze=False)
     for axis, dtype in zip(axes[0], dtypes, strict=True):

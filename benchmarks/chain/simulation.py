@@ -87,8 +87,6 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             ]
         )
     targets.append(["target", "-50 %", "-25 %", None, None, "1.5"])
-    first = result["scenarios"][0]
-    seeds = len(first["seeds"])
     header = ["scenario, policy", "ms per token", "p50", "p99", "first token, s", "p99",
               "SLO, %", "tokens/s", "failed", "jumps", "moves"]  # fmt: skip
     swarms = [
@@ -96,6 +94,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             run["scenario"],
             run["servers"],
             run["workload"]["requests_per_s"],
+            len(run["seeds"]),
             round(_mean(run, OURS, "requests")),
             run["workload"]["prompt_tokens"],
             run["workload"]["output_tokens"],
@@ -103,14 +102,14 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             _mean(run, OURS, "tokens_per_tick"),
             _mean(run, OURS, "departures"),
             _mean(run, OURS, "idle_ms"),
-            run["cpu_s"] / seeds / len(run["optimizers"]),
+            run["cpu_s"] / len(run["seeds"]) / len(run["optimizers"]),
         ]
         for run in result["scenarios"]
     ]
     return {
         "swarms": markdown(
-            ["scenario", "servers", "requests/s", "requests counted per seed", "prompt tokens",
-             "output tokens", "servers busy, %", "tokens per pass", "departures",
+            ["scenario", "servers", "requests/s", "seeds", "requests counted per seed",
+             "prompt tokens", "output tokens", "servers busy, %", "tokens per pass", "departures",
              "ms per token, idle swarm", "CPU s per run"], swarms),
         "results": markdown(header, rows),
         "targets": markdown(
@@ -126,16 +125,19 @@ def _mean(run: dict[str, Any], policy: str, key: str) -> float:
 
 
 def _with_half(found: dict[str, Any], key: str, factor: float = 1.0, digits: int = 0) -> str:
-    mean, half = factor * found["mean"][key], factor * (found["half_interval_95"][key] or 0.0)
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    mean, half = found["mean"][key], found["half_interval_95"][key]
+    text = f"{factor * mean:.{digits}f}"
+    return text if half is None else f"{text} ± {factor * half:.{digits}f}"
 
 
 def _percent(run: dict[str, Any], other: str) -> str | None:
     """How much less or more ours takes per token than the other policy, seed by seed."""
+    if other not in run["optimizers"]:
+        return None
     pairs = zip(run["optimizers"][OURS]["seeds"], run["optimizers"][other]["seeds"], strict=True)
     changes = [100.0 * (ours["token_mean_ms"] / o["token_mean_ms"] - 1) for ours, o in pairs]
     mean, half = interval(changes)
-    return f"{mean:+.0f} ± {half:.0f} %"
+    return f"{mean:+.0f} %" if len(changes) < 2 else f"{mean:+.0f} ± {half:.0f} %"
 
 
 def _at_best(run: dict[str, Any]) -> str:

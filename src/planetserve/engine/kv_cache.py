@@ -10,6 +10,8 @@ The page after the last one is never written: it stays zero and pads batched rea
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,8 +79,17 @@ class PagedKvCache:
                 tensor.index_fill_(0, torch.tensor(pages, device=tensor.device), 0)
 
     def _make_layer(self, key_TKD: torch.Tensor, value_TKD: torch.Tensor) -> LayerPages:
-        # Fresh zeroed memory takes no physical pages before it is written.
         shape = (self.num_pages + 1, self.page_size)
-        keys = key_TKD.new_zeros(*shape, *key_TKD.shape[1:])
-        values = value_TKD.new_zeros(*shape, *value_TKD.shape[1:])
+        keys = _zeros_like(key_TKD, (*shape, *key_TKD.shape[1:]))
+        values = _zeros_like(value_TKD, (*shape, *value_TKD.shape[1:]))
         return LayerPages(keys, values, keys.flatten(0, 1), values.flatten(0, 1))
+
+
+def _zeros_like(sample: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Zeros on the device and in the dtype of `sample`; a CPU's take no memory until written."""
+    if sample.device.type != "cpu" or not math.prod(shape):
+        return sample.new_zeros(shape)
+    # `torch.zeros` writes them; a fresh mapping is zero without that.
+    num_bytes = math.prod(shape) * sample.dtype.itemsize
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=sample.dtype).view(shape)

@@ -32,6 +32,7 @@ from planetserve.model.converted_linear import (
 )
 from planetserve.model.native_linear import NativeConv1D, NativeLinear
 from planetserve.model.onednn_linear import PackedConv1D, PackedLinear, PaddedConv1D, PaddedLinear
+from planetserve.native import memory
 from planetserve.registry import Registry
 
 PLAIN, PACKED, NATIVE = "plain", "packed", "native"
@@ -136,7 +137,8 @@ class Auto:
             return PLAIN
         key = (type(layer), layer.weight.shape, layer.weight.dtype)
         if key not in self._chosen:
-            self._chosen[key] = self._choose(weight_OI(layer))
+            with memory.apart():
+                self._chosen[key] = self._choose(weight_OI(layer))
         return self._chosen[key].convert(layer)
 
     def reasons(self) -> str:

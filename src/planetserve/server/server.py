@@ -24,6 +24,7 @@ from planetserve.engine.span_runner import SpanRunner
 from planetserve.errors import ConfigError, ModelMismatchError, TransportError
 from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
+from planetserve.model.heap import returning_freed_memory
 from planetserve.model.linear import convert_span
 from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
 from planetserve.model.quantization import require_quantizer
@@ -347,8 +348,9 @@ def _build_engine(
 ) -> Engine:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    blocks = load()
-    convert_span(blocks, linear_backend)
+    with returning_freed_memory():
+        blocks = load()
+        convert_span(blocks, linear_backend)
     runner = SpanRunner(blocks, config.num_pages, config.page_size, config.attention_backend)
     engine = Engine(runner, config, SystemClock())
     engine.start()

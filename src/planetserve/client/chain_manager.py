@@ -452,7 +452,8 @@ class ChainManager:
         answers = await asyncio.gather(*(self._ping(info) for info in chosen))
         for info, alive in zip(chosen, answers, strict=True):
             if alive:
-                del self._banned_until_s[info.peer_id]
+                # Another session's call may have done so while this one waited.
+                self._banned_until_s.pop(info.peer_id, None)
 
 
 def _check_peer_ids(config: ClientConfig) -> None:

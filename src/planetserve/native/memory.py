@@ -34,9 +34,10 @@ class _Region:
         self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):
             self.memory.madvise(mmap.MADV_HUGEPAGE)
-        start = torch.frombuffer(self.memory, dtype=torch.uint8, count=1).data_ptr()
-        self.start = self._next = -start % HUGE_PAGE_BYTES
-        self._end = self._next + num_bytes
+        start: int = torch.frombuffer(self.memory, dtype=torch.uint8, count=1).data_ptr()
+        self.start: int = -start % HUGE_PAGE_BYTES
+        self._next = self.start
+        self._end = self.start + num_bytes
 
     def take(self, num_bytes: int) -> int | None:
         """Offset of memory for so many bytes; None if there is no room."""

@@ -5,7 +5,7 @@
   throughput as a part of the most there is.
 - `nsga2`: in two objectives, the part of a front's hypervolume that evolution reaches, with the
   good first population it has by default and from a random one. The front is that of the exact
-  method at ten times its effort, proven or not, which the rows tell apart.
+  method at five times its effort, proven or not, which the rows tell apart.
 - `four`: in four objectives, the random chains that its front leaves undominated, and whether the
   greedy chain dominates a member of it.
 """
@@ -45,7 +45,7 @@ SWARM_COUNT = 25
 SMALL_SWARMS = 500
 RANDOM_CHAINS = 20
 SPAN_SHARES = (0.33, 1.0)
-REFERENCE_EFFORT = 10 * DEFAULT_EFFORT
+REFERENCE_EFFORT = 5 * DEFAULT_EFFORT
 """Of the front that others are measured against. NSGA-II starts with what the default effort finds,
 so that front would say nothing about it."""
 
@@ -109,11 +109,12 @@ def _measure_one(snapshot: SwarmSnapshot) -> dict[str, Any]:
     request = ChainRequest()
     default = ParetoExact().solve(snapshot, request)
     proven = ParetoExact(REFERENCE_EFFORT).solve(snapshot, request)
-    started, started_cpu = time.perf_counter(), time.process_time()
-    warm = Nsga2().front(snapshot, request)
-    warm_s, warm_cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
-    cold = Nsga2(warm_start=False).front(snapshot, request)
-    four = Nsga2(objectives=4).front(snapshot, request)
+    # Without a time limit, so that the outcome is the same on a busy machine.
+    started = time.process_time()
+    warm = Nsga2(time_limit_s=0).front(snapshot, request)
+    warm_cpu_s = time.process_time() - started
+    cold = Nsga2(warm_start=False, time_limit_s=0).front(snapshot, request)
+    four = Nsga2(objectives=4, time_limit_s=0).front(snapshot, request)
     # Two optimisers' picks come from fronts that are there already.
     chosen = {"pareto_exact": _point(pick_chain(default.chains, request))}
     chosen["nsga2"] = _point(pick_chain(warm, request))
@@ -132,7 +133,6 @@ def _measure_one(snapshot: SwarmSnapshot) -> dict[str, Any]:
         "default_hypervolume": _area(default.chains, worst_ms) / exact_area,
         "chosen": chosen,
         "nsga2_hypervolume": _area(warm, worst_ms) / exact_area,
-        "nsga2_s": warm_s,
         "nsga2_cpu_s": warm_cpu_s,
         "nsga2_cold_hypervolume": _area(cold, worst_ms) / exact_area,
         "four_undominated_random": sum(
@@ -184,7 +184,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     nsga2 = [
         ["swarms", len(rows), None],
         ["with a front proven at the default effort", sum(r["default_proven"] for r in rows), None],
-        ["with a front proven at ten times the effort", len(proven), None],
+        ["with a front proven at five times the effort", len(proven), None],
         ["least hypervolume where it is proven", _least(proven, "nsga2_hypervolume"), "0.99"],
         ["swarms with a proven front below 0.99",
          sum(r["nsga2_hypervolume"] < 0.99 for r in proven), 0],
@@ -195,9 +195,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         ["median of `nsga2` from a random first population",
          median(r["nsga2_cold_hypervolume"] for r in rows), None],
         ["least of it", _least(rows, "nsga2_cold_hypervolume"), None],
-        ["longest plan, s", max(r["nsga2_s"] for r in rows), "2"],
-        ["median plan, s", median(r["nsga2_s"] for r in rows), None],
-        ["most CPU time of a plan, s", max(r["nsga2_cpu_s"] for r in rows), None],
+        ["longest plan, s of CPU time", max(r["nsga2_cpu_s"] for r in rows), "2"],
+        ["median plan, s of CPU time", median(r["nsga2_cpu_s"] for r in rows), None],
     ]  # fmt: skip
     four = [
         ["random chains", RANDOM_CHAINS * len(rows), None],

@@ -153,8 +153,8 @@ class LabelSearch:
         self._settled[block] = ended
         graph, problem = self._graph, self._graph.problem
         here = graph.holders[block]
-        effort = len(ended.cost) * (1 + len(here) // _SERVERS_PER_LABEL)
-        self._effort += effort if self._beam is None else effort // 2  # few are compared
+        made = len(ended.cost) * (1 + len(here) // _SERVERS_PER_LABEL)
+        self._effort += made if self._beam is None else made // 2  # few are compared
         if self._effort > self._max_effort:
             return None
         rows = np.searchsorted(graph.holders[block - 1], ended.server)
@@ -265,6 +265,11 @@ class LabelSearch:
     def _no_more(self, one: Used, other: Used) -> BoolArray:
         self._effort += len(one) * len(other) * len(self._meter.guard) // _PAIRS_PER_LABEL
         return self._meter.no_more(one, other)
+
+
+def beam_effort(graph: RunGraph) -> float:
+    """Effort of a beam search through all blocks for each label that it keeps at a boundary."""
+    return sum(1 + len(here) // _SERVERS_PER_LABEL for here in graph.holders) / 2
 
 
 def _concatenate(parts: list[_Labels]) -> _Labels:

@@ -17,13 +17,14 @@ import numpy as np
 
 from planetserve.routing.exact.bounds import Limits
 from planetserve.routing.exact.floor import FloorSolver
+from planetserve.routing.exact.labels import beam_effort
 from planetserve.routing.exact.matching import deal_out
 from planetserve.routing.exact.neighbourhood import Neighbourhood
 from planetserve.routing.exact.work import TOLERANCE, Work
 from planetserve.routing.problem import RoutingProblem
 from planetserve.types import Chain
 
-DEFAULT_EFFORT = 200_000
+DEFAULT_EFFORT = 150_000
 """Some 0.7 s at most. Proves the whole front of small swarms, and of larger ones whose servers hold
 a small part of the model."""
 _PROVING_SHARE = 0.15
@@ -34,6 +35,8 @@ _LEAST_RATE = 1e-12
 _BEAM = 100
 _WIDER = 4
 """Factor on the beam, and on what must be gained, each time that a floor is looked at again."""
+_LOOK_SHARE = 0.15
+"""Part of the effort that one look may take."""
 _WORST = 1.1
 """Latency that stands for no chain, as a multiple of the greatest of a chain."""
 _FAR = 1.1
@@ -80,6 +83,7 @@ def _refine(work: Work, solver: FloorSolver) -> None:
     """Look where the most may be gained, the harder the more often it was in vain."""
     neighbourhood = Neighbourhood(work)
     top = _top_rate(work)
+    widest = max(1, int(_LOOK_SHARE * work.left / beam_effort(work.graph)))
     looks: dict[float, int] = {}
     while work.left > 0:
         gain, rate = max(_open_places(work, solver, top, looks))
@@ -88,7 +92,7 @@ def _refine(work: Work, solver: FloorSolver) -> None:
         again = looks.get(rate, 0)
         looks[rate] = again + 1
         slower = work.below(rate)
-        solver.look(rate, _BEAM * _WIDER**again, prove=again > 0)
+        solver.look(rate, min(_BEAM * _WIDER**again, widest), prove=again > 0)
         limits = Limits.at_rate(work.problem, rate)
         if slower is not None:
             neighbourhood.improve(slower, limits)

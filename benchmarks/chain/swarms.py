@@ -49,8 +49,14 @@ def scattered(
         )
         for i, (start, end) in enumerate(spans)
     ]
+    if known < 1.0:
+        return _snapshot(servers, num_blocks, _table(
+            num_servers, lambda _, others: rng.uniform(2.0, 200.0, size=len(others)), rng, known
+        ))  # fmt: skip
     rtt = rng.uniform(2.0, 200.0, size=(num_servers + 1, num_servers + 1))
-    return _snapshot(servers, num_blocks, _table(rtt, rng, known))
+    return _snapshot(
+        servers, num_blocks, _table(num_servers, lambda i, others: rtt[i, others], rng, known)
+    )
 
 
 def geographic(
@@ -78,9 +84,12 @@ def geographic(
                 price=float(rng.uniform(0.1, 2.0)) / decode_ms,
             )
         )
-    away = np.hypot(*np.moveaxis(places[:, None] - places[None, :], -1, 0))
-    rtt = 1.0 + away * 1.5 / _FIBRE_KM_PER_MS + rng.exponential(4.0, size=away.shape)
-    return _snapshot(servers, num_blocks, _table(rtt, rng, known))
+
+    def rtt_ms(one: int, others: np.ndarray) -> np.ndarray:
+        away = np.hypot(*(places[others] - places[one]).T)
+        return 1.0 + away * 1.5 / _FIBRE_KM_PER_MS + rng.exponential(4.0, size=away.shape)
+
+    return _snapshot(servers, num_blocks, _table(num_servers, rtt_ms, rng, known))
 
 
 SWARMS: dict[str, Callable[..., SwarmSnapshot]] = {"scattered": scattered, "geographic": geographic}
@@ -108,14 +117,21 @@ def _spans(
     return [spans[i] for i in rng.permutation(num_servers)]
 
 
-def _table(rtt: np.ndarray, rng: np.random.Generator, known: float) -> dict[str, dict[str, float]]:
-    names = [*(f"s{i}" for i in range(len(rtt) - 1)), CLIENT]
+def _table(
+    num_servers: int,
+    rtt_ms: Callable[[int, np.ndarray], np.ndarray],
+    rng: np.random.Generator,
+    known: float,
+) -> dict[str, dict[str, float]]:
+    """The known pairs; `rtt_ms(i, others)` draws the times from one node to others."""
+    names = [*(f"s{i}" for i in range(num_servers)), CLIENT]
     table: dict[str, dict[str, float]] = {}
     for i, name in enumerate(names):
         others = np.arange(i + 1, len(names))
         if known < 1.0:
             others = others[rng.random(len(others)) < known]
-        table[name] = {names[j]: float(rtt[i, j]) for j in others}
+        times = rtt_ms(i, others).tolist()
+        table[name] = {names[j]: time for j, time in zip(others, times, strict=True)}
     return {name: row for name, row in table.items() if row}
 
 

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from planetserve.errors import MissingBlocksError, NoChainAvailable
 from planetserve.routing.cost import hop_ms, latency_ms, throughput_tokens_per_s
+from planetserve.routing.links import Links, build_links
 from planetserve.routing.request import ChainRequest
-from planetserve.routing.snapshot import FloatArray, SwarmSnapshot, uncovered_spans
+from planetserve.routing.snapshot import FloatArray, IntArray, SwarmSnapshot, uncovered_spans
 from planetserve.types import Chain, Hop
 
 BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class RoutingProblem:
     """`[n]` per block."""
     hop_ms: FloatArray
     """`[n]` overhead, waiting and sending time of one visit."""
-    half_rtt_ms: FloatArray
-    """`[n, n]` between servers."""
+    links: Links
+    """Between servers."""
     client_half_ms: FloatArray
     """`[n]` between the client and each server."""
     block_rate: FloatArray
@@ -71,8 +71,6 @@ class RoutingProblem:
     @classmethod
     def _compile(cls, snapshot: SwarmSnapshot, legal: BoolArray) -> RoutingProblem:
         members = np.flatnonzero(legal.any(axis=0))
-        half = snapshot.half_rtt_ms
-        everybody = len(members) == len(snapshot.servers)
         servers = [snapshot.servers[i] for i in members]
         network = np.array([s.network_bytes_per_s for s in servers])
         sent = snapshot.activation_bytes_per_token
@@ -83,8 +81,8 @@ class RoutingProblem:
             legal=legal[:, members],
             decode_ms=np.array([s.decode_ms_per_block for s in servers]),
             hop_ms=np.array([hop_ms(snapshot, s) for s in servers]),
-            half_rtt_ms=half[:-1, :-1] if everybody else half[np.ix_(members, members)],
-            client_half_ms=half[-1, members],
+            links=build_links(snapshot, members),
+            client_half_ms=_client_half_ms(snapshot)[members],
             block_rate=np.array([s.tokens_per_s_per_block for s in servers]),
             hop_rate=hop_rate,
         )
@@ -120,6 +118,16 @@ class RoutingProblem:
             latency_ms=latency_ms(self.snapshot, chain),
             throughput_tokens_per_s=throughput_tokens_per_s(self.snapshot, chain),
         )
+
+
+def _client_half_ms(snapshot: SwarmSnapshot) -> FloatArray:
+    """`[servers]` half round-trip times between the client and all servers."""
+    client = len(snapshot.servers)
+    first, second, half_ms = snapshot.known_links
+    times = np.full(client + 1, snapshot.default_rtt_ms / 2)
+    times[second[first == client]] = half_ms[first == client]
+    times[first[second == client]] = half_ms[second == client]
+    return times[:client]
 
 
 def _legal_hosts(snapshot: SwarmSnapshot, request: ChainRequest) -> BoolArray:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _MAX_NUMBER = 1e15
 _MIN_RATE = 1e-9
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class ServerPoint:
 
 @dataclass(frozen=True)
 class SwarmSnapshot:
-    """A swarm at one moment. No slots: the RTT matrix is built once, on first use, and kept.
+    """A swarm at one moment. No slots: what is made of the RTT table is made once, on first use.
 
     Raises:
         ConfigError: a value is out of range, an id is used twice, a span leaves the model, or the
@@ -149,19 +151,16 @@ class SwarmSnapshot:
         return {server_id: position for position, server_id in enumerate(ids)}
 
     @cached_property
-    def half_rtt_ms(self) -> FloatArray:
-        """Half round-trip times in `index` order, `[servers + 1, servers + 1]`, diagonal 0."""
-        size = len(self.servers) + 1
-        half = np.full((size, size), self.default_rtt_ms / 2)
-        np.fill_diagonal(half, 0.0)
-        for first, row in self.rtt_ms.items():
-            i = self.index[first]
-            columns = [self.index[second] for second in row]
-            values = np.fromiter(row.values(), dtype=np.float64, count=len(row)) / 2
-            half[i, columns] = values
-            half[columns, i] = values
-        half.flags.writeable = False
-        return half
+    def known_links(self) -> tuple[IntArray, IntArray, FloatArray]:
+        """The pairs in `rtt_ms` by their positions in `index`, and half their round-trip times."""
+        rows, index = self.rtt_ms.values(), self.index
+        count = sum(map(len, rows))
+        owners = [index[first] for first in self.rtt_ms]
+        first = np.repeat(np.array(owners, dtype=np.intp), [len(row) for row in rows])
+        names = chain.from_iterable(rows)
+        second = np.fromiter((index[name] for name in names), dtype=np.intp, count=count)
+        times = chain.from_iterable(row.values() for row in rows)
+        return first, second, np.fromiter(times, dtype=np.float64, count=count) / 2
 
     def rtt(self, first: str, second: str) -> float:
         """Round-trip time between two of the servers or the client, in milliseconds."""

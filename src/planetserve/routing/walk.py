@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planetserve.routing.problem import IntArray, RoutingProblem
+from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.snapshot import IntArray
 from planetserve.types import Chain
 
 

@@ -17,8 +17,8 @@ from pymoo.core.repair import Repair
 from planetserve.routing.evolution.first import good_chains
 from planetserve.routing.evolution.objectives import evaluate
 from planetserve.routing.evolution.operators import Operators
-from planetserve.routing.problem import IntArray, RoutingProblem
-from planetserve.routing.snapshot import FloatArray
+from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.snapshot import FloatArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from planetserve.routing.problem import BoolArray, IntArray, RoutingProblem
-from planetserve.routing.snapshot import FloatArray
+from planetserve.routing.problem import BoolArray, RoutingProblem
+from planetserve.routing.snapshot import FloatArray, IntArray
 
 OBJECTIVES = ("latency", "throughput", "reputation", "price")
 """In the order of the columns; a mode of `k` objectives uses the first `k`."""
@@ -52,7 +52,7 @@ def prices(problem: RoutingProblem) -> FloatArray:
 
 def _latency(problem: RoutingProblem, hosts: IntArray, starts: BoolArray) -> FloatArray:
     ends = problem.client_half_ms[hosts[:, 0]] + problem.client_half_ms[hosts[:, -1]]
-    links = problem.half_rtt_ms[hosts[:, :-1], hosts[:, 1:]].sum(axis=1)
+    links = problem.links.pairs(hosts[:, :-1], hosts[:, 1:]).sum(axis=1)
     blocks = problem.decode_ms[hosts].sum(axis=1)
     visits = (problem.hop_ms[hosts] * starts).sum(axis=1)
     latency: FloatArray = ends + links + blocks + visits

@@ -15,8 +15,8 @@ import numpy as np
 
 from planetserve.routing.evolution.objectives import log_mistrust, prices
 from planetserve.routing.front import undominated_rows
-from planetserve.routing.problem import IntArray, RoutingProblem
-from planetserve.routing.snapshot import FloatArray
+from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.snapshot import FloatArray, IntArray
 from planetserve.routing.walk import run_ends
 
 _MAX_LABELS = 2000
@@ -70,7 +70,7 @@ def walk_front(problem: RoutingProblem, num_objectives: int) -> list[tuple[int, 
             costs[:, 0] += np.where(
                 labels.server < 0,
                 problem.client_half_ms[server],
-                problem.half_rtt_ms[server, labels.server],
+                problem.links.row(int(server))[labels.server],
             )
             costs[:, 0] += problem.hop_ms[server] + length * problem.decode_ms[server]
             rate = min(problem.block_rate[server] / length, problem.hop_rate[server])

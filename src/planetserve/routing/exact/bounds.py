@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planetserve.routing.problem import IntArray, RoutingProblem
-from planetserve.routing.snapshot import FloatArray
+from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.snapshot import FloatArray, IntArray
 from planetserve.routing.walk import run_ends
 
 Counts = NDArray[np.int64]
@@ -58,10 +59,11 @@ class RunGraph:
     @classmethod
     def build(cls, problem: RoutingProblem) -> RunGraph:
         holders = tuple(np.flatnonzero(row) for row in problem.legal)
-        between = problem.half_rtt_ms.copy()
-        np.fill_diagonal(between, np.inf)
         links = [problem.client_half_ms[None, holders[0]]]
-        links += [between[np.ix_(a, b)] for a, b in zip(holders, holders[1:], strict=False)]
+        for before, here in pairwise(holders):
+            between = problem.links.block(before, here)
+            between[before[:, None] == here[None, :]] = np.inf
+            links.append(between)
         return cls(problem, holders, tuple(links), run_ends(problem))
 
 
@@ -106,7 +108,7 @@ def between(problem: RoutingProblem, hosts: Sequence[int], start: int, end: int)
     def link(block: int) -> FloatArray:
         if not 0 <= block < len(hosts):
             return problem.client_half_ms
-        links: FloatArray = problem.half_rtt_ms[hosts[block]].copy()
+        links = problem.links.row(hosts[block])
         links[hosts[block]] = -problem.hop_ms[hosts[block]]
         return links
 

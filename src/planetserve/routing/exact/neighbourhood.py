@@ -124,7 +124,7 @@ class Neighbourhood:
         enters = np.append(True, inside[1:] != inside[:-1])
         cost = part.arrive[inside[0]] + part.leave[inside[-1]]
         cost += problem.decode_ms[inside].sum() + problem.hop_ms[inside[enters]].sum()
-        return float(cost + problem.half_rtt_ms[inside[:-1], inside[1:]].sum())
+        return float(cost + problem.links.pairs(inside[:-1], inside[1:]).sum())
 
 
 def _unpriced(graph: RunGraph, limits: Limits, part: Stretch) -> Priced:

@@ -28,7 +28,7 @@ def greedy_chain(problem: RoutingProblem) -> Chain:
 
     def best_now(block: int, previous: int | None) -> int:
         here = np.flatnonzero(problem.legal[block])
-        links = problem.client_half_ms if previous is None else problem.half_rtt_ms[previous]
+        links = problem.client_half_ms if previous is None else problem.links.row(previous)
         ahead = ends[block, here] - block
         per_block = (links[here] + problem.hop_ms[here]) / ahead + problem.decode_ms[here]
         return int(here[per_block.argmin()])

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from planetserve.routing.optimizers.base import checked_seed
-from planetserve.routing.problem import IntArray, RoutingProblem
+from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
-from planetserve.routing.snapshot import FloatArray, SwarmSnapshot
+from planetserve.routing.snapshot import FloatArray, IntArray, SwarmSnapshot
 from planetserve.routing.walk import run_ends, walk
 from planetserve.types import Chain
 
@@ -29,11 +29,10 @@ class PetalsMinLatency:
         to_go = _cost_to_go(problem, ends)
 
         def nearest(block: int, previous: int | None) -> int:
-            links = (
-                problem.client_half_ms if previous is None else problem.half_rtt_ms[previous].copy()
-            )
-            if previous is not None:
-                links[previous] = np.inf
+            if previous is None:
+                links = problem.client_half_ms
+            else:
+                links = problem.links.row(previous)
             return int(np.argmin(links + to_go[block]))
 
         return walk(problem, nearest, lambda block, server: int(ends[block, server]))
@@ -42,8 +41,7 @@ class PetalsMinLatency:
 def _cost_to_go(problem: RoutingProblem, ends: IntArray) -> FloatArray:
     """`[num_blocks, n]` cost of the rest when the server starts a run at the block."""
     num_blocks, n = problem.legal.shape
-    between = problem.half_rtt_ms.copy()
-    np.fill_diagonal(between, np.inf)
+    everybody, alike = np.arange(n), np.ones(n)
     to_go = np.full((num_blocks, n), np.inf)
     leave = np.full((num_blocks + 1, n), np.inf)
     leave[num_blocks] = problem.client_half_ms
@@ -53,7 +51,8 @@ def _cost_to_go(problem: RoutingProblem, ends: IntArray) -> FloatArray:
         run_ms = (end - block) * problem.decode_ms[here]
         to_go[block, here] = HOP_OVERHEAD_MS + run_ms + leave[end, here]
         if block > 0:
-            leave[block] = (between[:, here] + to_go[block, here]).min(axis=1)
+            # A run goes on to the end of the span, so nobody goes on with himself.
+            leave[block] = problem.links.cheapest(to_go[block], everybody, alike)
     return to_go
 
 

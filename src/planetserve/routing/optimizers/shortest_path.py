@@ -63,25 +63,14 @@ def least_latency_hosts(problem: RoutingProblem, factors: FloatArray | None = No
     """
     scale = np.ones(problem.num_servers) if factors is None else factors
     block_ms, visit_ms = problem.decode_ms * scale, problem.hop_ms * scale
-    half = problem.half_rtt_ms
     best = np.full((problem.num_blocks, problem.num_servers), np.inf)
     first = problem.legal[0]
     best[0, first] = (problem.client_half_ms * scale + visit_ms + block_ms)[first]
     for block in range(1, problem.num_blocks):
         to = np.flatnonzero(problem.legal[block])
-        came = np.flatnonzero(problem.legal[block - 1])
-        links = half if len(to) == len(came) == problem.num_servers else half[np.ix_(to, came)]
-        arrive = _cheapest_arrival(links, best[block - 1, came], scale[to])
+        arrive = problem.links.cheapest(best[block - 1], to, scale)
         best[block, to] = np.minimum(best[block - 1, to], arrive + visit_ms[to]) + block_ms[to]
     return _trace_back(problem, best, scale)
-
-
-def _cheapest_arrival(links: FloatArray, so_far: FloatArray, scale: FloatArray) -> FloatArray:
-    """`min over t of so_far[t] + links[s, t] * scale[s]`, for every `s`."""
-    cost = links * scale[:, None]
-    cost += so_far
-    arrival: FloatArray = cost.min(axis=1)
-    return arrival
 
 
 def _trace_back(problem: RoutingProblem, best: FloatArray, scale: FloatArray) -> list[int]:
@@ -89,7 +78,7 @@ def _trace_back(problem: RoutingProblem, best: FloatArray, scale: FloatArray) ->
     hosts = [host]
     for block in range(problem.num_blocks - 1, 0, -1):
         stay = best[block - 1, host]
-        switch = best[block - 1] + problem.half_rtt_ms[host] * scale[host]
+        switch = best[block - 1] + problem.links.row(host) * scale[host]
         previous = int(np.argmin(switch))
         if switch[previous] + problem.hop_ms[host] * scale[host] < stay:
             host = previous

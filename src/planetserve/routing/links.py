@@ -70,10 +70,12 @@ class LinkTable:
         np.fill_diagonal(self._table, 0.0)
 
     def row(self, server: int) -> FloatArray:
-        return self._table[server].copy()
+        times: FloatArray = self._table[server].copy()
+        return times
 
     def block(self, rows: IntArray, columns: IntArray) -> FloatArray:
-        return self._table[np.ix_(rows, columns)]
+        between: FloatArray = self._table[np.ix_(rows, columns)]
+        return between
 
     def pairs(self, one: IntArray, other: IntArray) -> FloatArray:
         times: FloatArray = self._table[one, other]

@@ -1,7 +1,9 @@
 """Section `solvers`: how long a plan takes, from 10 to 10,000 servers, 80 blocks.
 
 Every time is of `plan` on a snapshot that nothing has been computed on yet, which includes what is
-made of its round-trip times. Up to 1,000 servers all pairs have a time of their own; beyond, every
+made of its round-trip times. Tables and pictures show CPU time: optimisers run on one thread, and
+CPU time depends less than wall time, which is kept beside it, on what else a machine does. Up to
+1,000 servers all pairs have a time of their own; beyond, every
 server knows 32 others, as many as a directory record holds; all other pairs have the default.
 """
 
@@ -24,7 +26,7 @@ NUM_BLOCKS = 80
 SIZES = (10, 30, 100, 300, 1000, 3000, 10_000)
 FULL_TABLE_UP_TO = 1000
 KNOWN_PER_SERVER = 32
-LARGEST = {"pareto_exact": 1000, "nsga2": 1000}
+LARGEST = {"pareto_exact": 300, "nsga2": 100}
 """Up to how many servers an optimiser is timed; the others up to all."""
 TIMED = ("shortest_path", "pareto_exact", "nsga2", "greedy", "petals_min_latency", "random")
 TARGETS_S = {("shortest_path", 100): 0.05, ("shortest_path", 1000): 0.5, ("pareto_exact", 100): 1.0}
@@ -39,7 +41,7 @@ def measure(quick: bool) -> dict[str, Any]:
         for size in sizes:
             for share in SPAN_SHARES if size > 10 else SPAN_SHARES[1:]:
                 say(f"  {kind}, {size} servers of up to {share:.0%} of the model")
-                seeds = range(1 if quick or size > 1000 else 3)
+                seeds = range(1 if quick or size > 100 else 2)
                 points += _time_all(kind, size, share, seeds, sizes)
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"num_blocks": NUM_BLOCKS, "points": points, "peak_mib": round(peak_mib)}
@@ -64,6 +66,7 @@ def _time_all(
             "wall_s": median(wall for wall, _ in found),
             "worst_wall_s": max(wall for wall, _ in found),
             "cpu_s": median(cpu for _, cpu in found),
+            "worst_cpu_s": max(cpu for _, cpu in found),
         }
         for name, found in times.items()
     ]
@@ -90,14 +93,14 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             met = worst_s <= limit
             targets.append([f"`{name}`, {size:,} servers", limit * 1000, worst_s * 1000, met])
     return {
-        "times": markdown(["worst plan, ms", *(f"{size:,}" for size in sizes)], rows),
+        "times": markdown(["worst plan, ms of CPU time", *map("{:,}".format, sizes)], rows),
         "targets": markdown(["solve time, 80 blocks", "target, ms", "worst, ms", "met"], targets),
     }
 
 
 def _worst(result: dict[str, Any], name: str, size: int) -> float | None:
     found = [
-        point["worst_wall_s"]
+        point["worst_cpu_s"]
         for point in result["points"]
         if point["optimizer"] == name and point["servers"] == size
     ]
@@ -110,10 +113,11 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
         for name in TIMED:
             mine = [p for p in result["points"] if p["optimizer"] == name and p["swarm"] == kind]
             sizes = sorted({point["servers"] for point in mine})
-            walls = [[p["wall_s"] * 1000 for p in mine if p["servers"] == n] for n in sizes]
+            walls = [[p["cpu_s"] * 1000 for p in mine if p["servers"] == n] for n in sizes]
             (line,) = axis.plot(sizes, [median(w) for w in walls], marker="o", label=name)
             low, high = [min(w) for w in walls], [max(w) for w in walls]
             axis.fill_between(sizes, low, high, color=line.get_color(), alpha=0.15)
-        axis.set(xscale="log", yscale="log", xlabel="servers", ylabel="ms per plan", title=kind)
+        axis.set(xscale="log", yscale="log", xlabel="servers", ylabel="ms of CPU time")
+        axis.set_title(kind)
     axes[0].legend(fontsize="small")
     return {"growth": figure}

@@ -324,12 +324,17 @@ class ChainManager:
         doubled = 2 ** (attempt - 1 - _PROMPT_RETRIES)
         return min(self.config.min_backoff * doubled, self.config.max_backoff)
 
-    def snapshot(self, num_rows: int = 1) -> SwarmSnapshot:
-        """What the optimizer plans on: live, permitted servers that are not banned.
+    def snapshot(self, num_rows: int = 1, lease_tokens: int = 1) -> SwarmSnapshot:
+        """What a session of this size is planned on: live, permitted servers that are not banned,
+        of the client's own dtype if these suffice.
 
         Its block 0 is the first one that the swarm runs.
+
+        Raises:
+            SessionLengthError: no server takes sequences this long.
         """
-        return self._planner.snapshot(self._usable(), num_rows)
+        chosen = self._planner.candidates(self._usable(), num_rows, lease_tokens)
+        return self._planner.snapshot(chosen, num_rows)
 
     def _permitted(self, peer_id: PeerId) -> bool:
         allowed, blocked = self.config.allowed_servers, self.config.blocked_servers

@@ -31,6 +31,7 @@ from planetserve.routing.cost import latency_ms
 from planetserve.routing.moving import move_ms, new_hops
 from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
 from planetserve.routing.points import server_point
+from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
 from planetserve.swarm.averages import PeerAverages
@@ -115,21 +116,12 @@ class ChainPlanner:
             NoChainAvailable: they lack free cache.
             SessionLengthError: none of them takes sequences this long.
         """
-        long_enough = [info for info in servers if info.max_session_tokens >= lease_tokens]
-        if len(long_enough) < len(servers):
-            self._require_length(servers, long_enough, lease_tokens)
+        chosen = self.candidates(servers, num_rows, lease_tokens, gap)
         wanted = dtype_name(self._facts.dtype)
-        same_dtype = [
-            info for info in long_enough if (info.dtype, info.quant_type) == (wanted, "none")
-        ]
-        tokens = num_rows * lease_tokens
-        try:
-            return self._optimize(self.snapshot(same_dtype, num_rows, gap), tokens, seed, gap)
-        except NoChainAvailable:
-            if len(same_dtype) == len(long_enough):
-                raise
-        chain = self._optimize(self.snapshot(long_enough, num_rows, gap), tokens, seed, gap)
-        if not self._warned_dtype:
+        chain = self._optimize(
+            self.snapshot(chosen, num_rows, gap), num_rows * lease_tokens, seed, gap
+        )
+        if not self._warned_dtype and len(chosen) > len(self._alike(chosen)):
             self._warned_dtype = True
             logger.warning(
                 "no chain of %s servers covers the model; using servers of another dtype or with "
@@ -138,6 +130,37 @@ class ChainPlanner:
                 wanted,
             )
         return chain
+
+    def candidates(
+        self,
+        servers: Sequence[ServerInfo],
+        num_rows: int,
+        lease_tokens: int,
+        gap: Gap | None = None,
+    ) -> Sequence[ServerInfo]:
+        """Those of `servers` that a session of this size is planned on; arguments as for `plan`.
+
+        Servers that compute in this client's dtype with weights as they are, if these have a chain;
+        else all that take sequences this long.
+
+        Raises:
+            SessionLengthError: none of them takes sequences this long.
+        """
+        long_enough = [info for info in servers if info.max_session_tokens >= lease_tokens]
+        if len(long_enough) < len(servers):
+            self._require_length(servers, long_enough, lease_tokens)
+        alike = self._alike(long_enough)
+        if len(alike) < len(long_enough):
+            request = self._request(num_rows * lease_tokens, gap)
+            try:
+                RoutingProblem.build(self.snapshot(alike, num_rows, gap), request)
+            except NoChainAvailable:
+                return long_enough
+        return alike
+
+    def _alike(self, servers: Iterable[ServerInfo]) -> list[ServerInfo]:
+        wanted = dtype_name(self._facts.dtype), "none"
+        return [info for info in servers if (info.dtype, info.quant_type) == wanted]
 
     def snapshot(
         self, servers: Sequence[ServerInfo], num_rows: int, gap: Gap | None = None
@@ -266,14 +289,9 @@ class ChainPlanner:
     ) -> Chain:
         blocks = self.remote if gap is None else gap.span
         first = blocks.start
-        trusted = {
-            BlockSpan(inside.start - first, inside.end - first): names
-            for span, names in self.trusted.items()
-            if (inside := _overlap(span, blocks)) is not None
-        }
         optimizer = self._make_optimizer(secrets.randbits(32) if seed is None else seed)
         try:
-            chain = optimizer.plan(snapshot, ChainRequest(tokens=tokens, trusted=trusted))
+            chain = optimizer.plan(snapshot, self._request(tokens, gap))
         except MissingBlocksError as error:
             missing = tuple((start + first, end + first) for start, end in error.missing)
             text = f"no usable server holds {spans_text(missing)}"
@@ -286,6 +304,15 @@ class ChainPlanner:
                 "tokens; ask for fewer tokens or try again later"
             ) from error
         return self._shifted(chain, first)
+
+    def _request(self, tokens: int, gap: Gap | None) -> ChainRequest:
+        blocks = self.remote if gap is None else gap.span
+        trusted = {
+            BlockSpan(inside.start - blocks.start, inside.end - blocks.start): names
+            for span, names in self.trusted.items()
+            if (inside := _overlap(span, blocks)) is not None
+        }
+        return ChainRequest(tokens=tokens, trusted=trusted)
 
     def _require_length(
         self, usable: Sequence[ServerInfo], long_enough: Sequence[ServerInfo], tokens: int

@@ -256,4 +256,4 @@ def _live_snapshot(config: PlanConfig) -> SwarmSnapshot:
     names = ("initial_peers", "dht_prefix", "daemon_startup_timeout", "wait_for_blocks_timeout",
              "allowed_servers", "blocked_servers", "trusted_servers", "trusted_blocks")  # fmt: skip
     client = ClientConfig(**{name: getattr(config, name) for name in names})
-    return live_snapshot(client, facts)
+    return live_snapshot(client, facts, config.request(facts.num_blocks).tokens)

@@ -25,23 +25,28 @@ def open_model(
     return ModelFacts.of(checkpoint, parse_dtype(torch_dtype, checkpoint, "cpu"))
 
 
-def live_snapshot(config: ClientConfig, facts: ModelFacts) -> SwarmSnapshot:
+def live_snapshot(config: ClientConfig, facts: ModelFacts, tokens: int) -> SwarmSnapshot:
     """Join the swarm as a client of these settings, measure, and leave.
+
+    Args:
+        tokens: of the session to plan for, which decides with the dtype whom a client would use.
 
     Raises:
         ConfigError: a setting does not fit the model, or names a peer that cannot exist.
         PeerUnreachable: no initial peer answers.
         ModelMismatchError: the swarm serves something else.
+        NoChainAvailable: servers lack free cache.
+        SessionLengthError: none of them takes sequences this long.
         MissingBlocksError: blocks stay without a server for `wait_for_blocks_timeout` seconds.
     """
-    return asyncio.run(_look(ChainManager(config, facts)))
+    return asyncio.run(_look(ChainManager(config, facts), max(1, tokens)))
 
 
-async def _look(manager: ChainManager) -> SwarmSnapshot:
+async def _look(manager: ChainManager, tokens: int) -> SwarmSnapshot:
     await manager.start()
     try:
         # Waits for blocks that are missing, and says why if they stay so.
-        await manager.plan(num_rows=1, lease_tokens=1)
-        return manager.snapshot()
+        await manager.plan(num_rows=1, lease_tokens=tokens)
+        return manager.snapshot(lease_tokens=tokens)
     finally:
         await manager.close()

@@ -158,3 +158,15 @@ def test_sessions_of_one_client_spread_as_well() -> None:
 def test_spread_is_offered_only_to_optimizers_that_know_it() -> None:
     chain = planner(chain_optimizer="greedy", chain_spread=0.5).plan(NEARLY_EQUAL, 1, 10)
     assert len(chain) == 2
+
+
+def test_servers_of_another_dtype_are_planned_on_only_where_needed() -> None:
+    ours = [server("a", 0, 8, free_cache_tokens=100)]
+    other = [server("b", 0, 8, dtype="bfloat16"), server("c", 0, 8, quant_type="int8")]
+    assert list(planner().candidates([*other, *ours], 1, 50)) == ours
+    assert [hop.peer_id for hop in planner().plan([*other, *ours], 1, 50)] == ["a"]
+    everybody = [*other, *ours]
+    assert list(planner().candidates(everybody, 1, 500)) == everybody
+    assert list(planner().candidates(other, 1, 50)) == other
+    trusting = planner(trusted_servers=("b",), trusted_blocks="0:1")
+    assert list(trusting.candidates(everybody, 1, 50)) == everybody

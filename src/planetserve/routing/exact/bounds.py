@@ -15,11 +15,14 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from planetserve.errors import ConfigError
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.snapshot import FloatArray, IntArray
 from planetserve.routing.walk import run_ends
 
 Counts = NDArray[np.int64]
+_MAX_CELLS = 10**8
+"""Links of all boundaries, 8 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,18 @@ class RunGraph:
 
     @classmethod
     def build(cls, problem: RoutingProblem) -> RunGraph:
+        """All links there are.
+
+        Raises:
+            ConfigError: they would take gigabytes.
+        """
         holders = tuple(np.flatnonzero(row) for row in problem.legal)
+        cells = sum(len(before) * len(here) for before, here in pairwise(holders))
+        if cells > _MAX_CELLS:
+            raise ConfigError(
+                f"{problem.num_servers} servers with spans this long are too many for a front of "
+                "chains; use shortest_path, or allow fewer servers"
+            )
         links = [problem.client_half_ms[None, holders[0]]]
         for before, here in pairwise(holders):
             between = problem.links.block(before, here)

@@ -23,7 +23,7 @@ from fault_table import FaultTable, Row, Witness
 from faulted_texts import STAGES, TEXTS, Material
 from process_swarm import Blow, Machine, ProcessSwarm
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
 SPANS = ("0:2", "0:2", "2:4", "2:4", "4:6", "4:6")
 HOPS = {"first": 0, "middle": 1, "last": 2}

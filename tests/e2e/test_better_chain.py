@@ -12,7 +12,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.engine import speed
+from planetserve.scheduler import speed
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.server.server import Server
 from planetserve.testing.swarm import LocalSwarm

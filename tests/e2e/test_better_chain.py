@@ -12,8 +12,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.scheduler import speed
 from planetserve.engine.span_runner import SpanRunner
+from planetserve.scheduler import speed
 from planetserve.server.server import Server
 from planetserve.testing.swarm import LocalSwarm
 from planetserve.types import Chain

@@ -88,7 +88,7 @@ def test_a_session_stays_among_equals(
     forward = SpanRunner.forward
 
     def slow(*arguments: Any) -> Any:
-        time.sleep(0.015)
+        time.sleep(0.04)
         return forward(*arguments)
 
     monkeypatch.setattr(SpanRunner, "forward", slow)

@@ -62,9 +62,10 @@ def test_closing_ends_calls_under_way_and_refuses_others(portal: Portal) -> None
 def test_an_interrupted_caller_cancels_what_it_waits_for(
     portal: Portal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cancelled = threading.Event()
+    started, cancelled = threading.Event(), threading.Event()
 
     async def wait() -> None:
+        started.set()
         try:
             await asyncio.Event().wait()
         finally:
@@ -79,6 +80,7 @@ def test_an_interrupted_caller_cancels_what_it_waits_for(
         def acquire(self) -> None:
             self.calls += 1
             if self.calls > 1:
+                started.wait(10)  # a task that is cancelled before its first step runs nothing
                 raise KeyboardInterrupt
 
         def release(self) -> None:

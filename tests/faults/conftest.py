@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
+from fault_swarm import FaultSwarm
 from fault_table import FaultTable
 from faulted_texts import Material
 from hostile import MeetServer, Stranger, Target, until
@@ -64,6 +65,24 @@ def material(deep_folder: Path) -> Material:
     return Material.of(
         AutoModelForCausalLM.from_pretrained(deep_folder, dtype=torch.float32).eval()
     )
+
+
+@pytest.fixture(scope="module")
+def fault_swarm(
+    request: pytest.FixtureRequest, deep_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[FaultSwarm]:
+    """A server for each of the module's `SPANS`, every one behind a link."""
+    folder = tmp_path_factory.mktemp("keys")
+    with FaultSwarm(str(deep_folder), request.module.SPANS, folder, links=True) as running:
+        yield running
+
+
+@pytest.fixture
+def repaired_swarm(fault_swarm: FaultSwarm) -> Iterator[FaultSwarm]:
+    """`fault_swarm` with everybody running and in fair weather, before the test and after it."""
+    fault_swarm.repair()
+    yield fault_swarm
+    fault_swarm.restore()
 
 
 @pytest.fixture(scope="module")

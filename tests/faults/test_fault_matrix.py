@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -55,19 +54,9 @@ def full() -> Iterator[Case]:
                     yield fault, stage, list(HOPS)[number], text
 
 
-@pytest.fixture(scope="module")
-def swarm(deep_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultSwarm]:
-    """Replicas of each third of the model, every server behind a link."""
-    folder = tmp_path_factory.mktemp("keys")
-    with FaultSwarm(str(deep_folder), SPANS, folder, links=True) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def _repaired(swarm: FaultSwarm) -> Iterator[None]:
-    swarm.repair()
-    yield
-    swarm.restore()
+@pytest.fixture
+def swarm(repaired_swarm: FaultSwarm) -> FaultSwarm:
+    return repaired_swarm
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ Faults F10, F18 and F23 of the matrix in `docs/development.md`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,19 +26,9 @@ from planetserve.types import BlockSpan
 SPANS = ("0:3", "3:6", "3:6")
 
 
-@pytest.fixture(scope="module")
-def swarm(deep_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultSwarm]:
-    """One server of the first half, two of the second."""
-    folder = tmp_path_factory.mktemp("keys")
-    with FaultSwarm(str(deep_folder), SPANS, folder, links=True) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def _repaired(swarm: FaultSwarm) -> Iterator[None]:
-    swarm.repair()
-    yield
-    swarm.restore()
+@pytest.fixture
+def swarm(repaired_swarm: FaultSwarm) -> FaultSwarm:
+    return repaired_swarm
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How old the view of the directory is that sessions begin with."""
+"""Who a session may use: how old the view of the directory is, and banned servers that answer."""
 
 from __future__ import annotations
 
@@ -107,4 +107,18 @@ async def test_a_directory_that_does_not_answer_delays_nobody_for_long(
     clock.now_s += 60.0
     await manager._look_again()
     assert board.num_lookups == 2
+    assert await first_hop(manager) == "a"
+
+
+async def test_two_sessions_may_revive_the_same_server(
+    manager: ChainManager, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answers(_manager: ChainManager, _info: ServerInfo) -> bool:
+        await asyncio.sleep(0)  # both have asked before either is answered
+        return True
+
+    monkeypatch.setattr(ChainManager, "_ping", answers)
+    manager._banned_until_s["a"] = clock.now_s + 60.0
+    assert await first_hop(manager) == "b"
+    await asyncio.gather(manager._revive(), manager._revive())
     assert await first_hop(manager) == "a"

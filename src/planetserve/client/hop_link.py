@@ -42,6 +42,9 @@ T = TypeVar("T")
 Inbox = asyncio.Queue[tuple["HopLink", FrameHeader, bytearray] | tuple["HopLink", PlanetServeError]]
 
 _CLOSE_TIMEOUT_S = 1.0
+MAX_UNREAD = 16
+"""Frames of one hop that wait for the ring. More than an honest one ever has there while the ring
+reads nothing: answers to the chunks in flight and news of a lost neighbour."""
 
 
 class HopLink:
@@ -69,6 +72,7 @@ class HopLink:
         self.max_chunk_tokens = 1
         self._session_id = session_id
         self._inbox = inbox
+        self._unread = asyncio.Semaphore(MAX_UNREAD)
         self._stream: FrameStream | None = None
         self._channel: ChannelSecret | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -201,6 +205,10 @@ class HopLink:
                     await self._stream.send(self._header(FrameType.CLOSE))
             await self._stream.close()
 
+    def took(self) -> None:
+        """The ring has taken a frame of this hop out of its inbox."""
+        self._unread.release()
+
     async def _answered(self, answer: asyncio.Future[T], timeout_s: float) -> T:
         ended = asyncio.ensure_future(self.ended.wait())
         either: tuple[asyncio.Future[Any], ...] = (answer, ended)
@@ -231,10 +239,12 @@ class HopLink:
                 header, payload = await stream.receive()
                 match header.type:
                     case FrameType.STEP:
+                        await self._unread.acquire()
                         self._inbox.put_nowait((self, header, payload))
                     case FrameType.LEAVING:
                         self.is_leaving = True
                     case FrameType.PARKED:
+                        await self._unread.acquire()
                         self._on_parked(header, payload)
                     case FrameType.REWIRED if self._rewired and not self._rewired.done():
                         self._rewired.set_result(None)

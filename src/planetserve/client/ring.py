@@ -437,6 +437,7 @@ class RingSession:
             except TimeoutError:
                 item = await self._vigil.watch(self._inbox.get(), self._links, self._my_frames)
             link = item[0]
+            link.took()
             if link not in self._links:
                 continue  # late news of a hop that has been replaced
             if len(item) == 2:

@@ -62,7 +62,7 @@ IGNORED_FLAGS = {
     "sender_threads": (1, "one process serves all sessions"),
     "min_batch_size": (1, "batches form from whatever sessions are ready"),
     "compression": (1, "activations travel in --torch_dtype"),
-    "increase_file_limit": (1, "few files are open at once"),
+    "increase_file_limit": (1, "the limit is raised to what the system allows"),
     "skip_reachability_check": (0, "there is none"),
 }
 """Flags of Petals' server that scripts still pass: number of values, and why there is no effect."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from planetserve import AutoDistributedModelForCausalLM
+from planetserve.clock import SystemClock
 from planetserve.errors import (
     ConfigError,
     MissingBlocksError,
@@ -20,8 +23,11 @@ from planetserve.errors import (
     SessionClosed,
     SessionLengthError,
 )
+from planetserve.swarm.directory import Directory
+from planetserve.swarm.node import NodeConfig, SwarmNode
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.testing.swarm import LocalSwarm
+from planetserve.types import BlockSpan
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,34 @@ def test_client_with_another_revision(swarm: LocalSwarm, other_revision: Path) -
 def test_server_with_another_revision(swarm: LocalSwarm, other_revision: Path) -> None:
     with pytest.raises(ModelMismatchError, match="another revision"):
         swarm.add_server("0:3", model=str(other_revision))
+
+
+def test_records_of_liars_keep_nobody_out(llama_folder: Path, prompt: torch.Tensor) -> None:
+    """Somebody announces servers of another revision, of other sizes and of impossible speed."""
+    lies: list[dict[str, Any]] = [
+        {"fingerprint": "0" * 64},
+        {"num_blocks": 60_000, "span": BlockSpan(0, 60_000)},
+        {"network_bytes_per_s": 1e-300},
+        {"tokens_per_s_per_block": 1e-300, "decode_ms_per_block": 1e15},
+    ]
+    with LocalSwarm(str(llama_folder), ["0:3"]) as swarm, contextlib.ExitStack() as liars:
+
+        async def announce(lie: dict[str, Any]) -> SwarmNode:
+            node = await SwarmNode.start(
+                NodeConfig(client_mode=True, initial_peers=swarm.initial_peers)
+            )
+            info = dataclasses.replace(
+                swarm.servers[0].info(), peer_id=node.peer_id, addresses=(), **lie
+            )
+            await Directory(node, SystemClock()).announce(info, ttl_s=300)
+            return node
+
+        for lie in lies:
+            liars.callback(lambda node: swarm.call(node.close()), swarm.call(announce(lie)))
+        server = swarm.add_server("0:1", block_indices=None, num_blocks=3)
+        assert server.span == BlockSpan(3, 6)
+        with _load(llama_folder, swarm) as model:
+            assert model.generate(prompt, max_new_tokens=1).shape == (1, 13)
 
 
 def test_client_with_another_model(swarm: LocalSwarm, tmp_path: Path, prompt: torch.Tensor) -> None:

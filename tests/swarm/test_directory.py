@@ -18,7 +18,7 @@ from swarm_helpers import StartNode, make_info
 
 from planetserve.clock import SystemClock
 from planetserve.crypto.identity import Identity, peer_id_bytes
-from planetserve.errors import ConfigError, TransportError
+from planetserve.errors import ConfigError, RemoteProtocolError, TransportError
 from planetserve.swarm import dht, records
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import SwarmNode
@@ -203,6 +203,34 @@ class TestHostileStores:
             await self.store(
                 attacker, victim, body.dht_key(), subkey, value, body.expires_at_s, in_cache=True
             )
+
+    async def test_a_long_request_leaves_the_loop_to_others(self, victim: SwarmNode) -> None:
+        """Each of its records costs a signature check."""
+        identity = Identity.generate()
+        body, envelope = signed(identity)
+        wrong = wrapped(envelope.replace(b"4096", b"4097"))
+        count = dht.MAX_KEYS
+        request = dht_pb2.StoreRequest(
+            keys=[DHTID.generate(body.dht_key()).to_bytes()] * count,
+            subkeys=[bytes(msgpack.packb(identity.peer_id))] * count,
+            values=[wrong] * count,
+            expiration_time=[body.expires_at_s] * count,
+            in_cache=[False] * count,
+        )
+        storing = asyncio.create_task(victim.dht.protocol.rpc_store(request, None))
+        num_turns = 0
+        while not storing.done():
+            await asyncio.sleep(0)
+            num_turns += 1
+        response = await storing
+        assert list(response.store_ok) == [False] * count
+        assert Directory(victim, CLOCK).rejected["bad signature"] == count
+        assert num_turns > count / 32
+
+    async def test_columns_of_different_length_are_refused(self, victim: SwarmNode) -> None:
+        request = dht_pb2.StoreRequest(keys=[bytes(20)] * 2, subkeys=[b""], values=[b"v"])
+        with pytest.raises(RemoteProtocolError, match="columns"):
+            await victim.dht.protocol.rpc_store(request, None)
 
     async def test_a_long_request_is_refused(self, attacker: SwarmNode, victim: SwarmNode) -> None:
         stub = attacker.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))

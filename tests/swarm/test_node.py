@@ -7,6 +7,8 @@ import contextlib
 import os
 import random
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -98,6 +100,27 @@ async def test_tcp_only_and_no_relay(start_node: StartNode) -> None:
     assert not inodes
     relaying = await start_node(node, use_relay=True)
     assert {"-relay=1", "-relayService=1"} <= set(flags_of(relaying))
+
+
+FEW_FILES = """
+import asyncio, resource, sys
+from planetserve.swarm.node import NodeConfig, SwarmNode
+async def main():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, int(sys.argv[1])))
+    async with await SwarmNode.start(NodeConfig(host_maddrs=("/ip4/127.0.0.1/tcp/0",))) as node:
+        print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], node._max_streams)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("most_files", "num_streams"), [(600, 150), (18_000, 4096)])
+def test_a_node_may_open_all_the_files_it_can(most_files: int, num_streams: int) -> None:
+    """Usually a process may open few files, which one peer's streams would use up."""
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, str(most_files)], capture_output=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(most_files), str(num_streams)]
 
 
 async def test_the_key_is_not_left_on_disk(start_node: StartNode) -> None:

@@ -263,7 +263,7 @@ async def test_a_closed_node_opens_nothing(server: SwarmNode) -> None:
 async def test_streams_over_the_limit_are_closed_unheard(
     client: SwarmNode, server: SwarmNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_module, "MAX_STREAMS_PER_PEER", 2)
+    monkeypatch.setattr(server, "_max_streams", 8)
     streams = [await open_stream(client, server.peer_id, (), ECHO, 10) for _ in range(3)]
     answers = 0
     for stream in streams:

@@ -21,7 +21,6 @@ from planetserve.client.block_ranges import split_blocks, trusted_spans
 from planetserve.client.ring_spec import Gap
 from planetserve.config import ClientConfig
 from planetserve.errors import (
-    ConfigError,
     MissingBlocksError,
     NoChainAvailable,
     SessionLengthError,
@@ -30,7 +29,7 @@ from planetserve.model.checkpoint import Checkpoint
 from planetserve.routing.cost import latency_ms
 from planetserve.routing.moving import move_ms, new_hops
 from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
-from planetserve.routing.points import server_point
+from planetserve.routing.points import usable_point
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
@@ -232,12 +231,8 @@ class ChainPlanner:
     def _point(self, info: ServerInfo, blocks: BlockSpan) -> ServerPoint | None:
         """The planner's view of a server, its span cut to `blocks` and counted there."""
         inside = _overlap(info.span, blocks)
-        if inside is None or info.num_blocks != self._facts.num_blocks:
-            return None
-        try:
-            point = server_point(info)
-        except ConfigError as error:
-            logger.debug("a record is of no use: %s", error)
+        point = usable_point(info, self._facts.num_blocks)
+        if inside is None or point is None:
             return None
         first = blocks.start
         return dataclasses.replace(point, start=inside.start - first, end=inside.end - first)

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+
+from planetserve.errors import ConfigError
 from planetserve.routing.snapshot import ServerPoint
 from planetserve.types import ServerInfo
 
+logger = logging.getLogger(__name__)
+
+
+def usable_point(info: ServerInfo, num_blocks: int) -> ServerPoint | None:
+    """`server_point` of a stranger's record; None if it cannot be true of a model of `num_blocks`
+    blocks, or if no plan could use it."""
+    if info.num_blocks != num_blocks:
+        return None
+    try:
+        return server_point(info)
+    except ConfigError as error:
+        logger.debug("a record is of no use: %s", error)
+        return None
+
 
 def server_point(info: ServerInfo) -> ServerPoint:
-    """The planner's view of one directory record."""
+    """The planner's view of one directory record.
+
+    Raises:
+        ConfigError: as `ServerPoint`.
+    """
     decode_ms, wait_ms = split_load(
         info.decode_ms_per_block, info.alone_ms_per_block, len(info.span)
     )

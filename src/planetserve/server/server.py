@@ -30,7 +30,7 @@ from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
 from planetserve.model.quantization import require_quantizer
 from planetserve.model.skeleton import SpanBlocks
 from planetserve.routing.placement import PLACEMENTS
-from planetserve.routing.points import server_point
+from planetserve.routing.points import usable_point
 from planetserve.server.announcer import Announcer
 from planetserve.server.handler import ServedModel, SessionHandler
 from planetserve.server.limits import ServerLimits
@@ -180,19 +180,25 @@ class Server:
         await self.close()
 
     async def _choose_span(self) -> BlockSpan:
-        others = await self._directory.lookup(self._prefix)
-        others = [info for info in others if info.peer_id != self.node.peer_id]
-        for info in others:
-            if info.fingerprint != self.checkpoint.fingerprint and info.state in _PRESENT:
-                raise ModelMismatchError(
-                    f"this swarm already serves another revision of {self.checkpoint.name} "
-                    f"({info.fingerprint[:12]}; yours is {self.checkpoint.fingerprint[:12]}); "
-                    "serve the same files, or set --dht_prefix NAME on servers and clients of "
-                    "yours"
-                )
+        others = [
+            info
+            for info in await self._directory.lookup(self._prefix)
+            if info.peer_id != self.node.peer_id and info.state in _PRESENT
+        ]
+        ours = [info for info in others if info.fingerprint == self.checkpoint.fingerprint]
+        if others and not ours:
+            # A single record that says otherwise must not keep servers out of their own swarm.
+            raise ModelMismatchError(
+                f"this swarm already serves another revision of {self.checkpoint.name} "
+                f"({others[0].fingerprint[:12]}; yours is {self.checkpoint.fingerprint[:12]}); "
+                "serve the same files, or set --dht_prefix NAME on servers and clients of "
+                "yours"
+            )
         if self.config.block_indices is not None:
             return self.config.block_indices
-        points = [server_point(info) for info in others if info.state in _PRESENT]
+        num_blocks = self.checkpoint.num_blocks
+        found = (usable_point(info, num_blocks) for info in ours)
+        points = [point for point in found if point is not None]
         speeds = sorted(point.tokens_per_s_per_block for point in points)
         own_speed = speeds[len(speeds) // 2] if speeds else 1.0
         placement = PLACEMENTS.create("balance")

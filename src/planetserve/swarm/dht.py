@@ -42,6 +42,7 @@ MAX_RECORDS = 16 * 1024
 MAX_KEYS_PER_REQUEST = 16
 """hivemind asks for at most this many keys in one call."""
 
+_KEYS_AT_ONCE = 16
 _MAX_ANSWER_BYTES = 3 * 1024 * 1024
 _RPC_TIMEOUT_S = 3.0
 _MAX_PARALLEL_RPC = 128
@@ -139,7 +140,20 @@ class PlanetServeDHT(DHTProtocol):
     ) -> dht_pb2.StoreResponse:
         if len(request.keys) > MAX_KEYS or any(request.in_cache):
             raise RemoteProtocolError("too many keys in one request, or for a cache")
-        return await super().rpc_store(request, context)
+        columns = ("keys", "subkeys", "values", "expiration_time", "in_cache")
+        num_keys = len(request.keys)
+        if any(len(getattr(request, name)) != num_keys for name in columns):
+            raise RemoteProtocolError("a store request whose columns differ in length")
+        response = dht_pb2.StoreResponse(peer=self.node_info)
+        for start in range(0, num_keys, _KEYS_AT_ONCE):
+            rows = slice(start, start + _KEYS_AT_ONCE)
+            part = dht_pb2.StoreRequest(**{name: getattr(request, name)[rows] for name in columns})
+            if not start and request.HasField("peer"):
+                part.peer.CopyFrom(request.peer)  # it is greeted once
+            response.store_ok.extend((await super().rpc_store(part, context)).store_ok)
+            # Signatures take time, and the same loop carries everybody's activations.
+            await asyncio.sleep(0)
+        return response
 
     async def rpc_find(
         self, request: dht_pb2.FindRequest, context: P2PContext

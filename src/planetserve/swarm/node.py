@@ -31,6 +31,7 @@ from planetserve.swarm import dht, multiaddr
 from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.daemon import Daemon
 from planetserve.swarm.records import RecordChecker
+from planetserve.swarm.sockets import raise_file_limit
 from planetserve.swarm.streams import FrameStream, StreamHandler, short
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader
@@ -38,8 +39,10 @@ from planetserve.wire.frame import FrameHeader
 logger = logging.getLogger(__name__)
 
 MAX_STREAMS = 4096
-"""Incoming streams that are held at once; further ones are closed unheard."""
-MAX_STREAMS_PER_PEER = 1024
+"""Incoming streams that are held at once; further ones are closed unheard. Fewer where the system
+allows a process few files: a stream is one, and a quarter of them goes to streams."""
+STREAMS_SHARE_PER_PEER = 4
+"""One peer may have one in so many of them."""
 MAX_LARGE_FRAMES_PER_PEER = 8
 """Frames over 64 KiB that are received from one peer at once; a peer's further ones wait."""
 
@@ -148,6 +151,7 @@ class SwarmNode:
         self._dht: DHTNode | None = None
         self._addresses: tuple[str, ...] = ()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._max_streams = MAX_STREAMS
         self._num_incoming: Counter[PeerId] = Counter()
         self._large_slots: WeakValueDictionary[PeerId, asyncio.Semaphore] = WeakValueDictionary()
         self._closing: asyncio.Task[None] | None = None
@@ -167,9 +171,14 @@ class SwarmNode:
         else:
             identity = Identity.load_or_create(config.identity_path)
             resources.enter_context(_claimed(Path(config.identity_path)))
+        # A client, in somebody else's program, has few streams and leaves that program's limits be.
+        max_streams = MAX_STREAMS
+        if not config.client_mode:
+            max_streams = min(MAX_STREAMS, raise_file_limit() // 4)
         with resources:
             daemon = await Daemon.start(config, identity)
             node = cls(config, identity, clock or SystemClock(), daemon)
+            node._max_streams = max_streams
             node._resources = resources.pop_all()
         try:
             node.spawn(node._watch(), "p2pd watch")
@@ -268,9 +277,9 @@ class SwarmNode:
             raise
 
     def _may_accept(self, remote: PeerId) -> bool:
-        if self._closing is not None or self._num_incoming.total() >= MAX_STREAMS:
+        if self._closing is not None or self._num_incoming.total() >= self._max_streams:
             return False
-        return self._num_incoming[remote] < MAX_STREAMS_PER_PEER
+        return self._num_incoming[remote] < max(1, self._max_streams // STREAMS_SHARE_PER_PEER)
 
     async def _serve(self, handler: StreamHandler, stream: FrameStream) -> None:
         try:

@@ -37,9 +37,11 @@ NUM_SHARDS = 8
 _CONTEXT = b"directory record 1"
 _NUM_REMEMBERED = 8192
 
-Text = Annotated[str, Field(max_length=256)]
-ShortText = Annotated[str, Field(max_length=64)]
-Prefix = Annotated[str, Field(min_length=1, max_length=256)]
+# People will see these: no line breaks, escape sequences or other control characters.
+_PRINTABLE = r"^\P{C}*$"
+Text = Annotated[str, Field(max_length=256, pattern=_PRINTABLE)]
+ShortText = Annotated[str, Field(max_length=64, pattern=_PRINTABLE)]
+Prefix = Annotated[str, Field(min_length=1, max_length=256, pattern=_PRINTABLE)]
 PeerText = Annotated[str, Field(min_length=46, max_length=64)]
 Positive = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False)]
 Milliseconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]

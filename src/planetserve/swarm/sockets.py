@@ -1,4 +1,5 @@
-"""Waiting on non-blocking sockets without losing a byte when the wait is cancelled.
+"""Waiting on non-blocking sockets without losing a byte when the wait is cancelled; how many there
+may be.
 
 asyncio's own `sock_recv` reads and then wakes its caller; a caller cancelled in between has lost
 what was read. Here waiting and reading are two steps, and only the waiting can be cancelled.
@@ -7,7 +8,28 @@ what was read. Here waiting and reading are two steps, and only the waiting can 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
 import socket
+
+_MAX_FILES = 65_536
+"""Some systems say that there is no limit and mean less than they could count."""
+
+
+def raise_file_limit() -> int:
+    """Let this process, and those that it starts, open as many files as the system allows it.
+
+    Returns:
+        How many that are, `_MAX_FILES` at most.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # "No limit" is a negative number on some systems.
+    most = _MAX_FILES if hard in (-1, resource.RLIM_INFINITY) else min(hard, _MAX_FILES)
+    if 0 <= soft < most:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return now if 0 <= now < most else most
 
 
 async def readable(sock: socket.socket) -> None:

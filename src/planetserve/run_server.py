@@ -6,8 +6,11 @@ once the arguments are known to be good.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 from planetserve import cli
 from planetserve.config import ServerConfig
@@ -27,6 +30,9 @@ EXAMPLES = f"""examples:
   join it with the other half; use the address that the first server printed:
     {PROG} demo --block_indices 4:8 --initial_peers /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo...
 """
+
+_UNUSED = ("scipy",)
+"""Packages that transformers loads if they are there, for the losses of object detectors."""
 
 GROUPS = {
     "model": ("model", "block_indices", "num_blocks", "torch_dtype", "quant_type", "device",
@@ -99,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(argv)
     cli.setup_logging(config.log_level)
 
-    from planetserve.server.server import Server, serve
+    with _without(*_UNUSED, *(["accelerate"] if config.quant_type == "none" else [])):
+        from planetserve.server.server import Server, serve
 
     def on_ready(server: Server) -> None:
         addresses = server.node.addresses()
@@ -114,6 +121,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
 
     cli.run_until_signalled(lambda stop: serve(config, stop, on_ready))
+
+
+@contextlib.contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Let nothing that is imported here load these packages; scipy alone takes 36 MB.
+
+    transformers takes them for missing from then on, so this is for a process that is a server and
+    nothing else.
+    """
+    hidden = [name for name in names if name not in sys.modules]
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    modules.update(dict.fromkeys(hidden))  # None: the import system takes it for missing
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del modules[name]
 
 
 def _join_text(model: str, span: BlockSpan, addresses: Sequence[str]) -> str:

@@ -7,7 +7,8 @@ prefetching stops at every page's end. Linux gives pages of 2 MiB to mappings th
 nothing.
 
 Weights share regions: one of a little over 2 MiB would take two huge pages if it had its own. A
-region lives as long as any weight in it.
+region lives as long as any weight in it, and what of it has not been handed out takes no memory but
+the rest of one huge page.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 import torch
 
 HUGE_PAGE_BYTES = 2 << 20
-_REGION_BYTES = 32 << 20
+_REGION_BYTES = 128 << 20
 _ALIGNMENT = 64
 
 

@@ -88,7 +88,8 @@ async def test_sharing_passes_changes_no_result(engine, parts, shared):
     for index, part in enumerate(parts):
         for key in (keys[index], alone[index]):
             engine.open_session(key, "peer", 1 + index % 2, 16, BlockSpan.parse(part))
-    for start, count in [(0, 9), (9, 1), (10, 2), (12, 1)]:
+    # Few enough at a time for our own kernels, whose sums do not depend on the company.
+    for start, count in [(0, 4), (4, 4), (8, 2), (10, 2), (12, 1)]:
         tables = [step(start, count, 1 + index % 2) for index in range(len(parts))]
         inputs = [
             torch.randn(table.num_tokens, HIDDEN_SIZE, generator=generator) for table in tables

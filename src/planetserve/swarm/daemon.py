@@ -50,6 +50,7 @@ _ERRORS = (P2PDaemonError, P2PHandlerError, OSError, EOFError)
 _EXIT_TIMEOUT_S = 5.0
 _SETTLE_ROUNDS = 100
 _RETRY_S = 0.01
+_CORES_PER_DAEMON_THREAD = 4
 
 Accept = Callable[[PeerId, socket.socket, bytes], None]
 """Takes over an incoming stream: who opened it, its socket, bytes that were read already."""
@@ -119,7 +120,8 @@ class Daemon:
 
             @staticmethod
             def _make_process_args(*args: object, **kwargs: object) -> list[str]:
-                return P2P._make_process_args(*args, relayService=use_relay, **kwargs)
+                command = P2P._make_process_args(*args, relayService=use_relay, **kwargs)
+                return [*_go_settings(), *command]
 
         return ContainedP2P
 
@@ -238,6 +240,18 @@ class Daemon:
         if self.p2p is None or self.p2p._child is None:
             raise TransportError("this node is closed")
         return self.p2p._child
+
+
+def _go_settings() -> list[str]:
+    """What to put in front of the daemon's command, so that it hands a frame on at once.
+
+    Go's scheduler passes work between as many threads as there are cores, and waking another thread
+    takes longer than what is to be done for a frame.
+    """
+    env = shutil.which("env")
+    if env is None or "GOMAXPROCS" in os.environ:
+        return []
+    return [env, f"GOMAXPROCS={max(1, (os.cpu_count() or 1) // _CORES_PER_DAEMON_THREAD)}"]
 
 
 def _make_folder() -> tuple[Path, BinaryIO]:

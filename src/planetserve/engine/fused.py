@@ -25,6 +25,7 @@ from planetserve.engine.layer_parts import LayerParts, recognise
 from planetserve.engine.layer_program import LayerProgram
 from planetserve.engine.native_attention import MAX_TOKENS, NativeBackend
 from planetserve.engine.ragged import RaggedBatch
+from planetserve.engine.rotary_table import RotaryTable
 from planetserve.engine.sdpa import attend_groups
 from planetserve.model.native_linear import NativeLinear
 from planetserve.model.skeleton import SpanBlocks
@@ -47,7 +48,7 @@ class FusedLayers:
         self._span = blocks.span
         self._layers = layers
         self._options = options
-        self._rotary = rotary
+        self._rotation = RotaryTable(rotary)
         self._backend = backend
         self._kernels = kernels
         self._program: LayerProgram | None = None
@@ -68,6 +69,8 @@ class FusedLayers:
         rotary = getattr(blocks.base, "rotary_emb", None)
         if kernels is None or not isinstance(backend, NativeBackend) or rotary is None:
             return None
+        if blocks.rotary_depends_on_length:
+            return None
         layers = [recognise(layer) for layer in blocks.layers]
         found = [layer for layer in layers if layer is not None]
         if len(found) < len(layers) or len(options) != len(layers):
@@ -83,8 +86,7 @@ class FusedLayers:
         span: BlockSpan,
     ) -> torch.Tensor:
         """Hidden states after the blocks of `span`. Writes the tokens' keys and values to pages."""
-        cos_1TD, sin_1TD = self._rotary(hidden_TD[None], positions_T[None])
-        rotation = (cos_1TD[0].contiguous(), sin_1TD[0].contiguous())
+        rotation = self._rotation(hidden_TD, positions_T)
         first, stop = span.start - self._span.start, span.end - self._span.start
         if batch.short(MAX_TOKENS).is_all:
             program = self._program_over(cache, hidden_TD.dtype)

@@ -127,7 +127,7 @@ class EdgeSealer:
             or now_s - self._since_s >= MAX_AGE_S
         ):
             raise RekeyNeeded("the key of this edge is used up; go on in a new epoch")
-        header = numbered(header, sequence, num_bytes + TAG_BYTES)
+        header = header.numbered(sequence, num_bytes + TAG_BYTES)
         associated = header.pack()
         # Advanced before the nonce is used: no failure can make it serve twice.
         self._sequence = sequence + 1
@@ -232,17 +232,6 @@ def digest_plaintext(header: FrameHeader, parts: Sequence[Buffer]) -> bytes:
     for part in parts:
         digest.update(part)
     return digest.digest()
-
-
-def numbered(header: FrameHeader, sequence: int, payload_bytes: int) -> FrameHeader:
-    """The same header with these two fields filled in."""
-    # `dataclasses.replace` takes three times as long, as long as encrypting 16 KiB.
-    return FrameHeader(
-        header.type, header.session, header.edge, header.direction, header.epoch, sequence,
-        header.step, header.position, header.num_tokens, header.span_start, header.span_end,
-        header.dtype, header.codec, header.shape, header.chunk, header.num_chunks,
-        payload_bytes, header.flags,
-    )  # fmt: skip
 
 
 def _derive(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planetserve.crypto.channel import Buffer, numbered
+from planetserve.crypto.channel import Buffer
 from planetserve.crypto.secrets import decryption_failed
 from planetserve.errors import LocalProtocolError
 from planetserve.wire.frame import Direction, FrameHeader
@@ -42,7 +42,7 @@ class PlainSealer:
         if (header.session, header.edge, header.epoch, header.direction) != self._name:
             raise LocalProtocolError("a frame of another session, edge, epoch or direction")
         num_bytes = sum(memoryview(part).nbytes for part in parts)
-        header = numbered(header, self._sequence, num_bytes)
+        header = header.numbered(self._sequence, num_bytes)
         self._sequence += 1
         return header, parts
 

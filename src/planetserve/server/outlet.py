@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -111,19 +110,26 @@ class Outlet:
         output_TD = output_TD.to(self._dtype)
         async with self._lock:
             chunk = SentChunk(received, table, output_TD)
-            if self._journal is not None:
-                self._journal.add(chunk)
-            target = self._target
-            if target is None:
-                return
-            if received.flags & FLAG_REPLAY and not (self._next and self._next.fresh):
-                return
+            target, failure = self._target, None
             try:
-                await self._send(target, chunk)
+                if target is not None and self._is_wanted(received):
+                    await self._send(target, chunk)
             except StreamClosed as error:
-                if self._next is None:
-                    raise
-                await self._lost(target, error)
+                failure = error
+            finally:
+                # Not before: the next hop need not wait for it.
+                if self._journal is not None:
+                    self._journal.add(chunk)
+            if target is None or failure is None:
+                return
+            if self._next is None:
+                raise failure
+            await self._lost(target, failure)
+
+    def _is_wanted(self, received: FrameHeader) -> bool:
+        """Whether the next hop lacks what became of this frame."""
+        is_replay = received.flags & FLAG_REPLAY
+        return not is_replay or (self._next is not None and self._next.fresh)
 
     def rewire(self, message: Rewire, sealer: Sealer) -> None:
         """Go on with another next hop, from now on; returns at once.
@@ -262,7 +268,7 @@ class Outlet:
         if following is None:
             head = pack_answer_head(loads)
         else:
-            head = dataclasses.replace(chunk.table, loads=loads).pack()
+            head = chunk.table.with_loads(loads).pack()
         parts: list[bytes | memoryview] = [head, tensor_bytes(output_TD)]
         header, sealed = sealer.seal(header, parts, asyncio.get_running_loop().time())
         self.frames_sent += 1

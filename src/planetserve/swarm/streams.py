@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Sequence
@@ -100,7 +99,9 @@ class FrameStream:
         if isinstance(payload, bytes | bytearray | memoryview):
             payload = (payload,)
         views = [memoryview(part).cast("B") for part in payload if memoryview(part).nbytes]
-        header = dataclasses.replace(header, payload_bytes=sum(view.nbytes for view in views))
+        num_bytes = sum(view.nbytes for view in views)
+        if header.payload_bytes != num_bytes:
+            header = header.numbered(header.sequence, num_bytes)
         views.insert(0, memoryview(header.pack()))
         async with self._send_lock:
             await self._send_views(views)
@@ -158,8 +159,11 @@ class FrameStream:
         self._receiving = True
         self._num_active += 1
         try:
-            async with asyncio.timeout(timeout_s):
+            if timeout_s is None:
                 header, payload = await self._receive_frame()
+            else:
+                async with asyncio.timeout(timeout_s):
+                    header, payload = await self._receive_frame()
         except TimeoutError:
             raise HopTimeout(f"no frame from {short(self.remote)} in {timeout_s:g} s") from None
         except (OSError, EOFError) as error:

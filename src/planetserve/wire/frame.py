@@ -109,6 +109,15 @@ class FrameHeader:
     payload_bytes: int = 0
     flags: int = 0
 
+    def numbered(self, sequence: int, payload_bytes: int) -> FrameHeader:
+        """The same header with these two fields filled in."""
+        # `dataclasses.replace` takes three times as long, as long as encrypting 16 KiB.
+        return FrameHeader(
+            self.type, self.session, self.edge, self.direction, self.epoch, sequence, self.step,
+            self.position, self.num_tokens, self.span_start, self.span_end, self.dtype, self.codec,
+            self.shape, self.chunk, self.num_chunks, payload_bytes, self.flags,
+        )  # fmt: skip
+
     def pack(self) -> bytes:
         """The header's `HEADER_BYTES` bytes.
 

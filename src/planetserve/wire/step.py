@@ -86,6 +86,10 @@ class StepTable:
         """Whether every row named gets one token."""
         return all(piece.num_tokens == 1 for piece in self.rows)
 
+    def with_loads(self, loads: tuple[HopLoad, ...]) -> StepTable:
+        """The same step with these loads."""
+        return StepTable(self.rows, self.positions, self.reorder, loads)
+
     def last_tokens(self) -> list[int]:
         """Index, among the step's tokens, of the last token of each row slice."""
         indices, total = [], 0

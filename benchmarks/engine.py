@@ -68,6 +68,8 @@ class Run:
     cpu_s: float
     num_equal: int
     num_tokens: int
+    steady_s: tuple[float, float]
+    """From when to when all sessions write, on the monotonic clock."""
 
 
 @dataclass
@@ -185,6 +187,7 @@ class Bench:
             cpu_s=0.0,
             num_equal=sum(token == wanted for token, wanted in pairs),
             num_tokens=len(pairs),
+            steady_s=(begin_s, end_s),
         )
 
 
@@ -288,8 +291,24 @@ def measure_profile(
             noted.clear()
             bench.generate(swarm.client, bench.prompts_BT[[0]])
             servers = token_profile.collect(swarm.folder, swarm.pids)
-            rows.append({"dtype": dtype, "target": target, **token_profile.profile(noted, servers)})
+            row = {"dtype": dtype, "target": target, **token_profile.profile(noted, servers)}
+            row["idle_shares"] = {
+                sessions: idle_shares(bench, swarm, sessions)
+                for sessions in options.sessions
+                if sessions > 1
+            }
+            rows.append(row)
     return rows
+
+
+def idle_shares(bench: Bench, swarm: Swarm, sessions: int) -> list[float]:
+    """How much of the time each server of a chain has nothing to run while sessions write."""
+    token_profile.collect(swarm.folder, swarm.pids)
+    begin_s, end_s = bench.run_swarm(swarm.client, sessions).steady_s
+    if end_s <= begin_s:
+        raise SystemExit("some sessions ended before others began; give more --new_tokens")
+    servers = token_profile.collect(swarm.folder, swarm.pids)
+    return [token_profile.idle_share(stamps, begin_s, end_s) for stamps in servers]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -338,16 +357,22 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def profile_report(rows: list[dict[str, Any]]) -> str:
-    """The table of `--profile`: milliseconds of a token."""
+    """The tables of `--profile`: milliseconds of a token, and how idle servers are."""
+    names = [f"{row['dtype']} {row['target']} servers" for row in rows]
     header = ["ms of a token", *token_profile.KINDS, "all", "tokens"]
-    return table(
+    parts = table(
         header,
         [
-            [f"{row['dtype']} {row['target']} servers", *row["ms"].values(), row["token_ms"],
-             row["tokens"]]
-            for row in rows
+            [name, *row["ms"].values(), row["token_ms"], row["tokens"]]
+            for name, row in zip(names, rows, strict=True)
         ],
-    )  # fmt: skip
+    )
+    idle = [
+        [name, sessions, ", ".join(f"{share:.0%}" for share in shares)]
+        for name, row in zip(names, rows, strict=True)
+        for sessions, shares in row["idle_shares"].items()
+    ]
+    return f"{parts}\n\n{table(['', 'sessions', 'servers without a step to run'], idle)}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -98,6 +98,7 @@ def note_server(stamps: Stamps) -> None:
 
     note(stamps, ServerSession, "_take_step", before="received")
     note(stamps, Engine, "submit", before="opened")
+    note(stamps, Worker, "_wait_for_work", before="waits", after="goes on")
     note(stamps, Worker, "accept", before="awake")
     note(stamps, SpanRunner, "forward", before="batched", after="computed")
     note(stamps, Outlet, "push", before="fetched")

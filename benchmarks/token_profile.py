@@ -64,6 +64,18 @@ def profile(client: Stamps, servers: list[Stamps]) -> dict[str, Any]:
     return {"tokens": len(tokens), "token_ms": total, "ms": by_kind}
 
 
+def idle_share(server: Stamps, begin_s: float, end_s: float) -> float:
+    """Part of a time in which a server's engine had no step to run."""
+    idle_s, since_s = 0.0, begin_s
+    for label, moment in server:
+        at_s = min(max(moment, begin_s), end_s)
+        if label == "waits":
+            since_s = at_s
+        elif label == "goes on":
+            idle_s += at_s - since_s
+    return idle_s / (end_s - begin_s)
+
+
 def _tokens(client: Stamps, servers: list[Stamps]) -> Iterator[dict[str, float]]:
     steps = _steps(client, "asked")
     hops = [_steps(stamps, "received") for stamps in servers]

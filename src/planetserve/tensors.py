@@ -60,3 +60,11 @@ def tensor_from_payload(
         raise RemoteProtocolError("a step's tensor bytes do not match its shape")
     flat = torch.frombuffer(payload, dtype=_FROM_WIRE[dtype], count=count, offset=offset)
     return flat.view(shape)
+
+
+def is_finite(hidden_TD: torch.Tensor) -> bool:
+    """Whether no element is infinite or not a number."""
+    # One operator instead of three: a sum shows what is not finite, and seldom more than that.
+    return math.isfinite(hidden_TD.sum(dtype=torch.float32)) or bool(
+        torch.isfinite(hidden_TD).all()
+    )

@@ -39,7 +39,7 @@ from planetserve.errors import (
 from planetserve.history import History
 from planetserve.routing.moving import new_hops
 from planetserve.swarm.node import SwarmNode
-from planetserve.tensors import tensor_bytes, tensor_from_payload, wire_dtype
+from planetserve.tensors import is_finite, tensor_bytes, tensor_from_payload, wire_dtype
 from planetserve.types import CLIENT, Chain, Hop, PeerId, ServerInfo
 from planetserve.wire.frame import (
     ANSWER_EDGE,
@@ -77,11 +77,30 @@ class _Step:
     number: int
     tables: tuple[StepTable, ...]
     hidden_TD: torch.Tensor
-    output_TD: torch.Tensor
     keep_last: bool
+    output_TD: torch.Tensor | None = None
     num_answered: int = 0
     offset: int = 0
     room: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def take(self, chunk_TD: torch.Tensor) -> None:
+        """Put the next chunk's outputs in their place."""
+        piece = self.tables[self.num_answered]
+        if len(self.tables) == 1 and len(chunk_TD) == piece.num_tokens:
+            self.output_TD = chunk_TD  # a decode step
+        else:
+            self._put(piece, chunk_TD)
+        self.offset += piece.num_tokens
+        self.num_answered += 1
+        self.room.set()
+
+    def _put(self, piece: StepTable, chunk_TD: torch.Tensor) -> None:
+        if self.output_TD is None:
+            self.output_TD = torch.zeros_like(self.hidden_TD)
+        if self.keep_last:
+            self.output_TD[[self.offset + end for end in piece.last_tokens()]] = chunk_TD
+        else:
+            self.output_TD[self.offset : self.offset + piece.num_tokens] = chunk_TD
 
 
 class RingSession:
@@ -166,8 +185,7 @@ class RingSession:
         """
         tables = table.split(self._max_chunk_tokens())
         hidden_TD = hidden_TD.to(self._spec.dtype)
-        output_TD = torch.zeros_like(hidden_TD) if keep_last else torch.empty_like(hidden_TD)
-        self._step = step = _Step(self._number, tables, hidden_TD, output_TD, keep_last)
+        self._step = step = _Step(self._number, tables, hidden_TD, keep_last)
         is_small = len(tables) == 1 and hidden_TD.nbytes < _SMALL_FRAME_BYTES
         if is_small and (self._sending is None or self._sending.done()):
             await self._send_chunk(step, 0)
@@ -187,20 +205,14 @@ class RingSession:
         while step.num_answered < len(step.tables):
             header, payload = await self._next_answer()
             chunk_TD = self._check_output(step, header, payload)
-            if chunk_TD is None:
-                continue
-            piece = step.tables[step.num_answered]
-            if step.keep_last:
-                step.output_TD[[step.offset + end for end in piece.last_tokens()]] = chunk_TD
-            else:
-                step.output_TD[step.offset : step.offset + piece.num_tokens] = chunk_TD
-            step.offset += piece.num_tokens
-            step.num_answered += 1
-            step.room.set()
+            if chunk_TD is not None:
+                step.take(chunk_TD)
         self._step = None
         self._number += 1
         for link in self._links:
             link.is_filling = False
+        if step.output_TD is None:
+            raise RuntimeError("a step has a chunk at least")
         return step.output_TD
 
     def condemn(self, error: PlanetServeError, culprits: Collection[PeerId] = ()) -> bool:
@@ -588,7 +600,7 @@ class RingSession:
                 raise RemoteProtocolError("the last hop answered in another dtype")
             loads, offset = unpack_answer_head(plaintext)
             chunk_TD = tensor_from_payload(plaintext, offset, header.dtype, header.shape)
-            if not bool(torch.isfinite(chunk_TD).all()):
+            if not is_finite(chunk_TD):
                 raise RemoteProtocolError("the last hop answered numbers that are not finite")
             self._note_loads(loads)
             return chunk_TD

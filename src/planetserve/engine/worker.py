@@ -30,6 +30,7 @@ from planetserve.scheduler.chunk_budget import ChunkBudget
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.scheduler.segments import segments, separate
 from planetserve.scheduler.speed import PassSpeed
+from planetserve.tensors import is_finite
 from planetserve.types import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class Worker:
 
     def accept(self, job: Job) -> None:
         """Queue a step; one that does not fit its session fails at once."""
-        if self._config.check_finite and not bool(torch.isfinite(job.hidden_TD).all()):
+        if self._config.check_finite and not is_finite(job.hidden_TD):
             error = RemoteProtocolError("the step's hidden states are not all finite numbers")
             self._resolved.append((job, error))
             return

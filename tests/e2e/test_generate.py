@@ -173,6 +173,40 @@ def test_session_of_a_padded_batch(model: Any, local: Any, padded: dict[str, tor
     assert torch.equal(torch.cat([first, rest], dim=1), expected)
 
 
+@pytest.mark.parametrize("taken_back", [1, 3, 7])
+@pytest.mark.parametrize("batch", [False, True])
+def test_session_takes_back_the_end_of_a_conversation(
+    model: Any, local: Any, padded: dict[str, torch.Tensor], taken_back: int, batch: bool
+) -> None:
+    """Also past the first answer's beginning, with other words or none after it."""
+    given = padded if batch else {"input_ids": padded["input_ids"][:1]}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with model.inference_session(max_length=64) as session:
+        told = model.generate(**given, **options)
+        session.position -= taken_back
+        kept = told.shape[1] - 1 - taken_back
+        assert session.output_ids is not None
+        assert torch.equal(session.output_ids, told[:, :kept])
+        again = model.generate(None, **options)
+        session.position -= again.shape[1] - 1
+        question = told[:, 2:5].clone()
+        other = model.generate(question, **options)
+        assert session.position == int(mask_of(given, kept + 8).sum(dim=1).max())
+    wanted = local.generate(told[:, :kept], attention_mask=mask_of(given, kept), **options)
+    assert torch.equal(again, wanted[:, kept:])
+    asked = torch.cat([told[:, :kept], question], dim=1)
+    wanted = local.generate(asked, attention_mask=mask_of(given, kept + 3), **options)
+    assert torch.equal(other, wanted[:, kept:])
+
+
+def mask_of(given: dict[str, torch.Tensor], num_columns: int) -> torch.Tensor:
+    """The mask of a text that begins with `given`."""
+    ids = given["input_ids"]
+    mask = given.get("attention_mask", torch.ones_like(ids))
+    new = mask.new_ones(len(mask), max(0, num_columns - mask.shape[1]))
+    return torch.cat([mask, new], dim=1)[:, :num_columns]
+
+
 def test_session_refuses_what_passes_its_length(model: Any, prompt: torch.Tensor) -> None:
     with model.inference_session(max_length=14) as session:
         with pytest.raises(SessionLengthError, match="max_length=14"):

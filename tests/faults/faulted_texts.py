@@ -86,19 +86,21 @@ def _assisted(model: Any, material: Material, witness: Any) -> torch.Tensor:
 
 
 def _conversation(model: Any, material: Material, witness: Any) -> torch.Tensor:
-    """Two questions in one session."""
+    """Two questions in one session; before the second, the end of the first text is taken back."""
     first, second = material.prompt[:, :50], material.prompt[:, 50:]
     options = {**GREEDY, "stopping_criteria": StoppingCriteriaList([witness])}
+    kept = 51
     if model is material.local:
         told = model.generate(first, **{**options, "max_new_tokens": NUM_NEW // 2})
-        whole = torch.cat([told, second], dim=1)
+        whole = torch.cat([told[:, :kept], second], dim=1)
         # What was written may hold the padding token; it counts as any other.
         tokens: torch.Tensor = model.generate(
             whole, attention_mask=torch.ones_like(whole), **options
         )
-        return tokens
-    with model.inference_session(max_length=128):
+        return torch.cat([told, tokens[:, kept:]], dim=1)
+    with model.inference_session(max_length=128) as session:
         told = model.generate(first, **{**options, "max_new_tokens": NUM_NEW // 2})
+        session.position = kept
         return torch.cat([told, model.generate(second, **options)], dim=1)
 
 

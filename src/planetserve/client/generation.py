@@ -158,8 +158,10 @@ class DistributedMixin(SwarmMixin):
         num_previous = 0 if previous is None else previous.shape[1]
         if previous is not None:
             inputs = previous if inputs is None else torch.cat([previous, inputs], dim=1)
-        elif inputs is None:
+        if inputs is None or not inputs.shape[1]:
             raise ConfigError("the first generate() of a session needs input_ids")
+        # After a rollback there may be nothing new: the last token is fed once more.
+        session.cache.crop(min(0, inputs.shape[1] - 1 - session.cache.get_seq_length()))
         mask = _session_mask(session, inputs, kwargs.pop("attention_mask", None), num_previous)
         if session.max_length is not None and inputs.shape[1] > session.max_length:
             raise SessionLengthError(

@@ -16,6 +16,7 @@ import logging
 import secrets
 import threading
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
@@ -39,6 +40,19 @@ from planetserve.types import Chain
 from planetserve.wire.step import MAX_ROWS, RowSlice, StepTable
 
 logger = logging.getLogger(__name__)
+
+
+class Columns(Protocol):
+    """What a session needs of the Hugging Face cache that stands for it."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop so many columns from the end, given as a negative number."""
+
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens per row."""
+
+    def get_seq_length(self) -> int:
+        """Columns."""
 
 
 class InferenceSession:
@@ -69,7 +83,7 @@ class InferenceSession:
         """Token ids of the conversation so far `[batch, tokens]`; kept by `generate()`."""
         self.attention_mask: torch.Tensor | None = None
         """Mask that belongs to `output_ids`; None while every token counts."""
-        self.cache: object | None = None
+        self.cache: Columns | None = None
         """The Hugging Face cache that stands for this session; kept by `generate()`."""
         self._lease_tokens = lease_tokens or max_length
         self._manager = manager
@@ -103,7 +117,8 @@ class InferenceSession:
 
     @property
     def position(self) -> int:
-        """Tokens in the longest row. Setting a smaller one rolls every row back to it."""
+        """Tokens in the longest row. Setting a smaller one takes as many back from every row, and
+        from the conversation that `generate()` continues."""
         return max(self.lengths, default=0)
 
     @position.setter
@@ -113,9 +128,23 @@ class InferenceSession:
                 f"position {position} is not within the {self.position} tokens of the session; "
                 "a session can only be rolled back"
             )
-        if self._history is not None:
-            # Servers truncate when the next step starts here.
-            self._history.truncate([min(position, length) for length in self.lengths])
+        num_taken_back = self.position - position
+        if self._history is None or not num_taken_back:
+            return
+        lengths = [max(0, length - num_taken_back) for length in self.lengths]
+        if self.cache is not None:
+            before = self.cache.row_lengths()
+            self.cache.crop(min(0, position - max(before, default=0)))
+            if before == self.lengths:
+                # Columns that are padding count in the conversation and hold no token.
+                lengths = list(self.cache.row_lengths())
+            num_columns = self.cache.get_seq_length()
+            if self.output_ids is not None:
+                self.output_ids = self.output_ids[:, :num_columns]
+            if self.attention_mask is not None:
+                self.attention_mask = self.attention_mask[:, :num_columns]
+        # Servers truncate when the next step starts here.
+        self._history.truncate(lengths)
 
     @property
     def last_token_id(self) -> torch.Tensor | None:

@@ -43,7 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.client.ring import RingSession
+from planetserve.client.ring_ends import RingEnds
 from planetserve.client.session import InferenceSession
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer
 from planetserve.crypto.plain import PlainOpener, PlainSealer
@@ -104,7 +104,7 @@ class Swarm:
             for server in self.servers:
                 server.process.send_signal(signal.SIGUSR1)
         self.kind = kind
-        RingSession.sealer_type, RingSession.opener_type = KINDS[kind]
+        RingEnds.sealer_type, RingEnds.opener_type = KINDS[kind]
         self.passes_s()  # whoever has written has switched before
 
     def passes_s(self) -> list[list[float]]:

@@ -75,6 +75,7 @@ def is_step(_: Any, header: Any, *__: Any) -> bool:
 def note_client(stamps: Stamps) -> None:
     """Stamp what a client does."""
     from planetserve.client.ring import RingSession
+    from planetserve.client.ring_ends import RingEnds
     from planetserve.client.session import InferenceSession
     from planetserve.client.shared_head import SharedHead
     from planetserve.swarm.streams import FrameStream
@@ -82,7 +83,7 @@ def note_client(stamps: Stamps) -> None:
     note(stamps, InferenceSession, "run", before="asked", after="told")
     note(stamps, RingSession, "step", before="on loop")
     note(stamps, FrameStream, "send", after="sent", only=is_step)
-    note(stamps, RingSession, "_check_output", before="answered")
+    note(stamps, RingEnds, "open", before="answered")
     note(stamps, SharedHead, "__call__", before="head", after="logits")
 
 

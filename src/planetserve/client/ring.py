@@ -10,20 +10,17 @@ and so is who takes their place. Runs on the portal's loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import os
-import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from planetserve.client.hop_link import HopLink, Inbox
+from planetserve.client.ring_ends import RingEnds, RingStep
 from planetserve.client.ring_spec import Gap, RingSpec
 from planetserve.client.vigil import Vigil
-from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
 from planetserve.crypto.secrets import new_edge_secret, wipe
 from planetserve.errors import (
     CapacityError,
@@ -33,27 +30,22 @@ from planetserve.errors import (
     PlanetServeError,
     RemoteError,
     RemoteProtocolError,
-    StreamClosed,
     TransportError,
 )
 from planetserve.history import History
 from planetserve.routing.moving import new_hops
 from planetserve.swarm.node import SwarmNode
-from planetserve.tensors import is_finite, tensor_bytes, tensor_from_payload, wire_dtype
 from planetserve.types import CLIENT, Chain, Hop, PeerId, ServerInfo
 from planetserve.wire.frame import (
-    ANSWER_EDGE,
     FLAG_KEEP_LAST,
     FLAG_REPLAY,
     HEADER_BYTES,
     MAX_EDGE,
     MAX_STEP_BYTES,
-    Direction,
     FrameHeader,
-    FrameType,
 )
 from planetserve.wire.messages import Rewire
-from planetserve.wire.step import HopLoad, StepTable, unpack_answer_head
+from planetserve.wire.step import HopLoad, StepTable
 
 MAX_CHUNKS_IN_FLIGHT = 8
 """Chunks sent and not answered. As many as a hop takes in (docs/protocol.md, 12), so that a first
@@ -63,51 +55,14 @@ _TABLE_ROOM_BYTES = 64 * 1024
 _POSITION_BYTES = 4
 _SMALL_FRAME_BYTES = 64 * 1024
 """The daemon takes a frame below this at once, so sending it needs no task."""
-_LAST_WORDS_TIMEOUT_S = 0.2
 _MENDABLE = (TransportError, CapacityError, RemoteError, HandshakeFailed)
 """Failures that leave the other hops' KV caches as they should be."""
 
 PlanGap = Callable[[Gap], Awaitable[tuple[Chain, Mapping[PeerId, ServerInfo]]]]
 
 
-@dataclass(slots=True)
-class _Step:
-    """A step under way: its chunks, and what has come back of it."""
-
-    number: int
-    tables: tuple[StepTable, ...]
-    hidden_TD: torch.Tensor
-    keep_last: bool
-    output_TD: torch.Tensor | None = None
-    num_answered: int = 0
-    offset: int = 0
-    room: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def take(self, chunk_TD: torch.Tensor) -> None:
-        """Put the next chunk's outputs in their place."""
-        piece = self.tables[self.num_answered]
-        if len(self.tables) == 1 and len(chunk_TD) == piece.num_tokens:
-            self.output_TD = chunk_TD  # a decode step
-        else:
-            self._put(piece, chunk_TD)
-        self.offset += piece.num_tokens
-        self.num_answered += 1
-        self.room.set()
-
-    def _put(self, piece: StepTable, chunk_TD: torch.Tensor) -> None:
-        if self.output_TD is None:
-            self.output_TD = torch.zeros_like(self.hidden_TD)
-        if self.keep_last:
-            self.output_TD[[self.offset + end for end in piece.last_tokens()]] = chunk_TD
-        else:
-            self.output_TD[self.offset : self.offset + piece.num_tokens] = chunk_TD
-
-
 class RingSession:
     """An open session. Made by `open`; one step at a time."""
-
-    sealer_type: ClassVar[Callable[..., Sealer]] = EdgeSealer
-    opener_type: ClassVar[Callable[..., Opener]] = EdgeOpener
 
     def __init__(self, node: SwarmNode, spec: RingSpec):
         self.chain = Chain(())
@@ -120,15 +75,11 @@ class RingSession:
         self._condemned: set[HopLink] = set()
         self._inbox: Inbox = asyncio.Queue()
         self._vigil = Vigil(node, spec)
-        self._sealer: Sealer | None = None
-        self._opener: Opener | None = None
+        self._ends = RingEnds(self.session_id, spec)
         self._edge = -1
         self._epoch = -1
-        self._epoch_in = 0
-        self._frames_sent = 0
-        self._frames_received = 0
         self._number = 0
-        self._step: _Step | None = None
+        self._step: RingStep | None = None
         self._sending: asyncio.Task[None] | None = None
         self._retired: set[asyncio.Task[None]] = set()
 
@@ -185,7 +136,7 @@ class RingSession:
         """
         tables = table.split(self._max_chunk_tokens())
         hidden_TD = hidden_TD.to(self._spec.dtype)
-        self._step = step = _Step(self._number, tables, hidden_TD, keep_last)
+        self._step = step = RingStep(self._number, tables, hidden_TD, keep_last)
         is_small = len(tables) == 1 and hidden_TD.nbytes < _SMALL_FRAME_BYTES
         if is_small and (self._sending is None or self._sending.done()):
             await self._send_chunk(step, 0)
@@ -204,8 +155,14 @@ class RingSession:
             raise RuntimeError("no step is under way")
         while step.num_answered < len(step.tables):
             header, payload = await self._next_answer()
-            chunk_TD = self._check_output(step, header, payload)
-            if chunk_TD is not None:
+            try:
+                answer = self._ends.open(step, header, payload)
+            except PlanetServeError as error:
+                error.peer_id = self._links[-1].peer_id
+                raise
+            if answer is not None:
+                chunk_TD, loads = answer
+                self._note_loads(loads)
                 step.take(chunk_TD)
         self._step = None
         self._number += 1
@@ -287,9 +244,7 @@ class RingSession:
         """Tell every hop that the session is over and release the streams. Never raises."""
         await self._stop_sending()
         await asyncio.gather(*self._retired, *(link.close() for link in self._links))
-        for end in (self._sealer, self._opener):
-            if end is not None:
-                end.erase()
+        self._ends.erase()
         self._links = []
 
     async def _splice(
@@ -323,7 +278,10 @@ class RingSession:
                 self._retire(link)
             raise
         else:
-            self._take_ends(links, before, after, secrets)
+            if before is None:
+                self._ends.start_sending(secrets[0], links[0].edge, self._epoch)
+            if after is None:
+                self._ends.start_receiving(secrets[-1], self._epoch)
         finally:
             wipe(*secrets)
         for link in links:
@@ -395,28 +353,6 @@ class RingSession:
     ) -> None:
         await link.rewire(message, inbound, outbound, self._spec.connect_timeout_s)
 
-    def _take_ends(
-        self,
-        links: Sequence[HopLink],
-        before: HopLink | None,
-        after: HopLink | None,
-        secrets: Sequence[bytearray],
-    ) -> None:
-        """Keep the keys of the edges that leave and enter the client, if these are new."""
-        session, forward = self.session_id, Direction.FORWARD
-        if before is None:
-            if self._sealer is not None:
-                self._sealer.erase()
-            self._sealer = self.sealer_type(
-                secrets[0], session, links[0].edge, self._epoch, forward, time.monotonic()
-            )
-            self._epoch_in, self._frames_sent = self._epoch, 0
-        if after is None:
-            if self._opener is not None:
-                self._opener.erase()
-            self._opener = self.opener_type(secrets[-1], session, ANSWER_EDGE, self._epoch, forward)
-            self._frames_received = 0
-
     async def _refill(self, history: History | None) -> None:
         """Send a new first hop what it lacks, and the step under way from its beginning."""
         await self._stop_sending()
@@ -447,7 +383,7 @@ class RingSession:
                 async with asyncio.timeout(self._spec.probe_after_s):
                     item = await self._inbox.get()
             except TimeoutError:
-                item = await self._vigil.watch(self._inbox.get(), self._links, self._my_frames)
+                item = await self._vigil.watch(self._inbox.get(), self._links, self._ends.frames)
             link = item[0]
             link.took()
             if link not in self._links:
@@ -461,9 +397,6 @@ class RingSession:
                 error.peer_id = link.peer_id
                 raise error
             return item[1], item[2]
-
-    def _my_frames(self) -> tuple[int, int]:
-        return self._frames_sent, self._frames_received
 
     async def _judged(self, link: HopLink, error: PlanetServeError) -> PlanetServeError:
         """What a hop reported, as far as it is to be believed."""
@@ -487,7 +420,7 @@ class RingSession:
         by_hops = min(link.max_chunk_tokens for link in self._links)
         return max(1, min(by_bytes, by_hops))
 
-    async def _send_after(self, earlier: asyncio.Task[None] | None, step: _Step) -> None:
+    async def _send_after(self, earlier: asyncio.Task[None] | None, step: RingStep) -> None:
         if earlier is not None:
             await asyncio.wait([earlier])
         await self._send_again(None, step)
@@ -495,7 +428,7 @@ class RingSession:
     async def _send_again(
         self,
         replay: tuple[StepTable, torch.Tensor] | None,
-        step: _Step | None,
+        step: RingStep | None,
         replayed_step: int = 0,
     ) -> None:
         """Send what fills the first hop, then the chunks of a step. Failures go to the inbox."""
@@ -524,7 +457,8 @@ class RingSession:
         offset = 0
         for chunk, piece in enumerate(tables):
             part_TD = hidden_TD[offset : offset + piece.num_tokens]
-            await self._send(
+            await self._ends.send(
+                self._links[0],
                 piece,
                 part_TD,
                 step=step,
@@ -534,10 +468,11 @@ class RingSession:
             )
             offset += piece.num_tokens
 
-    async def _send_chunk(self, step: _Step, chunk: int) -> None:
+    async def _send_chunk(self, step: RingStep, chunk: int) -> None:
         offset = sum(piece.num_tokens for piece in step.tables[:chunk])
         table = step.tables[chunk]
-        await self._send(
+        await self._ends.send(
+            self._links[0],
             table,
             step.hidden_TD[offset : offset + table.num_tokens],
             step=step.number,
@@ -545,68 +480,6 @@ class RingSession:
             num_chunks=len(step.tables),
             flags=FLAG_KEEP_LAST if step.keep_last else 0,
         )
-
-    async def _send(self, table: StepTable, hidden_TD: torch.Tensor, **fields: Any) -> None:
-        first = self._links[0]
-        if self._sealer is None:
-            raise StreamClosed("this ring is not open")
-        header = FrameHeader(
-            FrameType.STEP,
-            session=self.session_id,
-            edge=first.edge,
-            epoch=self._epoch_in,
-            position=table.rows[0].start,
-            num_tokens=table.num_tokens,
-            span_start=first.hop.start,
-            span_end=first.hop.end,
-            dtype=wire_dtype(self._spec.dtype),
-            shape=(table.num_tokens, self._spec.hidden_size),
-            **fields,
-        )
-        parts: list[bytes | memoryview] = [table.pack(), tensor_bytes(hidden_TD)]
-        header, sealed = self._sealer.seal(header, parts, time.monotonic())
-        self._frames_sent += 1
-        try:
-            await first.stream.send(header, sealed)
-        except StreamClosed as error:
-            # What the hop said before it closed the stream tells more: it goes to the inbox.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
-                    await first.ended.wait()
-                    return
-            error.peer_id = first.peer_id
-            raise
-
-    def _check_output(
-        self, step: _Step, header: FrameHeader, payload: bytearray
-    ) -> torch.Tensor | None:
-        """A chunk's outputs, after everything the last hop said of them has been checked.
-
-        None for a chunk that has been answered before, by a hop that was replaced since.
-        """
-        table, chunk = step.tables[step.num_answered], step.num_answered
-        count = len(table.rows) if step.keep_last else table.num_tokens
-        shape = (count, self._spec.hidden_size)
-        try:
-            if self._opener is None:
-                raise RemoteProtocolError("an answer before its keys")
-            plaintext = self._opener.open(header, payload)
-            self._frames_received += 1
-            if (header.step, header.chunk) < (self._number, chunk):
-                return None
-            if (header.step, header.chunk, header.shape) != (self._number, chunk, shape):
-                raise RemoteProtocolError("the last hop answered another step than was asked")
-            if header.dtype is not wire_dtype(self._spec.dtype):
-                raise RemoteProtocolError("the last hop answered in another dtype")
-            loads, offset = unpack_answer_head(plaintext)
-            chunk_TD = tensor_from_payload(plaintext, offset, header.dtype, header.shape)
-            if not is_finite(chunk_TD):
-                raise RemoteProtocolError("the last hop answered numbers that are not finite")
-            self._note_loads(loads)
-            return chunk_TD
-        except PlanetServeError as error:
-            error.peer_id = self._links[-1].peer_id
-            raise
 
     def _note_loads(self, loads: Sequence[HopLoad]) -> None:
         """Take note of what every hop says of its load; of an answer that left one out, nothing."""

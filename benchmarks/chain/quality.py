@@ -40,7 +40,7 @@ from planetserve.testing.brute_force import all_chains, random_snapshot
 from planetserve.types import Chain
 
 NUM_SERVERS, NUM_BLOCKS = 30, 32
-SWARM_COUNT = 5
+SWARM_COUNT = 25
 """Of each kind."""
 SMALL_SWARMS = 500
 RANDOM_CHAINS = 20

@@ -9,14 +9,16 @@ import pytest
 
 from planetserve.errors import MissingBlocksError, NoChainAvailable
 from planetserve.routing.cost import check_chain, latency_ms, throughput_tokens_per_s
-from planetserve.routing.exact.sweep import gap_of
+from planetserve.routing.exact.sweep import gap_of, sweep
 from planetserve.routing.optimizers import OPTIMIZERS
 from planetserve.routing.optimizers.nsga2 import Nsga2
 from planetserve.routing.optimizers.pareto_exact import ParetoExact
+from planetserve.routing.optimizers.shortest_path import ShortestPath
+from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
 from planetserve.testing.brute_force import all_chains, random_snapshot
-from planetserve.types import Chain
+from planetserve.types import BlockSpan, Chain
 
 
 def _front(latency: np.ndarray, throughput: np.ndarray) -> list[tuple[float, float]]:
@@ -41,6 +43,29 @@ def test_exact_front_equals_brute_force(scale: float) -> None:
         expected = _front(latency, throughput)
         assert len(got) == len(expected)
         np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_exact_front_where_trust_cuts_spans_in_two() -> None:
+    rng = np.random.default_rng(77)
+    for _ in range(30):
+        snapshot = random_snapshot(rng, int(rng.integers(3, 7)), 8, 0.1)
+        middle = int(rng.integers(1, 7))
+        trusted = frozenset(s.id for s in snapshot.servers if rng.random() < 0.5) | {"s0"}
+        request = ChainRequest(trusted={BlockSpan(middle, middle + 1): trusted})
+        hosts, latency, throughput = all_chains(snapshot)
+        legal = np.array([snapshot.servers[i].id in trusted for i in hosts[:, middle]])
+        chains = ParetoExact().front(snapshot, request)
+        got = [(chain.latency_ms, chain.throughput_tokens_per_s) for chain in chains]
+        np.testing.assert_allclose(got, _front(latency[legal], throughput[legal]), rtol=1e-9)
+
+
+def test_a_sweep_ends_with_its_time() -> None:
+    snapshot = random_snapshot(np.random.default_rng(78), 40, 60)
+    problem = RoutingProblem.build(snapshot, ChainRequest())
+    swept = sweep(problem, 10**12, time_limit_s=0.0)
+    best = ShortestPath().plan(snapshot, ChainRequest())
+    assert not swept.complete
+    assert swept.chains[0].latency_ms == pytest.approx(best.latency_ms)
 
 
 def test_a_bound_proves_nothing_about_chains_slower_than_its_floor() -> None:
@@ -118,7 +143,7 @@ def test_nsga2_is_seeded_and_near_the_exact_front() -> None:
     rng = np.random.default_rng(9)
     snapshot = random_snapshot(rng, 20, 16)
     exact = ParetoExact().front(snapshot, ChainRequest())
-    optimizer = Nsga2(seed=1, time_limit_s=0)
+    optimizer = Nsga2(seed=1, population=30, generations=10, time_limit_s=0)
     found = optimizer.front(snapshot, ChainRequest())
     assert found == optimizer.front(snapshot, ChainRequest())
     worst_ms = 1.1 * max(chain.latency_ms for chain in exact)

@@ -21,14 +21,17 @@ from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.snapshot import IntArray
 
 _WEIGHTS = 16
-_EFFORT = 280_000
+_EFFORT = 320_000
 """Of the sweep, some 1 s at most, when latency and throughput are all that counts."""
 
 
-def good_chains(problem: RoutingProblem, num_objectives: int, rng: np.random.Generator) -> IntArray:
-    """`[chains, num_blocks]` distinct good starts."""
+def good_chains(
+    problem: RoutingProblem, num_objectives: int, rng: np.random.Generator, time_limit_s: float
+) -> IntArray:
+    """`[chains, num_blocks]` distinct good starts; the sweep for some ends at the time limit."""
     found = [greedy_chain(problem)]
-    found += sweep(problem, _EFFORT if num_objectives == 2 else DEFAULT_EFFORT).chains
+    effort = _EFFORT if num_objectives == 2 else DEFAULT_EFFORT
+    found += sweep(problem, effort, time_limit_s).chains
     hosts = [problem.hosts(chain) for chain in found]
     if num_objectives > 2:
         hosts += walk_front(problem, num_objectives)

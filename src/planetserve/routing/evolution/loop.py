@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from planetserve.routing.evolution.objectives import evaluate
 from planetserve.routing.evolution.operators import Operators
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.snapshot import FloatArray, IntArray
+
+_WARM_SHARE = 0.75
+"""Part of the time limit that the first population may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,9 @@ def evolve(problem: RoutingProblem, settings: Settings) -> tuple[IntArray, Float
     operators = Operators(problem)
     first = operators.random(settings.population, rng)
     if settings.warm_start:
-        good = good_chains(problem, settings.objectives, rng)
+        good = good_chains(
+            problem, settings.objectives, rng, _WARM_SHARE * (settings.time_limit_s or math.inf)
+        )
         size = max(settings.population, len(good) + settings.population // 2)
         first = np.concatenate([good, first])[:size]
     model = _Model(problem, settings.objectives)

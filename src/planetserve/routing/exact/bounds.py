@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planetserve.errors import ConfigError
-from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.problem import BoolArray, RoutingProblem
 from planetserve.routing.snapshot import FloatArray, IntArray
 from planetserve.routing.walk import run_ends
 
@@ -58,6 +58,9 @@ class RunGraph:
     The first entry holds the client's links, `[1, holders of 0]`."""
     run_end: IntArray
     """`[num_blocks, n]` where a run that is at the block must end at the latest."""
+    beyond: tuple[BoolArray | None, ...]
+    """`[num_blocks]` whether a run from each block cannot be so long, `[lengths from 1, holders]`;
+    None where its holders have no gap later on, so that nobody can end a run it could not make."""
 
     @classmethod
     def build(cls, problem: RoutingProblem) -> RunGraph:
@@ -78,7 +81,21 @@ class RunGraph:
             between = problem.links.block(before, here)
             between[before[:, None] == here[None, :]] = np.inf
             links.append(between)
-        return cls(problem, holders, tuple(links), run_ends(problem))
+        ends = run_ends(problem)
+        return cls(problem, holders, tuple(links), ends, _beyond(problem, ends, holders))
+
+
+def _beyond(
+    problem: RoutingProblem, run_end: IntArray, holders: Sequence[IntArray]
+) -> tuple[BoolArray | None, ...]:
+    num_blocks = problem.num_blocks
+    last = num_blocks - problem.legal[::-1].argmax(axis=0)
+    beyond: list[BoolArray | None] = []
+    for block, here in enumerate(holders):
+        ends = run_end[block, here]
+        after = np.arange(block + 1, num_blocks + 1)[:, None]
+        beyond.append(after > ends if (ends < last[here]).any() else None)
+    return tuple(beyond)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,24 +166,31 @@ def cheapest_runs(
     n, start, end = graph.problem.num_servers, part.start, part.end
     enter = np.full((end, n), np.inf)
     leave = np.full((end + 1, n), np.inf)
-    leave[end] = part.leave
+    leave[end] = np.where(graph.problem.legal[end - 1], part.leave, np.inf)
     # Time counted from block 0 turns "k blocks, then leave" into one addition per boundary.
-    shifted = leave + np.arange(end + 1)[:, None] * block_ms
-    rows = np.arange(end + 1)[:, None]
+    offset = np.arange(end + 1)[:, None] * block_ms
+    shifted = leave + offset
+    enter_ms = visit_ms - offset
+    longest = int(limits.blocks.max(initial=0))
+    too_long = np.arange(1, longest + 1)[:, None] > limits.blocks
     for block in range(end - 1, start - 1, -1):
         here = graph.holders[block]
-        last = np.minimum(graph.run_end[block, here], block + limits.blocks[here])
-        top = min(end, int(last.max()))
-        if top > block:
-            window = shifted[block + 1 : top + 1, here]
-            window = np.where(rows[block + 1 : top + 1] <= last, window, np.inf)
-            ahead = window.min(axis=0) + (visit_ms[here] - block * block_ms[here])
-            enter[block, here] = ahead
-            if block > start:
-                before = graph.holders[block - 1]
-                onward = (graph.links[block] + ahead).min(axis=1)
-                leave[block, before] = onward
-                shifted[block, before] = onward + block * block_ms[before]
+        window = shifted[block + 1 : block + 1 + longest, here]
+        if not len(window):
+            continue
+        window[too_long[: len(window), here]] = np.inf
+        beyond = graph.beyond[block]
+        if beyond is not None:
+            window[beyond[: len(window)]] = np.inf
+        ahead = window.min(axis=0)
+        ahead += enter_ms[block, here]
+        enter[block, here] = ahead
+        if block > start:
+            before = graph.holders[block - 1]
+            onward = (graph.links[block] + ahead).min(axis=1)
+            leave[block, before] = onward
+            onward += offset[block, before]
+            shifted[block, before] = onward
     first = int((part.arrive + enter[start]).argmin())
     total = float(part.arrive[first] + enter[start, first])
     hosts: tuple[int, ...] = ()

@@ -20,9 +20,17 @@ from planetserve.routing.exact.work import TOLERANCE, Hosts, Work
 from planetserve.types import Chain
 
 _DUAL_STEPS = 12
+_EASY = 25
+"""Bounds for all blocks that take as long as the first search of a proof may."""
+_MORE_STEPS = 50
+"""Steps to better prices where that search is not enough: where a gap stays, better prices cost
+less than the partial chains that worse ones leave."""
 _PROVABLE = 0.03
 """Gap between a chain and the bound, as a part, up to which a second look tries to close it."""
 _FIRST_GAP = 0.004
+"""How far above the bound the first ceiling is, as a part."""
+_WIDEST_GAP = 0.03
+"""The same at most for floors after one whose answer was farther from its bound."""
 _WIDEN = 2.0
 _HOPELESS = 64.0
 
@@ -40,6 +48,7 @@ class FloorSolver:
         self._search_effort = search_effort
         self._neighbourhood = Neighbourhood(work)
         self._prices: list[tuple[float, Priced]] = []
+        self._gap = _FIRST_GAP
         self.floors: list[tuple[float, float]] = []
         """Throughputs, and lower bounds on the latency of all chains that reach them."""
 
@@ -91,12 +100,20 @@ class FloorSolver:
         self, rate: float, limits: Limits, free: Priced, lower: float, beam: int, effort: int
     ) -> float:
         work = self._work
-        priced = self._priced(rate, limits, free)
+        priced = self._priced(rate, limits, free, _DUAL_STEPS)
         lower = max(lower, priced.lower)
+        if effort > 0 and not beam:
+            easy = min(effort, _EASY * work.pass_effort)
+            lower, used = self._search(rate, limits, priced, lower, easy)
+            effort -= used
+            if effort > 0 and self._open(rate, lower):
+                priced = self._priced(rate, limits, free, _MORE_STEPS)
+                lower = max(lower, priced.lower)
+                lower, _ = self._search(rate, limits, priced, lower, effort)
         if beam and self._open(rate, lower):
             self._follow(limits, priced, self._best_ms(rate), beam)
-        if effort > 0 and (not beam or self._best_ms(rate) <= lower * (1 + _PROVABLE)):
-            lower = self._search(rate, limits, priced, lower, effort)
+            if effort > 0 and self._best_ms(rate) <= lower * (1 + _PROVABLE):
+                lower, _ = self._search(rate, limits, priced, lower, effort)
         if work.best(rate) is None:
             dealt = deal_out(work.graph, limits)
             if dealt is None:
@@ -104,7 +121,7 @@ class FloorSolver:
             self._neighbourhood.improve(dealt, limits)
         return lower
 
-    def _priced(self, rate: float, limits: Limits, free: Priced) -> Priced:
+    def _priced(self, rate: float, limits: Limits, free: Priced, steps: int) -> Priced:
         """Prices for the limits, found from those of the nearest floor."""
 
         def upper(hosts: Hosts) -> float:
@@ -113,7 +130,7 @@ class FloorSolver:
             return self._best_ms(rate) * (1 - TOLERANCE)
 
         nearest = min(self._prices, key=lambda known: abs(known[0] - rate), default=(rate, free))
-        priced = ascend(self._work.graph, limits, nearest[1].on(free), upper, _DUAL_STEPS)
+        priced = ascend(self._work.graph, limits, nearest[1].on(free), upper, steps)
         if priced.bounds is free.bounds:
             priced = free
         self._prices.append((rate, priced))
@@ -131,31 +148,39 @@ class FloorSolver:
 
     def _search(
         self, rate: float, limits: Limits, priced: Priced, lower: float, effort: int
-    ) -> float:
-        """Label searches with a ceiling that rises, and more limits counted, until one answers."""
-        work = self._work
+    ) -> tuple[float, int]:
+        """Label searches with a ceiling that rises, and more limits counted, until one answers.
+
+        Returns:
+            The bound that is proven now, and the effort spent.
+        """
+        work, spent = self._work, 0
         by_block = set(np.flatnonzero(priced.block_price).tolist())
         by_hop = set(np.flatnonzero(priced.hop_price).tolist())
-        gap = _FIRST_GAP
-        while effort > 0 and self._open(rate, lower):
+        gap = self._gap
+        while spent < effort and self._open(rate, lower):
             at_most = self._best_ms(rate)
-            ceiling = min(lower * (1 + gap), at_most) if gap < _HOPELESS else at_most
+            ceiling = min(priced.lower * (1 + gap), at_most) if gap < _HOPELESS else at_most
+            if ceiling <= lower:
+                gap *= _WIDEN
+                continue
             search = LabelSearch(
                 work.graph,
                 limits,
                 Meter.of(limits, by_block, by_hop),
                 priced,
                 ceiling * (1 + TOLERANCE),
-                effort,
+                effort - spent,
             )
             found = search.run()
             work.left -= found.effort
-            effort -= found.effort
+            spent += found.effort
             if not found.complete:
                 break
             if found.hosts is None:
                 if ceiling == at_most:
-                    return at_most
+                    lower = at_most
+                    break
                 lower, gap = ceiling, gap * _WIDEN
                 continue
             cost = work.offer(found.hosts).latency_ms
@@ -165,4 +190,6 @@ class FloorSolver:
             by_hop.update(hops.tolist())
             if cost > ceiling:
                 gap *= _WIDEN
-        return lower
+        if priced.lower > 0 and not self._open(rate, lower):
+            self._gap = min(_WIDEST_GAP, _FIRST_GAP + self._best_ms(rate) / priced.lower - 1)
+        return lower, spent

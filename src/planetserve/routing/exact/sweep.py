@@ -24,12 +24,12 @@ from planetserve.routing.exact.work import TOLERANCE, Work
 from planetserve.routing.problem import RoutingProblem
 from planetserve.types import Chain
 
-DEFAULT_EFFORT = 150_000
+DEFAULT_EFFORT = 200_000
 """Some 0.7 s at most. Proves the whole front of small swarms, and of larger ones whose servers hold
 a small part of the model."""
-_PROVING_SHARE = 0.15
+_PROVING_SHARE = 0.3
 """Part of the effort for floor after floor; the rest is for where the most may be gained."""
-_SEARCH_SHARE = 0.05
+_SEARCH_SHARE = 0.1
 """Part of the effort that one search for a proof may take, so that a hard floor leaves some."""
 _LEAST_RATE = 1e-12
 _BEAM = 100
@@ -54,14 +54,14 @@ class Swept:
     """Whether there is proven to be no point of the front besides these, apart from their gaps."""
 
 
-def sweep(problem: RoutingProblem, effort: int) -> Swept:
+def sweep(problem: RoutingProblem, effort: int, time_limit_s: float = math.inf) -> Swept:
     """The front of latency and throughput.
 
     Args:
         problem: where to look.
-        effort: work to spend, as for `Work`.
+        effort, time_limit_s: work to spend, as for `Work`.
     """
-    work = Work(problem, effort)
+    work = Work(problem, effort, time_limit_s)
     solver = FloorSolver(work, int(_SEARCH_SHARE * effort))
     _prove_upwards(work, solver, effort - int(_PROVING_SHARE * effort))
     if not _complete(work.front(), solver):
@@ -74,7 +74,7 @@ def sweep(problem: RoutingProblem, effort: int) -> Swept:
 def _prove_upwards(work: Work, solver: FloorSolver, stop_at: int) -> None:
     """Floor after floor, until there is none or no more than `stop_at` of the effort is left."""
     best = solver.prove(_LEAST_RATE, work.left - stop_at)
-    while best is not None and work.left > stop_at:
+    while best is not None and work.left > stop_at and not work.is_over():
         rate = best.throughput_tokens_per_s * (1 + TOLERANCE)
         best = solver.prove(rate, work.left - stop_at)
 
@@ -85,7 +85,7 @@ def _refine(work: Work, solver: FloorSolver) -> None:
     top = _top_rate(work)
     widest = max(1, int(_LOOK_SHARE * work.left / beam_effort(work.graph)))
     looks: dict[float, int] = {}
-    while work.left > 0:
+    while not work.is_over():
         gain, rate = max(_open_places(work, solver, top, looks))
         if gain <= 0:
             return
@@ -107,7 +107,8 @@ def _open_places(
     """Floors to look at, after the area between front and bounds that one look may settle."""
     chains = work.front()
     points = [(chain.throughput_tokens_per_s, chain.latency_ms) for chain in chains]
-    none = max(top, points[-1][0]), _WORST * points[-1][1]
+    last_ms = max(points[-1][1], solver.lower_ms(points[-1][0] * (1 + TOLERANCE)))
+    none = max(top, points[-1][0]), _WORST * (last_ms if last_ms < math.inf else points[-1][1])
     for (slower, _), (rate, latency_ms) in pairwise([*points, none]):
         low, high = slower * (1 + TOLERANCE), rate
         open_ms = latency_ms * (1 - TOLERANCE) - solver.lower_ms(low)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from bisect import bisect_left
 
 from planetserve.routing.exact.bounds import RunGraph
@@ -22,9 +24,12 @@ class Work:
         problem: where to look.
         effort: work to spend, counted in labels of the search (partial chains) of some 2 us each;
             everything else is counted as the labels that would take as long.
+        time_limit_s: end earlier if it takes so long, for answers in time on a busy machine. What
+            is found then depends on the machine.
     """
 
-    def __init__(self, problem: RoutingProblem, effort: int):
+    def __init__(self, problem: RoutingProblem, effort: int, time_limit_s: float = math.inf):
+        self._end_s = time.perf_counter() + time_limit_s
         self.problem = problem
         self.graph = RunGraph.build(problem)
         self.left = effort
@@ -33,6 +38,10 @@ class Work:
         """Of one bound for all blocks."""
         self._priced: dict[Hosts, Chain] = {}
         self._front: list[tuple[float, float, Chain, Hosts]] = []
+
+    def is_over(self) -> bool:
+        """Whether effort or time is used up."""
+        return self.left <= 0 or time.perf_counter() >= self._end_s
 
     def spend_passes(self, passes: float) -> None:
         """Count bounds for all blocks, or parts of them."""

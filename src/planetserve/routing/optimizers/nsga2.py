@@ -3,11 +3,12 @@
 Two objectives are latency and throughput, the third is reputation, the fourth price. The exact
 method is better at two, and they are there to be measured against it; with additive third and
 fourth objectives the problem has no fast exact method. pymoo runs the search and is imported when
-a plan is made.
+an optimiser is made, so that no plan waits for it.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import secrets
 from dataclasses import replace
@@ -33,8 +34,9 @@ class Nsga2:
         generations: how many.
         seed: makes the outcome repeatable.
         warm_start: begin with chains that fast methods find, besides random ones.
-        time_limit_s: begin no further generation after this long, so that a busy machine still
-            answers in time; an idle one is done before. 0 sets no limit.
+        time_limit_s: begin no further generation after this long, and end the search for good first
+            chains after three quarters of it, so that a busy machine still answers in time; an idle
+            one is done before. 0 sets no limit.
 
     Raises:
         ConfigError: an argument is out of range, or pymoo is not installed.
@@ -57,6 +59,7 @@ class Nsga2:
             raise ConfigError(f"time_limit_s must not be negative, not {time_limit_s!r}")
         if importlib.util.find_spec("pymoo") is None:
             raise ConfigError("nsga2 needs pymoo: pip install 'planetserve[nsga2]'")
+        importlib.import_module("planetserve.routing.evolution.loop")
         self._objectives = objectives
         self._population = population
         self._generations = generations

@@ -19,6 +19,8 @@ from hostile import MeetServer, Opened, Stranger, Target, until
 from planetserve.errors import CacheExhausted, HandshakeFailed, PlanetServeError, QueueFull
 from planetserve.server.server import Server
 from planetserve.testing.swarm import LocalSwarm
+from planetserve.types import PeerId
+from planetserve.wire.frame import FrameHeader, FrameType
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -170,3 +172,26 @@ async def send_steps(session: Opened, num_tokens: int, count: int) -> None:
     hidden_TD = torch.zeros(num_tokens, session.target.hidden_size)
     for number in range(count):
         await session.send(*session.sealed(table, hidden_TD, step=number))
+
+
+async def test_questions_do_not_keep_the_server_busy(server: Server, meet: MeetServer) -> None:
+    """Many come in one piece; they are answered now and then, and others go on meanwhile."""
+    curious, other = await meet(), await meet()
+    num_questions, num_answers = 500, 0
+
+    def tap(way: str, remote: PeerId, header: FrameHeader) -> None:
+        nonlocal num_answers
+        num_answers += (way, header.type) == ("sent", FrameType.STATUS)
+
+    asking, working = await curious.open(), await other.open()
+    header = FrameHeader(FrameType.STATUS, session=asking.session_id)
+    server.node.taps.append(tap)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(asking.control._socket, num_questions * header.pack())
+    await until(lambda: num_answers)
+    for position in range(10):
+        assert (await working.step(1, start=position)).shape[0] == 1
+    assert num_answers < num_questions
+    server.node.taps.remove(tap)
+    await asking.close()
+    await working.close()

@@ -47,6 +47,9 @@ MAX_STEPS_IN_FLIGHT = 8
 """Steps that a hop takes in before it stops reading; a client has no more chunks under way."""
 _MAX_REWIRES = 256
 _DEAL_TIMEOUT_S = 10.0
+_LEAST_ASKING_PERIOD_S = 0.1
+"""An answer to STATUS that comes sooner after the one before is held back, and so is what follows
+on the stream: a question costs more to answer than to ask."""
 _LAST_WORDS_TIMEOUT_S = 1.0
 _WIRE_DTYPES = {
     "float32": (WireDtype.FLOAT32, torch.float32),
@@ -131,6 +134,7 @@ class ServerSession:
         self._frames_received = 0
         self._num_running = 0
         self._num_questions = 0
+        self._next_answer_s = 0.0
         self.last_frame_s = 0.0
         """Monotonic time of the latest frame; the handler's idle check reads it."""
 
@@ -360,6 +364,10 @@ class ServerSession:
         return self.sealer_type(secret, self.session_id, edge, epoch, Direction.FORWARD, now_s)
 
     async def _answer_status(self) -> None:
+        loop = asyncio.get_running_loop()
+        if (wait_s := self._next_answer_s - loop.time()) > 0:
+            await asyncio.sleep(wait_s)
+        self._next_answer_s = loop.time() + _LEAST_ASKING_PERIOD_S
         inlet = self._inlet
         # A question must not look like movement to the one who asks.
         self._num_questions += inlet is self._control

@@ -45,6 +45,8 @@ MAX_KEYS_PER_REQUEST = 16
 _KEYS_AT_ONCE = 16
 _MAX_ANSWER_BYTES = 3 * 1024 * 1024
 _RPC_TIMEOUT_S = 3.0
+_GREETINGS = 3
+"""So often are initial peers asked that are connected and say nothing in time."""
 _MAX_PARALLEL_RPC = 128
 _BIN8, _BIN16, _STR8 = 0xC4, 0xC5, 0xD9
 
@@ -271,13 +273,17 @@ async def bootstrap(dht: DHTNode, peers: Collection[PeerId], required: bool) -> 
         ConfigError: `required`, and a peer refuses this node (its clock differs, for one).
         PeerUnreachable: `required`, and none of the peers takes part in the DHT.
     """
-    answers = await asyncio.gather(
-        *(
-            dht.protocol.call_ping(PeerID.from_base58(peer_id), validate=True, strict=True)
-            for peer_id in peers
-        ),
-        return_exceptions=True,
-    )
+    answers: list[Any] = []
+    for _ in range(_GREETINGS):
+        answers = await asyncio.gather(
+            *(
+                dht.protocol.call_ping(PeerID.from_base58(peer_id), validate=True, strict=True)
+                for peer_id in peers
+            ),
+            return_exceptions=True,
+        )
+        if any(answer is not None for answer in answers) or not required:
+            break
     for peer_id, answer in zip(peers, answers, strict=True):
         if isinstance(answer, ValidationError):
             if required:

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _READ_BYTES = 256 * 1024
 _LARGE_BYTES = 64 * 1024
 _MAX_BUFFERS_PER_CALL = 64
+_FRAMES_PER_TURN = 8
 _LINGER_S = 1.0
 
 Buffer = bytes | bytearray | memoryview
@@ -70,6 +71,7 @@ class FrameStream:
         self._slot_request: asyncio.Future[Any] | None = None
         self._holds_slot = False
         self._num_active = 0
+        self._num_unwaited = 0
         self.bytes_received = 0
         """Bytes read so far, those of a frame that is still under way included."""
         self._receiving = False
@@ -179,6 +181,13 @@ class FrameStream:
         return header, payload
 
     async def _receive_frame(self) -> tuple[FrameHeader, bytearray]:
+        if len(self._ahead) < HEADER_BYTES:
+            self._num_unwaited = 0
+        elif self._num_unwaited >= _FRAMES_PER_TURN:
+            # One read can bring hundreds of small frames; others' come in between.
+            self._num_unwaited = 0
+            await asyncio.sleep(0)
+        self._num_unwaited += 1
         while self._header is None:
             if len(self._ahead) >= HEADER_BYTES:
                 self._header = FrameHeader.unpack(memoryview(self._ahead)[:HEADER_BYTES])

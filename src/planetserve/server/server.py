@@ -24,7 +24,7 @@ from planetserve.engine.span_runner import SpanRunner
 from planetserve.errors import ConfigError, ModelMismatchError, TransportError
 from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
-from planetserve.model.heap import returning_freed_memory
+from planetserve.model.heap import returning_freed_memory, share_one_heap
 from planetserve.model.linear import convert_span
 from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
 from planetserve.model.quantization import require_quantizer
@@ -276,6 +276,7 @@ async def serve(
     Raises:
         TransportError: the libp2p daemon ended, so nobody reaches this server any more.
     """
+    share_one_heap()
     starting = asyncio.create_task(Server.start(config))
     stopping = asyncio.create_task(stop.wait())
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,29 @@ def test_trials_leave_no_holes():
     second = memory.empty((1000,), torch.float32)
     assert 0 < second.data_ptr() - first.data_ptr() <= 4096
     assert abs(trial.data_ptr() - first.data_ptr()) > 4096
+
+
+HEAP_OF_A_THREAD = """
+import ctypes, re, threading
+from pathlib import Path
+from planetserve.model.heap import share_one_heap
+share_one_heap()
+malloc = ctypes.CDLL(None).malloc
+malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+found = []
+thread = threading.Thread(target=lambda: found.append(malloc(50000)))
+thread.start()
+thread.join()
+heap = re.search(r"^(\\w+)-(\\w+) .*\\[heap\\]$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+print(int(heap[1], 16) <= found[0] < int(heap[2], 16))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has heaps per thread")
+def test_threads_can_share_one_heap():
+    code = [sys.executable, "-c", HEAP_OF_A_THREAD]
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+    code[-1] = HEAP_OF_A_THREAD.replace("share_one_heap()\n", "", 1)
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

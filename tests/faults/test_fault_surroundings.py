@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from fault_kinds import killed
+from fault_kinds import killed, stopped
 from fault_swarm import FaultSwarm, Held, Host, Moment, daemon_pid
 from faulted_texts import GREEDY, Material
 
@@ -106,6 +106,21 @@ def test_when_all_servers_of_a_block_are_gone_the_error_says_so(
         assert swarm.leaked() == Held.nothing()
         swarm.repair()
         assert torch.equal(model.generate(material.prompt, **GREEDY), expected)
+
+
+def test_a_server_that_reaches_nobody_ends_all_the_same(
+    swarm: FaultSwarm, material: Material, expected: torch.Tensor
+) -> None:
+    """Asked to leave, it cannot say so in the directory; its session goes on elsewhere."""
+    with swarm.client() as model, model.inference_session(max_length=99):
+        first = model.generate(material.prompt, **{**GREEDY, "max_new_tokens": 4})
+        host = swarm.runs[3]
+        stopped(swarm, host)
+        swarm.local.call(host.server.close(drain_timeout_s=0.5))
+        assert host.server.engine._thread is None
+        rest = model.generate(None, **{**GREEDY, "max_new_tokens": 10})
+    assert torch.equal(torch.cat([first, rest], dim=1), expected)
+    assert swarm.leaked() == Held.nothing()
 
 
 class SkewedClock(SystemClock):

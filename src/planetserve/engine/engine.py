@@ -163,9 +163,10 @@ class Engine:
             )
         self._leases.ensure(session_id, length)
         queued = sum(pending.values())
-        if len(pending) >= self.config.max_queued_steps or (
-            queued and queued + num_tokens > self._leases.leased_tokens(session_id)
-        ):
+        # Twice, because a session that moves here sends all it had, with what the step behind it
+        # takes back.
+        most = 2 * self._leases.leased_tokens(session_id)
+        if len(pending) >= self.config.max_queued_steps or (queued and queued + num_tokens > most):
             raise QueueFull("the session has too many unfinished steps; wait for their results")
         future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
         pending[future] = num_tokens

@@ -8,6 +8,7 @@ returns once the server can serve; `close` drains and leaves nothing running. Us
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -21,7 +22,12 @@ from planetserve.config import ServerConfig
 from planetserve.engine.config import EngineConfig
 from planetserve.engine.engine import Engine
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.errors import ConfigError, ModelMismatchError, TransportError
+from planetserve.errors import (
+    ConfigError,
+    ModelMismatchError,
+    PlanetServeError,
+    TransportError,
+)
 from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.heap import returning_freed_memory, share_one_heap
@@ -161,7 +167,8 @@ class Server:
         self.state = ServerState.DRAINING
         if self.handler.num_sessions and drain_timeout_s > 0:
             logger.info("draining %d sessions", self.handler.num_sessions)
-            await self._announcer.announce()
+            with contextlib.suppress(PlanetServeError):  # who is cut off has sessions all the same
+                await self._announcer.announce()
         await self.handler.drain(drain_timeout_s)
         self.state = ServerState.OFFLINE
         await self._announcer.close()

@@ -245,9 +245,11 @@ async def test_the_queue_of_a_session_is_bounded(engine):
         with pytest.raises(QueueFull):
             engine.submit(b"s", table(0, 1), torch.randn(1, HIDDEN_SIZE))
         engine.open_session(b"t", "peer", 1, 8)
+        # All that a session had, and a step that takes the end of it back.
         futures.append(engine.submit(b"t", table(0, 8), torch.randn(8, HIDDEN_SIZE)))
+        futures.append(engine.submit(b"t", table(5, 3), torch.randn(3, HIDDEN_SIZE)))
         with pytest.raises(QueueFull):
-            engine.submit(b"t", table(0, 1), torch.randn(1, HIDDEN_SIZE))
+            engine.submit(b"t", table(0, 6), torch.randn(6, HIDDEN_SIZE))
     finally:
         hold.set()
     await asyncio.gather(*futures)

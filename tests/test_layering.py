@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "history": BASE | {"wire"},
     "native": BASE,
     "model": BASE | {"native"},
-    "engine": BASE | {"scheduler", "wire", "model", "native", "tensors"},
+    "engine": BASE | {"scheduler", "wire", "model", "native", "tensors", "history"},
     "swarm": BASE | {"wire", "crypto"},
     # 3: roles
     "server": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "history", "model",

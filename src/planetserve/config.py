@@ -232,6 +232,11 @@ class ServerConfig:
     """Share of the KV cache that one peer may hold while others hold some. A peer that is alone may
     hold it all, until others need their share: then its newest sessions have to move. 1 sets no
     limit, for swarms whose users are all known."""
+    kv_overcommit: float = 2.0
+    """How many times the KV cache is promised to sessions, most of which never use all that they
+    ask for. When too many do, the newest lose memory, wait, and are computed again. 1 promises
+    only what there is. Above it the inputs of open sessions are kept in memory, one hidden state
+    for each promised token."""
 
     update_period: float = 60.0
     """Seconds between announcements to the directory."""
@@ -268,6 +273,10 @@ class ServerConfig:
             "num_blocks", "attn_cache_tokens", "inference_max_length", "num_threads",
             "network_mbps",
         )  # fmt: skip
+        if self.kv_overcommit < 1:
+            raise ConfigError(
+                f"kv_overcommit={self.kv_overcommit:g} promises less than there is; give at least 1"
+            )
         _require_positive(self, *(name for name in optional if getattr(self, name) is not None))
         if self.throughput != "auto":
             _require_positive(self, "throughput")

@@ -1,8 +1,9 @@
-"""What was sent on an edge of the ring, row by row, so that a new hop at its end can be filled.
+"""Inputs of blocks, row by row, so that a KV cache can be computed again from them.
 
-The client keeps one of what enters the first hop, every hop one of what it passes on. Tensors are
-kept as they were sent and never changed: reordering rows (beam search) copies references,
-truncating slices them.
+The client keeps one of what enters the first hop, every hop one of what it passes on, so that a new
+hop at its end can be filled. The engine keeps one of what it was sent, for sessions whose pages are
+taken. Tensors are never changed: reordering rows (beam search) copies references, truncating
+slices them. No tensor takes more than twice the memory of what is kept of it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class _Row:
                 self.length -= len(last)
             else:
                 keep = len(last) - extra
-                self.hidden[-1] = last[:keep]
+                self.hidden[-1] = _without_the_rest(last[:keep])
                 kept = self.positions[-1]
                 self.positions[-1] = kept and kept[:keep]
                 self.length -= extra
@@ -53,13 +54,23 @@ class History:
 
     def append(self, table: StepTable, hidden_TD: torch.Tensor) -> None:
         """Apply a finished step: reorder, truncate, append."""
+        self.start(table)
+        self.extend(table, hidden_TD)
+
+    def start(self, table: StepTable) -> None:
+        """Reorder and truncate, as a step does before its first token."""
         if table.reorder is not None:
             self._rows = [self._rows[source].copy() for source in table.reorder]
+        for piece in table.rows:
+            self._rows[piece.row].truncate(piece.start)
+
+    def extend(self, table: StepTable, hidden_TD: torch.Tensor) -> None:
+        """Append the tokens of a step that has started."""
         offset = 0
         for piece in table.rows:
             row = self._rows[piece.row]
-            row.truncate(piece.start)
-            row.hidden.append(hidden_TD[offset : offset + piece.num_tokens])
+            own_TD = hidden_TD[offset : offset + piece.num_tokens]
+            row.hidden.append(_without_the_rest(own_TD))
             positions = table.positions
             row.positions.append(positions and positions[offset : offset + piece.num_tokens])
             row.length += piece.num_tokens
@@ -69,6 +80,20 @@ class History:
         """Cut every row to at most the given length."""
         for row, length in zip(self._rows, lengths, strict=True):
             row.truncate(length)
+
+    def read(self, index: int, start: int, end: int) -> tuple[torch.Tensor, list[int]]:
+        """Tokens `[start, end)` of row `index`: `[end - start, hidden]`, and their positions."""
+        row = self._rows[index]
+        hidden: list[torch.Tensor] = []
+        positions: list[int] = []
+        offset = 0
+        for piece, known in zip(row.hidden, row.positions, strict=True):
+            low, high = max(start - offset, 0), min(end - offset, len(piece))
+            if low < high:
+                hidden.append(piece[low:high])
+                positions += known[low:high] if known else range(offset + low, offset + high)
+            offset += len(piece)
+        return torch.cat(hidden), positions
 
     def replay(self) -> tuple[StepTable, torch.Tensor] | None:
         """One step that fills an empty chain with all rows, or None when there is nothing yet."""
@@ -88,3 +113,10 @@ class History:
         if not rows:
             return None
         return StepTable(tuple(rows), tuple(positions) if explicit else None), torch.cat(hidden)
+
+
+def _without_the_rest(part_TD: torch.Tensor) -> torch.Tensor:
+    """A small part of a tensor would keep all of its memory."""
+    if part_TD.untyped_storage().nbytes() > 2 * part_TD.nbytes:
+        return part_TD.clone()
+    return part_TD

@@ -23,6 +23,9 @@ class EngineConfig:
         num_threads: CPU threads of the engine thread; None leaves torch's choice.
         max_queued_steps: unfinished steps a session may have at once.
         max_peer_share: the largest part of the KV cache that one peer's sessions may lease.
+        kv_overcommit: how many times its KV cache an engine promises to sessions, where the runner
+            allows it; above 1 sessions may lose pages for a while and get them back.
+        max_page_wait_s: a session that has had a step and no pages for so long is ended.
         check_finite: refuse steps whose hidden states are not all finite numbers.
     """
 
@@ -36,6 +39,8 @@ class EngineConfig:
     num_threads: int | None = None
     max_queued_steps: int = 64
     max_peer_share: float = 1.0
+    kv_overcommit: float = 1.0
+    max_page_wait_s: float = 20.0
     check_finite: bool = False
 
     def __post_init__(self) -> None:
@@ -44,6 +49,8 @@ class EngineConfig:
                 f"attn_cache_tokens {self.attn_cache_tokens} is less than one page of "
                 f"{self.page_size} tokens; give more"
             )
+        if not self.kv_overcommit >= 1 or not self.max_page_wait_s > 0:
+            raise ConfigError("kv_overcommit must be at least 1 and max_page_wait_s above 0")
         num_threads = 1 if self.num_threads is None else self.num_threads
         if min(self.inference_max_length, self.max_queued_steps, num_threads) < 1:
             raise ConfigError(
@@ -68,6 +75,10 @@ class EngineStats:
         free_cache_tokens: tokens that new sessions could lease.
         num_sessions: open sessions.
         queued_tokens: tokens of accepted steps that have not run yet.
+        sessions_waiting: sessions that have steps and no pages for them.
+        preemptions: how often a session lost pages to others since the start.
+        recomputed_tokens: tokens that ran once more because of that.
+        kept_input_bytes: inputs of open sessions that are kept to compute their KV cache again.
         decode_ms_per_block: what one block adds to a decode step's time, waiting for the steps of
             other sessions included; 0 before `Engine.measure`.
         alone_ms_per_block: the same while nothing else runs.
@@ -83,6 +94,10 @@ class EngineStats:
     free_cache_tokens: int
     num_sessions: int
     queued_tokens: int
+    sessions_waiting: int
+    preemptions: int
+    recomputed_tokens: int
+    kept_input_bytes: int
     decode_ms_per_block: float
     alone_ms_per_block: float
     overhead_ms: float

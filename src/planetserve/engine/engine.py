@@ -43,7 +43,11 @@ class Engine:
         self.runner = runner
         self.config = config
         self._leases = Leases(
-            runner.num_pages, runner.page_size, clock, max_peer_share=config.max_peer_share
+            runner.num_pages,
+            runner.page_size,
+            clock,
+            max_peer_share=config.max_peer_share,
+            overcommit=config.kv_overcommit if runner.can_preempt else 1.0,
         )
         # Per open session, its unfinished steps and how many tokens each has.
         self._pending: dict[bytes, dict[asyncio.Future[torch.Tensor], int]] = {}
@@ -100,16 +104,18 @@ class Engine:
         self._check_length(max_length)
         if self._is_closed:
             raise SessionClosed("this server is shutting down")
+        self._note_shortage()
         self._leases.open(session_id, peer_id, num_rows, max_length)
         self._pending[session_id] = {}
         self._num_blocks[session_id] = len(span)
-        self._worker.post(functools.partial(self._worker.open, session_id, num_rows, span))
+        self._worker.post(functools.partial(self._worker.open, session_id, num_rows, span, peer_id))
 
     def over_share(self, peer_id: str, num_rows: int, max_length: int) -> list[bytes]:
         """Sessions that must end before `peer_id` can have a session of this size within its share.
 
         See `Leases.over_share`.
         """
+        self._note_shortage()
         return self._leases.over_share(peer_id, num_rows, max_length)
 
     def close_session(self, session_id: bytes) -> None:
@@ -136,12 +142,14 @@ class Engine:
         Args:
             session_id: an open session.
             table: which tokens of which rows.
-            hidden_TD: `[table.num_tokens, hidden]`; must not be changed until the step is done.
+            hidden_TD: `[table.num_tokens, hidden]`; must never be changed: it may be kept for as
+                long as the session, in case its KV cache has to be computed again.
 
         Returns:
             A future of the span's output in the same layout, on the CPU in the span's dtype. It may
             fail with SessionError (positions that do not fit), RemoteProtocolError (numbers that
-            are not finite), RemoteError (the pass failed; the session is lost) or SessionClosed.
+            are not finite), RemoteError (the pass failed; the session is lost), CacheExhausted
+            (pages were promised to too many; the session is lost) or SessionClosed.
 
         Raises:
             SessionError: no such session.
@@ -161,6 +169,7 @@ class Engine:
                 f"a step of {num_tokens} tokens needs a tensor of "
                 f"{num_tokens} x {self.runner.hidden_size}, got {tuple(hidden_TD.shape)}"
             )
+        self._note_shortage()
         self._leases.ensure(session_id, length)
         queued = sum(pending.values())
         # Twice, because a session that moves here sends all it had, with what the step behind it
@@ -183,6 +192,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the engine holds and how fast it has been lately."""
         usage = self._worker.usage
+        self._note_shortage()
         num_slots = usage.pages * self.runner.page_size
         latency = self._latency
         return EngineStats(
@@ -194,6 +204,10 @@ class Engine:
             free_cache_tokens=self._leases.free_tokens,
             num_sessions=len(self._pending),
             queued_tokens=usage.queued_tokens,
+            sessions_waiting=usage.sessions_waiting,
+            preemptions=usage.preemptions,
+            recomputed_tokens=usage.recomputed_tokens,
+            kept_input_bytes=usage.kept_input_bytes,
             decode_ms_per_block=self.decode_ms_per_block,
             alone_ms_per_block=latency.alone_ms_per_block if latency else 0.0,
             overhead_ms=latency.overhead_ms if latency else 0.0,
@@ -232,6 +246,9 @@ class Engine:
         self._latency.add(
             1000 * (now_s - job.submitted_s), num_blocks, alone=job.ran_alone, now_s=now_s
         )
+
+    def _note_shortage(self) -> None:
+        self._leases.is_short = self._worker.usage.sessions_waiting > 0
 
     def _check_length(self, length: int) -> None:
         if length > self._max_length:

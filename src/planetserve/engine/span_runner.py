@@ -80,6 +80,11 @@ class SpanRunner:
             )  # fmt: skip
             self._runner = PlainRunner(blocks)
 
+    @property
+    def can_preempt(self) -> bool:
+        """Whether a sequence's pages may be taken and filled again: plain caches are not paged."""
+        return self.is_ragged and self.chunkable
+
     def prepare(self, batch: ScheduledBatch) -> None:
         """Carry out what the batch says about sequences and pages; once, before `forward`."""
         self._runner.prepare(batch)

@@ -15,7 +15,7 @@ import logging
 import queue
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,17 +23,29 @@ import torch
 
 from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig
+from planetserve.engine.inputs import KeptInputs
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.errors import PlanetServeError, RemoteError, RemoteProtocolError, SessionError
-from planetserve.scheduler.batch import Piece, WorkItem
+from planetserve.errors import (
+    CacheExhausted,
+    PlanetServeError,
+    RemoteError,
+    RemoteProtocolError,
+    SessionError,
+)
+from planetserve.scheduler.batch import Piece, ScheduledBatch, WorkItem
 from planetserve.scheduler.chunk_budget import ChunkBudget
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.scheduler.segments import segments, separate
 from planetserve.scheduler.speed import PassSpeed
 from planetserve.tensors import is_finite
 from planetserve.types import BlockSpan
+from planetserve.wire.step import StepTable
 
 logger = logging.getLogger(__name__)
+
+_IDLE_S = 2.0
+"""A session whose last step was done so long ago gives up its pages to those that wait for some."""
+_STUCK_S = 0.25
 
 _Result = tuple["asyncio.Future[torch.Tensor]", torch.Tensor | PlanetServeError]
 
@@ -51,6 +63,11 @@ class Job:
     ran_alone: bool = False
     """Whether nothing else was in the engine between its arrival and its result."""
 
+    @property
+    def table(self) -> StepTable:
+        """The step's tokens and what it does to rows."""
+        return StepTable(self.item.rows, self.positions, self.item.reorder)
+
 
 class Usage(NamedTuple):
     """What the scheduler holds."""
@@ -58,6 +75,10 @@ class Usage(NamedTuple):
     pages: int = 0
     live_tokens: int = 0
     queued_tokens: int = 0
+    sessions_waiting: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    kept_input_bytes: int = 0
 
 
 class Worker:
@@ -69,6 +90,7 @@ class Worker:
         self._clock = clock
         # Written in C: a condition of Python's takes several times as long to hand a step over.
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        preempts = config.kv_overcommit > 1 and runner.can_preempt
         self._scheduler = Scheduler(
             SchedulerConfig(
                 runner.num_pages,
@@ -76,8 +98,16 @@ class Worker:
                 config.max_batch_tokens,
                 policy=config.scheduling_policy,
                 chunkable=runner.chunkable,
+                preempts=preempts,
+                max_owner_share=config.max_peer_share,
             )
         )
+        self._inputs = KeptInputs() if preempts else None
+        self._finished_s: dict[bytes, float] = {}
+        """When each session's latest step was done."""
+        self._waiting_since_s: dict[bytes, float] = {}
+        self._is_stuck = False
+        """Whether all steps wait for pages that only a command can free."""
         self._chunk_budget = ChunkBudget(config.max_batch_tokens, config.prefill_slowdown)
         # What other programs take of a CPU while a batch runs says nothing about the batch.
         is_cpu = runner.device.type == "cpu"
@@ -130,19 +160,23 @@ class Worker:
     def _wait_for_work(self) -> list[Callable[[], None]] | None:
         """New commands, once there are any or steps to run; None when the engine is closing."""
         commands = []
-        is_idle = not self._scheduler.has_work
+        is_idle = self._is_stuck or not self._scheduler.has_work
+        # Who waits for pages may get them in time, because others have gone quiet.
+        patience_s = _STUCK_S if self._is_stuck and self._scheduler.waiting else None
         with contextlib.suppress(queue.Empty):
             while True:
-                command = self._commands.get(block=is_idle)
+                command = self._commands.get(is_idle, patience_s)
                 if command is None:
                     return None
                 commands.append(command)
-                is_idle = False
+                is_idle = self._is_stuck = False
         return commands
 
-    def open(self, session_id: bytes, num_rows: int, span: BlockSpan) -> None:
-        """Start a session over `span` whose pages have been leased."""
-        self._scheduler.open(session_id, num_rows)
+    def open(self, session_id: bytes, num_rows: int, span: BlockSpan, owner: str = "") -> None:
+        """Start a session over `span` whose pages have been leased to `owner`."""
+        self._scheduler.open(session_id, num_rows, owner)
+        if self._inputs is not None:
+            self._inputs.open(session_id, num_rows)
         self._spans[session_id] = span
 
     def accept(self, job: Job) -> None:
@@ -162,6 +196,7 @@ class Worker:
         """Free a session's pages and drop its steps."""
         self._spans.pop(session_id, None)
         self._chunk_budget.forget(session_id)
+        self._forget_inputs(session_id)
         for item_id in self._scheduler.close(session_id):
             del self._jobs[item_id]
 
@@ -172,7 +207,9 @@ class Worker:
         if prefilling:
             now_s = self._clock.monotonic()
             max_prefill = self._chunk_budget.tokens(now_s, prefilling, num_decode)
-        batch = self._scheduler.schedule(max_prefill)
+        batch = self._scheduler.schedule(max_prefill, self._idle_sessions())
+        if self._inputs is not None:
+            self._keep_house(batch)
         try:
             self._runner.prepare(batch)
         except Exception as error:  # noqa: BLE001 - kernels may raise anything
@@ -189,6 +226,9 @@ class Worker:
         is_single = len({piece.session_id for piece in batch.pieces}) == 1
         for item_id in self._scheduler.commit(batch):
             job = self._jobs.pop(item_id)
+            if self._inputs is not None:
+                self._inputs.extend(job.item.session_id, job.table, job.hidden_TD)
+                self._finished_s[job.item.session_id] = self._clock.monotonic()
             job.ran_alone = is_single and job.submitted_s >= self._idle_since_s
             whole = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs)
             self._resolved.append((job, whole))
@@ -207,6 +247,11 @@ class Worker:
         hidden = []
         positions = array("q")
         for piece in pieces:
+            if piece.is_restored and self._inputs is not None:
+                known_TD, known = self._inputs.read(piece)
+                hidden.append(known_TD)
+                positions.extend(known)
+                continue
             job, end = self._jobs[piece.item_id], piece.offset + piece.num_tokens
             hidden.append(job.hidden_TD[piece.offset : end])
             if job.positions is None:
@@ -220,7 +265,8 @@ class Worker:
         start = 0
         for piece in pieces:
             own_TD = output_TD[start : start + piece.num_tokens]
-            self._jobs[piece.item_id].outputs.append(own_TD.clone() if is_shared else own_TD)
+            if not piece.is_restored:
+                self._jobs[piece.item_id].outputs.append(own_TD.clone() if is_shared else own_TD)
             start += piece.num_tokens
 
     def _pass(
@@ -265,24 +311,68 @@ class Worker:
                 self._drop(session_id, error)
 
     def _drop(self, session_id: bytes, cause: Exception) -> None:
-        """Fail all steps of a session; the loop's side of it stays until it is closed there."""
+        """Fail all steps of a session whose pass failed."""
         logger.error("a session's pass failed (%s)", type(cause).__name__, exc_info=cause)
-        for item_id in self._scheduler.close(session_id):
-            job = self._jobs.pop(item_id)
-            error = RemoteError("the server failed to run the step; open a new session")
-            self._resolved.append((job, error))
+        self._end(session_id, RemoteError("the server failed to run the step; open a new session"))
 
     def _drop_busy_sessions(self) -> None:
         for session_id in {job.item.session_id for job in self._jobs.values()}:
-            for item_id in self._scheduler.close(session_id):
-                job = self._jobs.pop(item_id)
-                self._resolved.append((job, RemoteError("the server failed; open a new session")))
+            self._end(session_id, RemoteError("the server failed; open a new session"))
+
+    def _end(self, session_id: bytes, error: PlanetServeError) -> None:
+        """Fail all steps of a session; the loop's side of it stays until it is closed there."""
+        self._forget_inputs(session_id)
+        for item_id in self._scheduler.close(session_id):
+            self._resolved.append((self._jobs.pop(item_id), error))
+
+    def _forget_inputs(self, session_id: bytes) -> None:
+        if self._inputs is not None:
+            self._inputs.forget(session_id)
+            self._finished_s.pop(session_id, None)
+
+    def _keep_house(self, batch: ScheduledBatch) -> None:
+        """Note what the batch does to rows and steps; end sessions that wait too long for pages."""
+        for item_id in batch.started:
+            job = self._jobs[item_id]
+            if self._inputs is not None:
+                self._inputs.start(job.item.session_id, job.table)
+        for item_id, num_done in batch.rewound:
+            job = self._jobs[item_id]
+            job.outputs = [torch.cat(job.outputs)[:num_done]] if num_done else []
+        self._is_stuck = not (batch.pieces or batch.started)
+        now_s = self._clock.monotonic()
+        self._waiting_since_s = {
+            session_id: self._waiting_since_s.get(session_id, now_s)
+            for session_id in self._scheduler.waiting
+        }
+        for session_id, since_s in self._waiting_since_s.items():
+            if now_s - since_s >= self._config.max_page_wait_s:
+                self._end(session_id, CacheExhausted("others hold the KV cache for too long"))
+                self._is_stuck = False
+
+    def _idle_sessions(self) -> Collection[bytes]:
+        """Sessions that have had no step for a while, if anybody waits for pages."""
+        if not self._scheduler.waiting:
+            return ()
+        quiet_s = self._clock.monotonic() - _IDLE_S
+        busy = {job.item.session_id for job in self._jobs.values()}
+        return {
+            session_id
+            for session_id, finished_s in self._finished_s.items()
+            if finished_s <= quiet_s and session_id not in busy
+        }
 
     def _publish(self) -> None:
         """Let the loop know what has finished, with one wake-up per loop."""
         scheduler = self._scheduler
         self._usage = Usage(
-            scheduler.num_used_pages, scheduler.num_live_tokens, scheduler.num_queued_tokens
+            scheduler.num_used_pages,
+            scheduler.num_live_tokens,
+            scheduler.num_queued_tokens,
+            len(scheduler.waiting),
+            scheduler.num_preemptions,
+            scheduler.num_recomputed_tokens,
+            0 if self._inputs is None else self._inputs.num_bytes,
         )
         if not self._resolved:
             return

@@ -47,6 +47,9 @@ class Piece:
         offset: index of the first of them among the item's tokens.
         pages: page table of the sequence up to and including these tokens (a copy).
         slots: where each token's keys and values go.
+        row: the sequence's row in the session.
+        is_restored: the tokens ran before and lost their pages; they are recomputed for the sake of
+            the item, and their outputs are known.
     """
 
     item_id: int
@@ -57,6 +60,8 @@ class Piece:
     offset: int
     pages: array[int]
     slots: array[int]
+    row: int = 0
+    is_restored: bool = False
 
     @property
     def end(self) -> int:
@@ -69,6 +74,10 @@ class ScheduledBatch:
 
     `decoding` are the sessions whose pieces are decode steps; `num_prefill_tokens` of its tokens
     belong to other steps.
+
+    `started` are the items that reorder and cut their rows now, in this order; they may have pieces
+    in later batches only. `rewound` are `(item, tokens)`: of what the item has done, only so many
+    tokens still count.
     """
 
     pieces: tuple[Piece, ...] = ()
@@ -78,6 +87,8 @@ class ScheduledBatch:
     cleared_pages: tuple[int, ...] = ()
     decoding: tuple[bytes, ...] = ()
     num_prefill_tokens: int = 0
+    started: tuple[int, ...] = ()
+    rewound: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:

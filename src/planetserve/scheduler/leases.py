@@ -1,8 +1,12 @@
 """Admission to the KV cache: how many pages each session may use.
 
-A lease is a promise made when a session opens: the engine thread can always give the session that
-many pages, so it never runs out in the middle of a batch. A session may grow past its lease while
-pages are unleased. What cannot be promised is refused at once; nobody waits.
+A lease is a promise made when a session opens: the engine thread can give the session that many
+pages. A session may grow past its lease while pages are unleased. What cannot be promised is
+refused at once; nobody waits.
+
+Most sessions never use all that they lease, so more may be promised than there is (`overcommit`).
+If too many promises are kept at once, sessions lose pages for a while (`preemption.py`), and until
+that is over nothing is promised beyond the pages that exist.
 
 Owned by the event loop's thread; the pages themselves belong to the engine thread. A closed lease
 may be promised again immediately, because the engine hears of the close before it hears of any
@@ -42,20 +46,32 @@ class Leases:
         total_pages: pages of the KV cache.
         page_size: tokens per page.
         clock: tells how long sessions live, from which `retry_after_s` is estimated.
-        max_peer_share: the largest part of all pages that one peer's sessions may lease while
-            others hold any; 1 means no limit.
+        max_peer_share: the largest part of what may be promised that one peer's sessions may lease
+            while others hold any; 1 means no limit.
+        overcommit: how many times all pages are promised. One session gets all pages at most.
     """
 
-    def __init__(self, total_pages: int, page_size: int, clock: Clock, max_peer_share: float = 1.0):
-        if total_pages < 1 or page_size < 1 or not 0 < max_peer_share <= 1:
+    def __init__(
+        self,
+        total_pages: int,
+        page_size: int,
+        clock: Clock,
+        max_peer_share: float = 1.0,
+        overcommit: float = 1.0,
+    ):
+        if total_pages < 1 or page_size < 1 or not 0 < max_peer_share <= 1 or overcommit < 1:
             raise ConfigError(
                 f"a KV cache of {total_pages} pages of {page_size} tokens with a peer share of "
-                f"{max_peer_share} cannot serve; give positive sizes and a share in (0, 1]"
+                f"{max_peer_share} and an overcommit of {overcommit} cannot serve; give positive "
+                "sizes, a share in (0, 1] and at least 1"
             )
+        self.is_short = False
+        """Whether sessions wait for pages; then only what exists is promised. Set by the owner."""
         self._total_pages = total_pages
+        self._max_promised_pages = int(total_pages * overcommit)
         self._page_size = page_size
         self._clock = clock
-        self._max_peer_pages = max(1, int(total_pages * max_peer_share))
+        self._max_peer_pages = max(1, int(self._max_promised_pages * max_peer_share))
         self._leases: dict[bytes, _Lease] = {}
         self._peer_pages: dict[str, int] = {}
         self._lifetime_s = _FIRST_LIFETIME_GUESS_S
@@ -66,8 +82,13 @@ class Leases:
 
     @property
     def free_tokens(self) -> int:
-        """Tokens that new sessions could still lease."""
-        return (self._total_pages - self.leased_pages) * self._page_size
+        """Tokens that a new session could still lease."""
+        return min(self._total_pages, self._free_pages) * self._page_size
+
+    @property
+    def _free_pages(self) -> int:
+        limit = self._total_pages if self.is_short else self._max_promised_pages
+        return max(0, limit - self.leased_pages)
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -85,7 +106,7 @@ class Leases:
         if session_id in self._leases:
             raise SessionError("a session with this id is open already; use a new random id")
         num_pages = num_rows * self._pages_of(max_length)
-        self._check_room(peer_id, num_pages)
+        self._check_room(peer_id, num_pages, num_pages)
         self._leases[session_id] = _Lease(peer_id, num_rows, num_pages, self._clock.monotonic())
         self._peer_pages[peer_id] = self._peer_pages.get(peer_id, 0) + num_pages
 
@@ -101,7 +122,7 @@ class Leases:
             raise SessionError("no session with this id is open here")
         missing = lease.num_rows * self._pages_of(length) - lease.num_pages
         if missing > 0:
-            self._check_room(lease.peer_id, missing)
+            self._check_room(lease.peer_id, missing, lease.num_pages + missing)
             lease.num_pages += missing
             self._peer_pages[lease.peer_id] += missing
 
@@ -113,9 +134,10 @@ class Leases:
         Empty if that would not make enough room.
         """
         wanted = num_rows * self._pages_of(max_length)
-        if self._peer_pages.get(peer_id, 0) + wanted > self._max_peer_pages:
+        within_share = self._peer_pages.get(peer_id, 0) + wanted <= self._max_peer_pages
+        if not within_share or wanted > self._total_pages:
             return []
-        free = self._total_pages - self.leased_pages
+        free = self._free_pages
         held = {peer: n for peer, n in self._peer_pages.items() if peer != peer_id}
         # Dictionaries keep the order in which sessions were opened.
         newest = [(key, lease) for key, lease in reversed(self._leases.items())]
@@ -152,8 +174,14 @@ class Leases:
     def _pages_of(self, length: int) -> int:
         return -(-length // self._page_size)
 
-    def _check_room(self, peer_id: str, num_pages: int) -> None:
-        free = self._total_pages - self.leased_pages
+    def _check_room(self, peer_id: str, num_pages: int, session_pages: int) -> None:
+        if session_pages > self._total_pages:
+            raise CacheExhausted(
+                f"a session of {session_pages * self._page_size} tokens does not fit into the "
+                f"{self._total_pages * self._page_size} of KV cache here",
+                _MAX_RETRY_S,
+            )
+        free = self._free_pages
         if num_pages > free:
             raise CacheExhausted(
                 f"{num_pages * self._page_size} tokens of KV cache are needed, "
@@ -165,7 +193,8 @@ class Leases:
         if not is_alone and held + num_pages > self._max_peer_pages:
             raise CacheExhausted(
                 f"one peer may hold {self._max_peer_pages * self._page_size} of the "
-                f"{self._total_pages * self._page_size} tokens of KV cache here while others hold "
+                f"{self._max_promised_pages * self._page_size} tokens of KV cache promised here "
+                "while others hold "
                 f"some, and holds {held * self._page_size}; close a session first, or start the "
                 "server with a larger --max_peer_kv_share",
                 self._retry_after_s(),

@@ -7,20 +7,25 @@ stalls the others. `commit` reports the batch done. Only one batch is open at a 
 Steps of one session run in the order they were added, at most one per batch. A step that starts
 before the end of a row's tokens cuts the row first (rollback); one that starts after it is refused.
 
+A scheduler that preempts may be promised to more sessions than its pages can hold. When they run
+out, `preemption.py` decides who waits and who gives up pages; what was lost is recomputed before
+the session's next step.
+
 Owned by the engine thread; does no locking, no input or output, and knows no time.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 
 from planetserve.errors import ConfigError, SessionError
 from planetserve.scheduler.batch import Piece, ScheduledBatch, WorkItem
 from planetserve.scheduler.page_allocator import PageAllocator
 from planetserve.scheduler.policies import POLICIES, Candidate, Grant, SchedulingPolicy
+from planetserve.scheduler.preemption import Preemption
 from planetserve.scheduler.sequence import Sequence
+from planetserve.scheduler.state import Draft, Progress, Session
 
 _PREFILL_SHARE = 8
 """Where decode steps could fill the budget, waiting prefill still gets one part in this many."""
@@ -38,6 +43,9 @@ class SchedulerConfig:
         policy: name in `POLICIES`.
         chunkable: whether a row's new tokens may be spread over several batches.
         can_rollback: whether a sequence can be cut anywhere, not only to nothing.
+        preempts: whether sessions may lose pages to others when these run out. Needs pages that can
+            be taken one by one, and steps that can be spread; each session alone must fit.
+        max_owner_share: the part of the pages within which an owner's sessions keep them by age.
     """
 
     num_pages: int
@@ -47,6 +55,8 @@ class SchedulerConfig:
     policy: str = "deficit_round_robin"
     chunkable: bool = True
     can_rollback: bool = True
+    preempts: bool = False
+    max_owner_share: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.num_pages, self.page_size, self.max_decode_tokens) < 1:
@@ -56,40 +66,9 @@ class SchedulerConfig:
                 f"max_batch_tokens {self.max_batch_tokens} is too small to share between decode "
                 f"and prefill; give at least {_PREFILL_SHARE}"
             )
+        if self.preempts and not (self.chunkable and self.can_rollback):
+            raise ConfigError("sessions that lose pages need a model that takes steps in parts")
         POLICIES.check(self.policy)
-
-
-@dataclass(slots=True, eq=False)
-class _Progress:
-    """A queued work item: its rows before `row` are done, and `row_tokens` tokens of that row."""
-
-    item: WorkItem
-    arrival: int
-    num_left: int
-    is_decode: bool
-    started: bool = False
-    row: int = 0
-    row_tokens: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Session:
-    rows: list[Sequence]
-    planned_lengths: list[int]
-    """Length of each row after everything queued has run."""
-    queue: deque[_Progress] = field(default_factory=deque)
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A batch being made."""
-
-    pieces: list[Piece] = field(default_factory=list)
-    forks: list[tuple[int, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    cleared_pages: list[int] = field(default_factory=list)
-    decoding: list[bytes] = field(default_factory=list)
-    num_prefill_tokens: int = 0
 
 
 class Scheduler:
@@ -98,14 +77,17 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig):
         self._config = config
         self._allocator = PageAllocator(config.num_pages)
-        self._sessions: dict[bytes, _Session] = {}
-        self._ready: dict[bytes, _Session] = {}
+        max_owner_pages = max(1, int(config.num_pages * config.max_owner_share))
+        self._preemption = Preemption(self._allocator, config.page_size, max_owner_pages)
+        self._sessions: dict[bytes, Session] = {}
+        self._ready: dict[bytes, Session] = {}
+        self._waiting: Collection[bytes] = ()
         self._decode_policy: SchedulingPolicy = POLICIES.create(config.policy)
         self._prefill_policy: SchedulingPolicy = POLICIES.create(config.policy)
         self._released: list[int] = []
         self._num_arrivals = 0
         self._num_sequences = 0
-        self._num_queued_tokens = 0
+        self._num_restored_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -113,8 +95,25 @@ class Scheduler:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Tokens of unfinished steps that no batch has run yet."""
-        return self._num_queued_tokens
+        """Tokens of unfinished steps that no batch has run yet, or whose results were lost."""
+        return sum(
+            progress.num_left for session in self._ready.values() for progress in session.queue
+        )
+
+    @property
+    def waiting(self) -> Collection[bytes]:
+        """Sessions that had steps and no pages for them when the last batch was made."""
+        return self._waiting
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a session lost pages to others."""
+        return self._preemption.num_preemptions
+
+    @property
+    def num_recomputed_tokens(self) -> int:
+        """Tokens that ran once more because pages were lost."""
+        return self._num_restored_tokens + self._preemption.num_rewound_tokens
 
     @property
     def num_used_pages(self) -> int:
@@ -144,18 +143,24 @@ class Scheduler:
         return self._allocator.num_used * size - empty
 
     def ready(self) -> tuple[set[bytes], int]:
-        """Sessions whose next step is not a decode step, and the tokens of all decode steps."""
+        """Sessions whose next step is not a decode step, and the tokens of all decode steps.
+
+        Without those that wait for pages.
+        """
         prefilling, num_decode_tokens = set(), 0
         for session_id, session in self._ready.items():
-            head = session.queue[0]
-            if head.is_decode:
-                num_decode_tokens += head.num_left
+            if session_id in self._waiting:
+                continue
+            if session.is_decoding:
+                num_decode_tokens += session.head.num_left
             else:
                 prefilling.add(session_id)
         return prefilling, num_decode_tokens
 
-    def open(self, session_id: bytes, num_rows: int) -> None:
+    def open(self, session_id: bytes, num_rows: int, owner: str = "") -> None:
         """Start a session with `num_rows` empty rows.
+
+        `owner` is whose share of the pages it counts for.
 
         Raises:
             SessionError: the session is open already.
@@ -163,7 +168,7 @@ class Scheduler:
         if session_id in self._sessions:
             raise SessionError("a session with this id is open already; use a new random id")
         rows = [self._new_sequence() for _ in range(num_rows)]
-        self._sessions[session_id] = _Session(rows, [0] * num_rows)
+        self._sessions[session_id] = Session(owner, rows, [0] * num_rows)
 
     def close(self, session_id: bytes) -> tuple[int, ...]:
         """Free a session's pages and drop its queue; an unknown session is ignored.
@@ -176,7 +181,6 @@ class Scheduler:
             return ()
         self._ready.pop(session_id, None)
         self._release(session.rows)
-        self._num_queued_tokens -= sum(progress.num_left for progress in session.queue)
         return tuple(progress.item.item_id for progress in session.queue)
 
     def add(self, item: WorkItem) -> None:
@@ -192,29 +196,31 @@ class Scheduler:
         session.planned_lengths = self._lengths_after(item, session.planned_lengths)
         longest = max((piece.num_tokens for piece in item.rows), default=0)
         is_decode = longest <= self._config.max_decode_tokens
-        session.queue.append(_Progress(item, self._num_arrivals, item.num_tokens, is_decode))
+        session.queue.append(Progress(item, self._num_arrivals, item.num_tokens, is_decode))
         self._num_arrivals += 1
-        self._num_queued_tokens += item.num_tokens
         self._ready[item.session_id] = session
 
-    def schedule(self, max_prefill_tokens: int | None = None) -> ScheduledBatch:
+    def schedule(
+        self, max_prefill_tokens: int | None = None, idle: Collection[bytes] = ()
+    ) -> ScheduledBatch:
         """Choose the next batch and assign its pages.
 
         Args:
             max_prefill_tokens: most tokens of longer steps in it, where these can be spread over
                 several batches; None: as many as the batch holds; 0: none beside decode steps.
+            idle: sessions without steps that give up their pages first.
 
         The batch may have no pieces and still name released sequences. `commit` it, or `close` its
         sessions, before the next call.
         """
-        draft = _Draft()
-        for grant in self._grants(max_prefill_tokens):
-            session = self._ready[grant.session_id]
-            if session.queue[0].is_decode:
-                draft.decoding.append(grant.session_id)
-            else:
-                draft.num_prefill_tokens += grant.num_tokens
-            self._take(session, grant.num_tokens, draft)
+        draft = Draft()
+        order = self._look_for_shortage(idle)
+        grants: Iterable[Grant] = self._grants(max_prefill_tokens)
+        if order:
+            rank = {session_id: place for place, session_id in enumerate(order)}
+            grants = sorted(grants, key=lambda grant: rank[grant.session_id])
+        for grant in grants:
+            self._run(grant, order, draft)
         released, self._released = tuple(self._released), []
         return ScheduledBatch(
             tuple(draft.pieces),
@@ -224,6 +230,8 @@ class Scheduler:
             tuple(draft.cleared_pages),
             tuple(draft.decoding),
             draft.num_prefill_tokens,
+            tuple(draft.started),
+            tuple(draft.rewound),
         )
 
     def commit(self, batch: ScheduledBatch) -> tuple[int, ...]:
@@ -235,7 +243,10 @@ class Scheduler:
         finished = []
         for session_id in dict.fromkeys(piece.session_id for piece in batch.pieces):
             session = self._ready.get(session_id)
-            if session is None or session.queue[0].num_left:
+            if session is None or session.head.num_left:
+                continue
+            if session.restoring is not None:
+                self._preemption.finish(session)
                 continue
             finished.append(session.queue.popleft().item.item_id)
             if not session.queue:
@@ -252,11 +263,40 @@ class Scheduler:
             row.pages for session in self._sessions.values() for row in session.rows
         )
 
+    def _look_for_shortage(self, idle: Collection[bytes]) -> tuple[bytes, ...]:
+        """All sessions, the first to be served first, if pages may run out; else nothing."""
+        if not self._config.preempts:
+            return ()
+        for session_id, session in self._ready.items():
+            self._preemption.plan(session_id, session)
+        shortage = self._preemption.shortage(self._sessions, self._ready, idle)
+        self._waiting = () if shortage is None else shortage.waiting
+        return () if shortage is None else shortage.order
+
+    def _run(self, grant: Grant, order: tuple[bytes, ...], draft: Draft) -> None:
+        """Put what was granted into the batch, if there are pages for it."""
+        session_id = grant.session_id
+        session = self._ready[session_id]
+        if session_id in draft.cut:
+            return
+        self._start(session, draft)
+        if order and not self._preemption.make_room(
+            session_id, grant.num_tokens, self._sessions, order, draft
+        ):
+            return
+        if session.is_decoding:
+            draft.decoding.append(session_id)
+        else:
+            draft.num_prefill_tokens += grant.num_tokens
+        self._take(session, grant.num_tokens, draft)
+
     def _grants(self, max_prefill_tokens: int | None) -> Iterator[Grant]:
         decode: list[Candidate] = []
         prefill: list[Candidate] = []
         for session_id, session in self._ready.items():
-            head = session.queue[0]
+            if session_id in self._waiting:
+                continue
+            head = session.head
             min_tokens = 1 if self._config.chunkable else head.num_left
             candidate = Candidate(session_id, head.arrival, head.num_left, min_tokens)
             (decode if head.is_decode else prefill).append(candidate)
@@ -271,21 +311,32 @@ class Scheduler:
         if prefill and budget > 0:
             yield from _share(self._prefill_policy, prefill, budget)
 
-    def _take(self, session: _Session, num_tokens: int, draft: _Draft) -> None:
-        """Put the next `num_tokens` tokens of the session's oldest item into the batch."""
-        progress = session.queue[0]
-        if not progress.started:
-            progress.started = True
-            self._reorder(session, progress.item, draft)
-        done_before = progress.item.num_tokens - progress.num_left
-        progress.num_left -= num_tokens
-        self._num_queued_tokens -= num_tokens
+    def _start(self, session: Session, draft: Draft) -> None:
+        """Let the session's next step reorder and cut rows before it is the first time to run."""
+        head = session.head
+        if head.started:
+            return
+        head.started = True
+        if head.is_restored:
+            return
+        draft.started.append(head.item.item_id)
+        self._reorder(session, head.item, draft)
+        for piece in head.item.rows:
+            session.rows[piece.row].truncate(piece.start)
+
+    def _take(self, session: Session, num_tokens: int, draft: Draft) -> None:
+        """Put the next `num_tokens` tokens of what the session runs next into the batch."""
+        progress = session.head
+        num_pieces = len(draft.pieces)
         while num_tokens:
             row_slice = progress.item.rows[progress.row]
+            if progress.is_restored and self._preemption.is_fork_due(session, row_slice.row):
+                if len(draft.pieces) > num_pieces:
+                    return  # what it forks from must have run before pages of it are copied
+                self._preemption.fork(session, row_slice.row)
             count = min(num_tokens, row_slice.num_tokens - progress.row_tokens)
             start = row_slice.start + progress.row_tokens
             sequence = session.rows[row_slice.row]
-            sequence.truncate(start)
             appended = sequence.append(count)
             if appended.copy is not None:
                 draft.copies.append(appended.copy)
@@ -298,18 +349,22 @@ class Scheduler:
                     sequence.sequence_id,
                     start,
                     count,
-                    done_before,
+                    progress.num_done,
                     sequence.pages[:],
                     appended.slots,
+                    row_slice.row,
+                    progress.is_restored,
                 )
             )
             num_tokens -= count
-            done_before += count
+            progress.num_left -= count
             progress.row_tokens += count
+            if progress.is_restored:
+                self._num_restored_tokens += count
             if progress.row_tokens == row_slice.num_tokens:
                 progress.row, progress.row_tokens = progress.row + 1, 0
 
-    def _reorder(self, session: _Session, item: WorkItem, draft: _Draft) -> None:
+    def _reorder(self, session: Session, item: WorkItem, draft: Draft) -> None:
         """Rows that keep their place, or are the first to take another's, need no fork."""
         if item.reorder is None:
             return

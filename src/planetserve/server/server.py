@@ -158,6 +158,12 @@ class Server:
                 stats.num_sessions, stats.pages_used, stats.pages_total,
                 100 * stats.kv_useful_share,
             )  # fmt: skip
+        if stats.preemptions:
+            logger.info(
+                "%d sessions wait for KV pages; since the start pages were taken %d times and %d "
+                "tokens recomputed (--kv_overcommit)",
+                stats.sessions_waiting, stats.preemptions, stats.recomputed_tokens,
+            )  # fmt: skip
 
     async def close(self, drain_timeout_s: float = 0.0) -> None:
         """Stop admitting, wait for open sessions, announce leaving, release everything."""
@@ -228,6 +234,7 @@ class Server:
             attention_backend=config.attention_backend,
             num_threads=config.num_threads,
             max_peer_share=config.max_peer_kv_share,
+            kv_overcommit=config.kv_overcommit,
             check_finite=True,
         )
         if config.quant_type != "none":

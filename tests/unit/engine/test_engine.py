@@ -358,3 +358,91 @@ def test_settings_are_checked():
         EngineConfig(attn_cache_tokens=8)
     with pytest.raises(ConfigError, match="at least 1"):
         EngineConfig(attn_cache_tokens=64, num_threads=0)
+
+
+def make_overcommitted(tiny, **options) -> Engine:
+    limits = {"attn_cache_tokens": 64, "max_batch_tokens": 16, "kv_overcommit": 8.0}
+    return make_engine(tiny, **{**limits, **options})
+
+
+@pytest.mark.parametrize("max_peer_share", [0.25, 1.0])
+async def test_sessions_that_lose_pages_match_transformers(tiny, max_peer_share):
+    engine = make_overcommitted(tiny, max_peer_share=max_peer_share)
+    try:
+        all_open = threading.Event()  # afterwards pages are short, and nobody gets in
+        engine._worker.post(all_open.wait)
+        async with asyncio.TaskGroup() as group:
+            for number in range(10):
+                group.create_task(generate(engine, tiny("llama"), random.Random(number), 12))
+            await asyncio.sleep(0)
+            all_open.set()
+        await settled(engine)
+        stats = engine.stats()
+    finally:
+        engine.close()
+    assert stats.preemptions > 0
+    assert stats.recomputed_tokens > 0
+    held = (stats.pages_used, stats.pages_leased, stats.kept_input_bytes, stats.sessions_waiting)
+    assert held == (0, 0, 0, 0)
+
+
+async def fill(engine: Engine, session_id: bytes, length: int) -> None:
+    for start in range(0, length, 16):
+        await engine.submit(session_id, table(start, 16), torch.randn(16, HIDDEN_SIZE))
+
+
+async def test_a_session_that_waits_too_long_for_pages_ends_with_a_retryable_error(tiny):
+    engine = make_overcommitted(tiny, max_page_wait_s=0.2)
+    try:
+        for session_id in (b"old", b"new"):
+            engine.open_session(session_id, "peer", 1, 64)
+        await fill(engine, b"old", 48)
+        await fill(engine, b"new", 16)
+        used = engine.stats().kept_input_bytes
+        assert used == 64 * HIDDEN_SIZE * 4
+        stuck = engine.submit(b"new", table(16, 16), torch.randn(16, HIDDEN_SIZE))
+        await settled(engine)
+        assert engine.stats().sessions_waiting == 1
+        # While somebody waits, nothing is promised beyond what there is.
+        with pytest.raises(CacheExhausted):
+            engine.open_session(b"late", "peer", 1, 4)
+        with pytest.raises(CacheExhausted) as refusal:
+            await stuck
+        assert refusal.value.retryable
+        engine.close_session(b"new")
+        await settled(engine)
+        assert engine.stats().sessions_waiting == 0
+        engine.open_session(b"late", "peer", 1, 4)
+        await engine.submit(b"old", table(48, 16), torch.randn(16, HIDDEN_SIZE))
+    finally:
+        engine.close()
+
+
+async def test_quiet_sessions_give_up_their_pages_to_newer_ones(tiny):
+    """Two servers may have admitted two sessions in different orders; neither waits for long."""
+    model = tiny("llama")
+    engine = make_overcommitted(tiny)
+    try:
+        for session_id in (b"old", b"new"):
+            engine.open_session(session_id, "peer", 1, 64)
+        entering, leaving = model.reference(list(range(5, 54)))
+        await engine.submit(b"old", table(0, 48), entering[:48])
+        await fill(engine, b"new", 16)
+        await engine.submit(b"new", table(16, 16), torch.randn(16, HIDDEN_SIZE))
+        assert engine.stats().preemptions == 1
+        engine.close_session(b"new")
+        output = await engine.submit(b"old", table(48, 1), entering[48:])
+        torch.testing.assert_close(output, leaving[48:], rtol=1e-4, atol=1e-4)
+    finally:
+        engine.close()
+
+
+async def test_plain_caches_are_not_promised_twice(tiny):
+    config = EngineConfig(64, page_size=4, kv_overcommit=4.0)
+    runner = SpanRunner(tiny("llama").load_span(), config.num_pages, 4, allow_ragged=False)
+    engine = Engine(runner, config, SystemClock())
+    assert engine.stats().free_cache_tokens == 64
+    engine.open_session(b"a", "peer", 1, 64)
+    with pytest.raises(CacheExhausted):
+        engine.open_session(b"b", "peer", 1, 1)
+    engine.close()

@@ -126,3 +126,25 @@ def test_impossible_sizes_are_refused():
         Leases(0, 16, ManualClock())
     with pytest.raises(ConfigError):
         Leases(1, 16, ManualClock(), max_peer_share=0.0)
+    with pytest.raises(ConfigError):
+        Leases(1, 16, ManualClock(), overcommit=0.5)
+
+
+def test_more_is_promised_than_there_is_unless_sessions_wait():
+    leases = Leases(8, 16, ManualClock(), max_peer_share=0.25, overcommit=2.0)
+    assert leases.free_tokens == 128  # of one session; there are as many for another
+    with pytest.raises(CacheExhausted, match="144 tokens does not fit into the 128"):
+        leases.open(b"a", "first", 1, 129)
+    leases.open(b"a", "first", 1, 128)
+    with pytest.raises(CacheExhausted, match="does not fit"):
+        leases.ensure(b"a", 129)
+    leases.open(b"b", "second", 1, 64)
+    with pytest.raises(CacheExhausted, match="one peer.*64 of the 256"):
+        leases.open(b"c", "second", 1, 16)
+    leases.is_short = True
+    assert leases.free_tokens == 0
+    with pytest.raises(CacheExhausted, match="0 are free"):
+        leases.open(b"c", "third", 1, 16)
+    leases.is_short = False
+    leases.open(b"c", "third", 1, 64)
+    assert leases.leased_pages == 16

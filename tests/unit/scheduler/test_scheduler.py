@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -249,17 +251,20 @@ class RandomServing(RuleBasedStateMachine):
     MAX_LENGTH = 24
     NUM_ROWS = 2
     MAX_SESSIONS = 4
+    PAGES_PER_SESSION = -(-MAX_LENGTH // PAGE_SIZE) * NUM_ROWS
+    OPTIONS: ClassVar = {"num_pages": PAGES_PER_SESSION * MAX_SESSIONS}
 
     def __init__(self):
         super().__init__()
-        pages = -(-self.MAX_LENGTH // PAGE_SIZE) * self.NUM_ROWS * self.MAX_SESSIONS
-        self.scheduler = make(num_pages=pages, max_batch_tokens=8, max_decode_tokens=2)
+        self.scheduler = make(max_batch_tokens=8, max_decode_tokens=2, **self.OPTIONS)
         self.sessions: dict[bytes, list[list[int]]] = {}
         self.tokens: dict[int, list[list[int]]] = {}
         self.expected: dict[int, list[list[int]]] = {}
         self.items: dict[int, WorkItem] = {}
+        self.inputs: dict[bytes, list[list[int]]] = {}
         self.finished: dict[bytes, list[int]] = {}
         self.slots: dict[int, int] = {}
+        self.done: dict[int, int] = {}
         self.next_id = 0
 
     @precondition(lambda self: len(self.sessions) < self.MAX_SESSIONS)
@@ -267,8 +272,9 @@ class RandomServing(RuleBasedStateMachine):
     def open(self):
         session_id = self.next_id.to_bytes(4)
         self.next_id += 1
-        self.scheduler.open(session_id, self.NUM_ROWS)
+        self.scheduler.open(session_id, self.NUM_ROWS, "odd" if self.next_id % 2 else "even")
         self.sessions[session_id] = [[] for _ in range(self.NUM_ROWS)]
+        self.inputs[session_id] = [[] for _ in range(self.NUM_ROWS)]
         self.finished[session_id] = []
 
     @precondition(lambda self: self.sessions)
@@ -302,14 +308,46 @@ class RandomServing(RuleBasedStateMachine):
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())
     def close(self, data):
+        self._close(data)
+
+    def _close(self, data):
         session_id = data.draw(st.sampled_from(sorted(self.sessions)))
         self.scheduler.close(session_id)
         del self.sessions[session_id]
 
     @rule()
     def tick(self):
+        self._tick()
+
+    def _tick(self) -> bool:
         batch = self.scheduler.schedule()
         assert batch.num_tokens <= 8
+        self._start_and_rewind(batch)
+        self._write_and_read(batch)
+        for piece in batch.pieces:
+            if not piece.is_restored:
+                assert self.done.get(piece.item_id, 0) == piece.offset
+                self.done[piece.item_id] = piece.offset + piece.num_tokens
+        for item_id in self.scheduler.commit(batch):
+            item = self.items[item_id]
+            self.finished[item.session_id].append(item_id)
+            for piece, tokens in zip(item.rows, self.expected[item_id], strict=True):
+                self.inputs[item.session_id][piece.row] = tokens
+        return bool(batch.pieces or batch.started)
+
+    def _start_and_rewind(self, batch: ScheduledBatch) -> None:
+        for item_id in batch.started:
+            item = self.items[item_id]
+            rows = self.inputs[item.session_id]
+            reorder = item.reorder or range(self.NUM_ROWS)
+            rows[:] = [rows[source][:] for source in reorder]
+            for piece in item.rows:
+                del rows[piece.row][piece.start :]
+        for item_id, num_done in batch.rewound:
+            assert num_done < self.done[item_id]
+            self.done[item_id] = num_done
+
+    def _write_and_read(self, batch: ScheduledBatch) -> None:
         contents = [
             (target, [self.slots.get(source * PAGE_SIZE + i) for i in range(PAGE_SIZE)])
             for source, target in batch.copies
@@ -333,10 +371,10 @@ class RandomServing(RuleBasedStateMachine):
                 for i in range(piece.end)
             ]
             assert read == self._expected(piece)[: piece.end]
-        for item_id in self.scheduler.commit(batch):
-            self.finished[self.items[item_id].session_id].append(item_id)
 
     def _expected(self, piece) -> list[int]:
+        if piece.is_restored:
+            return self.inputs[piece.session_id][piece.row]
         item = self.items[piece.item_id]
         before = 0
         for index, row_slice in enumerate(item.rows):
@@ -358,7 +396,9 @@ class RandomServing(RuleBasedStateMachine):
 
     def teardown(self):
         while self.scheduler.has_work:
-            self.tick()
+            if not self._tick():
+                # Somebody who has nothing to run holds the pages; he is not the last.
+                self._end_an_idle_session()
         for session_id in self.sessions:
             own = [i for i, item in self.items.items() if item.session_id == session_id]
             assert self.finished[session_id] == own
@@ -366,6 +406,43 @@ class RandomServing(RuleBasedStateMachine):
         assert self.scheduler.num_used_pages == 0
         assert self.scheduler.num_queued_tokens == 0
 
+    def _end_an_idle_session(self):
+        raise AssertionError("every session has the pages that it may need")
+
+
+class RandomPreemption(RandomServing):
+    """The same with too few pages: sessions lose theirs and get them back, and nothing is lost."""
+
+    OPTIONS: ClassVar = {
+        "num_pages": RandomServing.PAGES_PER_SESSION + 2,
+        "preempts": True,
+        "max_owner_share": 0.75,
+    }
+
+    @precondition(lambda self: len(self.sessions) == self.MAX_SESSIONS)
+    @rule(data=st.data())
+    def close(self, data):
+        self._close(data)
+
+    @rule(count=st.integers(2, 6))
+    def ticks(self, count):
+        for _ in range(count):
+            self._tick()
+
+    def _end_an_idle_session(self):
+        busy = {
+            self.items[item_id].session_id for item_id in self.items if not self._is_over(item_id)
+        }
+        idle = next(session_id for session_id in self.sessions if session_id not in busy)
+        self.scheduler.close(idle)
+        del self.sessions[idle]
+
+    def _is_over(self, item_id: int) -> bool:
+        session_id = self.items[item_id].session_id
+        return session_id not in self.sessions or item_id in self.finished[session_id]
+
 
 TestRandomServing = RandomServing.TestCase
 TestRandomServing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestRandomPreemption = RandomPreemption.TestCase
+TestRandomPreemption.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)

@@ -1,0 +1,290 @@
+"""Who gives up pages when they run out, and what has to be recomputed then.
+
+Sessions come in the order in which they were opened: the oldest is served first, the newest gives
+up its pages first (first come, first served with recomputation, as in vLLM). Sessions that
+take their owner beyond his share of the pages come after all others, so nobody who keeps to his
+share loses a page to one who does not; and those that have had no step for a while come last,
+since two servers could otherwise each hold what a session on the other waits for. A session only
+ever takes pages from those behind it. Each fits into the cache when it is alone there, so the
+first one always goes on.
+
+Only as many pages are taken as are needed, from the ends of the rows: what is left of a session
+stays valid. Rows that shared pages share them again afterwards. Before a session begins a prompt
+or a recomputation, there must be room for all of it and a page more for each row in front of it;
+otherwise it would be begun again and again.
+
+Decisions on numbers only; owned by the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from planetserve.scheduler.batch import WorkItem
+from planetserve.scheduler.page_allocator import PageAllocator
+from planetserve.scheduler.sequence import Sequence
+from planetserve.scheduler.state import Draft, Lost, Progress, Session
+from planetserve.wire.step import RowSlice
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """There may be too few pages for all ready sessions.
+
+    Attributes:
+        order: every session, the first to be served first.
+        waiting: ready sessions that have to wait.
+    """
+
+    order: tuple[bytes, ...]
+    waiting: frozenset[bytes]
+
+
+class Preemption:
+    """Takes pages from sessions of one scheduler and plans how they come back.
+
+    Args:
+        allocator: the scheduler's pages.
+        page_size: tokens per page.
+        max_owner_pages: the share of one owner.
+    """
+
+    def __init__(self, allocator: PageAllocator, page_size: int, max_owner_pages: int):
+        self._allocator = allocator
+        self._page_size = page_size
+        self._max_owner_pages = max_owner_pages
+        self.num_preemptions = 0
+        """How often a session that had all its pages lost some."""
+        self.num_rewound_tokens = 0
+        """Tokens of unfinished steps that must run again."""
+
+    def shortage(
+        self,
+        sessions: Mapping[bytes, Session],
+        ready: Mapping[bytes, Session],
+        idle: Collection[bytes] = (),
+    ) -> Shortage | None:
+        """Which ready sessions must wait; None if there are pages for everything.
+
+        `idle` are sessions that have had nothing to run for a while.
+        """
+        needs = {
+            session_id: self._pages_to_finish(session) for session_id, session in ready.items()
+        }
+        reserve = sum(len(session.rows) for session in sessions.values())
+        free = self._allocator.num_free
+        if sum(needs.values()) + reserve <= free:
+            return None
+        order = self._order(sessions, idle)
+        behind = sum(session.num_pages for session in sessions.values())
+        waiting = []
+        reserve = 0
+        for session_id in order:
+            session = sessions[session_id]
+            num_pages = session.num_pages
+            behind -= num_pages
+            if session_id in ready:
+                is_new = not session.is_decoding and not session.head.started
+                need = needs[session_id]
+                if need + (reserve if is_new else 0) > free + behind:
+                    waiting.append(session_id)
+                else:
+                    free -= need
+            reserve += len(session.rows) if num_pages else 0
+        return Shortage(order, frozenset(waiting))
+
+    def make_room(
+        self,
+        session_id: bytes,
+        num_tokens: int,
+        sessions: Mapping[bytes, Session],
+        order: tuple[bytes, ...],
+        draft: Draft,
+    ) -> bool:
+        """Take pages from sessions behind this one until its next `num_tokens` tokens fit.
+
+        False if even all of theirs would not do; then nobody loses any.
+        """
+        need = self._pages_needed(sessions[session_id], num_tokens)
+        if need <= self._allocator.num_free:
+            return True
+        behind = order[order.index(session_id) + 1 :]
+        held = sum(sessions[other].num_pages for other in behind)
+        if need > self._allocator.num_free + held:
+            return False
+        for other in reversed(behind):
+            missing = need - self._allocator.num_free
+            if missing <= 0:
+                break
+            if sessions[other].num_pages:
+                self._cut(sessions[other], missing, draft)
+                draft.cut.add(other)
+        return True
+
+    def plan(self, session_id: bytes, session: Session) -> None:
+        """Decide what a session that has lost tokens must recompute before its next step."""
+        lost, step = session.lost, session.queue[0]
+        if lost is None or session.restoring is not None:
+            return
+        targets = list(lost.lengths)
+        if step.item.reorder is None:
+            for piece in step.item.rows:  # what the step overwrites is not needed
+                end = piece.start if not step.started else targets[piece.row]
+                targets[piece.row] = min(targets[piece.row], end)
+        slices = []
+        lost.pending.clear()
+        for row, sequence in enumerate(session.rows):
+            start, end = sequence.length, targets[row]
+            source, shared = lost.forks[row]
+            shared = min(shared, targets[source], end)
+            if shared > start:
+                lost.pending[row] = (source, shared)
+                start = shared
+            if start < end:
+                slices.append(RowSlice(row, start, end - start))
+        if not slices:
+            self.finish(session)
+            return
+        item = WorkItem(step.item.item_id, session_id, tuple(slices))
+        session.restoring = Progress(item, step.arrival, item.num_tokens, False, is_restored=True)
+
+    def finish(self, session: Session) -> None:
+        """Everything that the session had lost is there again."""
+        self.fork(session, len(session.rows))
+        session.lost = session.restoring = None
+
+    def is_fork_due(self, session: Session, row: int) -> bool:
+        """Whether this row or an earlier one still has to become a fork."""
+        return session.lost is not None and any(other <= row for other in session.lost.pending)
+
+    def fork(self, session: Session, last_row: int) -> None:
+        """Let rows up to `last_row` share the pages of earlier rows again, if they are to."""
+        lost = session.lost
+        if lost is None:
+            return
+        for row in [row for row in sorted(lost.pending) if row <= last_row]:
+            source, shared = lost.pending.pop(row)
+            sequence = session.rows[row]
+            sequence.release()
+            twin = session.rows[source].fork(sequence.sequence_id)
+            twin.truncate(shared)
+            session.rows[row] = twin
+
+    def _order(
+        self, sessions: Mapping[bytes, Session], idle: Collection[bytes]
+    ) -> tuple[bytes, ...]:
+        within: list[bytes] = []
+        beyond: list[bytes] = []
+        last: list[bytes] = []
+        owned: dict[str, int] = {}
+        # Dictionaries keep the order in which sessions were opened. What a session will need
+        # counts, not what it holds: or it would be in front again as soon as it has lost pages.
+        for session_id, session in sessions.items():
+            pages = sum(map(self._pages_of, session.planned_lengths))
+            owned[session.owner] = owned.get(session.owner, 0) + pages
+            is_within = owned[session.owner] <= self._max_owner_pages
+            (last if session_id in idle else within if is_within else beyond).append(session_id)
+        return (*within, *beyond, *last)
+
+    def _cut(self, session: Session, num_pages: int, draft: Draft) -> None:
+        """Take at least `num_pages` pages, or all, from the ends of the rows."""
+        rows, size = session.rows, self._page_size
+        lost = session.lost
+        if lost is None:
+            self.num_preemptions += 1
+            lost = Lost([row.length for row in rows], _shared(rows, size))
+        session.lost, session.restoring = lost, None
+        target = self._allocator.num_free + num_pages
+        while self._allocator.num_free < target:
+            longest = max(row.length for row in rows)
+            if not longest:
+                break
+            # At the same place in all rows, because pages that they share lie there.
+            end = (longest - 1) // size * size
+            for row in rows:
+                row.truncate(min(end, row.length))
+        self._rewind(session, lost, draft)
+        if all(row.length == length for row, length in zip(rows, lost.lengths, strict=True)):
+            session.lost = None
+
+    def _rewind(self, session: Session, lost: Lost, draft: Draft) -> None:
+        """What the step under way has done in lost tokens, and after them, it will do again."""
+        step = session.queue[0] if session.queue else None
+        if step is None or not step.num_done:
+            return
+        done = 0
+        for index, piece in enumerate(step.item.rows[: step.row + 1]):
+            ran = step.row_tokens if index == step.row else piece.num_tokens
+            kept = max(0, min(ran, session.rows[piece.row].length - piece.start))
+            if kept < ran:
+                break
+            done += ran
+        else:
+            return
+        for later in step.item.rows[index : step.row + 1]:
+            row = session.rows[later.row]
+            end = later.start + (kept if later is piece else 0)
+            row.truncate(min(row.length, end))
+            lost.lengths[later.row] = end
+        step.row, step.row_tokens = index, kept
+        self.num_rewound_tokens += step.num_done - done - kept
+        step.num_left = step.item.num_tokens - done - kept
+        draft.rewound.append((step.item.item_id, done + kept))
+
+    def _pages_to_finish(self, session: Session) -> int:
+        """Most pages that the session takes until its oldest step is done."""
+        step = session.queue[0]
+        left = step.left()
+        need = self._pages_for(session, left)
+        if session.restoring is not None:
+            need += self._pages_for(session, session.restoring.left())
+        before = 0
+        lengths = [row.length for row in session.rows]
+        if session.lost is not None:
+            lengths = session.lost.lengths
+            before = sum(map(self._pages_of, lengths))
+        if step.item.reorder is not None and not step.started:
+            lengths = [lengths[source] for source in step.item.reorder]
+        ends = {row: end for row, _, end in left}
+        after = sum(self._pages_of(ends.get(row, length)) for row, length in enumerate(lengths))
+        return min(need, max(0, before - session.num_pages, after - session.num_pages))
+
+    def _pages_needed(self, session: Session, num_tokens: int) -> int:
+        """Most pages that the next `num_tokens` tokens take."""
+        slices = []
+        for row, start, end in session.head.left():
+            count = min(num_tokens, end - start)
+            if count:
+                slices.append((row, start, start + count))
+            num_tokens -= count
+        return min(self._pages_for(session, slices), self._pages_to_finish(session))
+
+    def _pages_for(self, session: Session, slices: list[tuple[int, int, int]]) -> int:
+        may_copy = len(session.rows) > 1
+        return sum(
+            self._pages_of(end) - self._pages_of(start)
+            + (may_copy and start % self._page_size != 0)
+            for _, start, end in slices
+        )  # fmt: skip
+
+    def _pages_of(self, length: int) -> int:
+        return -(-length // self._page_size)
+
+
+def _shared(rows: list[Sequence], page_size: int) -> list[tuple[int, int]]:
+    """For each row the earlier one with which it shares most, and how many tokens."""
+    found = []
+    for row, sequence in enumerate(rows):
+        best = (row, 0)
+        for earlier, other in enumerate(rows[:row]):
+            count = 0
+            for mine, theirs in zip(sequence.pages, other.pages, strict=False):
+                if mine != theirs:
+                    break
+                count += 1
+            tokens = min(count * page_size, sequence.length, other.length)
+            if tokens > best[1]:
+                best = (earlier, tokens)
+        found.append(best)
+    return found

@@ -1,0 +1,243 @@
+"""When pages run out: who waits, who gives up pages, and what is computed again."""
+
+from __future__ import annotations
+
+import pytest
+
+from planetserve.errors import ConfigError
+from planetserve.scheduler.batch import ScheduledBatch, WorkItem
+from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from planetserve.wire.step import RowSlice
+
+SIZE = 4
+
+
+def make(num_pages: int, **options) -> Scheduler:
+    settings = {
+        "max_batch_tokens": 256,
+        "max_decode_tokens": SIZE,
+        "max_owner_share": 1.0,
+        **options,
+    }
+    return Scheduler(SchedulerConfig(num_pages, SIZE, preempts=True, **settings))
+
+
+class Serving:
+    """Sessions of one scheduler, stepped by name."""
+
+    def __init__(self, num_pages: int, **options):
+        self.scheduler = make(num_pages, **options)
+        self.finished: list[tuple[str, int]] = []
+        self.names: dict[int, tuple[str, int]] = {}
+
+    def open(self, name: str, num_rows: int = 1, owner: str = "") -> None:
+        self.scheduler.open(name.encode(), num_rows, owner)
+
+    def add(self, name: str, *rows: tuple[int, int, int], reorder=None) -> None:
+        item_id = len(self.names)
+        self.names[item_id] = (name, rows[0][1])
+        slices = tuple(RowSlice(*row) for row in rows)
+        self.scheduler.add(WorkItem(item_id, name.encode(), slices, reorder))
+
+    def tick(self, idle=()) -> ScheduledBatch:
+        batch = self.scheduler.schedule(idle=idle)
+        self.scheduler.check_integrity()
+        self.finished += [self.names[item_id] for item_id in self.scheduler.commit(batch)]
+        return batch
+
+    def run(self) -> list[ScheduledBatch]:
+        batches = []
+        while self.scheduler.has_work:
+            batches.append(self.tick())
+            if not batches[-1].pieces:
+                break
+        return batches
+
+    def fill(self, name: str, length: int) -> None:
+        """Tokens that come as decode steps do."""
+        for start in range(0, length, SIZE):
+            self.add(name, (0, start, SIZE))
+            self.run()
+
+    @property
+    def waiting(self) -> set[str]:
+        return {session_id.decode() for session_id in self.scheduler.waiting}
+
+
+def restored(batches: list[ScheduledBatch]) -> list[tuple[str, int, int]]:
+    return [
+        (piece.session_id.decode(), piece.start, piece.end)
+        for batch in batches
+        for piece in batch.pieces
+        if piece.is_restored
+    ]
+
+
+def test_the_newest_gives_up_what_the_oldest_needs_and_no_more():
+    serving = Serving(9)
+    for name in ("old", "mid", "new"):
+        serving.open(name)
+        serving.fill(name, 12)
+    serving.add("old", (0, 12, 1))
+    serving.run()
+    assert serving.finished[-1] == ("old", 12)
+    assert serving.scheduler.num_preemptions == 1
+    # Only the last page of the newest one is gone, and only that is computed again.
+    serving.add("new", (0, 12, 1))
+    serving.run()
+    assert serving.waiting == {"new"}
+    serving.scheduler.close(b"mid")
+    batches = serving.run()
+    assert restored(batches) == [("new", 8, 12)]
+    assert serving.finished[-1] == ("new", 12)
+    assert serving.scheduler.num_recomputed_tokens == 4
+
+
+def test_nobody_takes_pages_from_an_older_session():
+    serving = Serving(4)
+    serving.open("old")
+    serving.fill("old", 12)
+    serving.open("new")
+    serving.fill("new", 4)
+    serving.add("new", (0, 4, 1))
+    assert not serving.tick().pieces
+    assert serving.waiting == {"new"}
+    assert serving.scheduler.num_preemptions == 0
+    serving.scheduler.close(b"old")
+    serving.run()
+    assert serving.finished[-1] == ("new", 4)
+
+
+def test_a_session_without_steps_loses_pages_to_newer_ones():
+    serving = Serving(4)
+    serving.open("old")
+    serving.fill("old", 12)
+    serving.open("new")
+    serving.fill("new", 4)
+    serving.add("new", (0, 4, 1))
+    assert serving.tick(idle={b"old"}).pieces
+    assert serving.finished[-1] == ("new", 4)
+    serving.scheduler.close(b"new")
+    serving.add("old", (0, 12, 1))
+    assert restored(serving.run()) == [("old", 8, 12)]
+
+
+def test_an_owner_beyond_his_share_loses_first_however_old_his_sessions_are():
+    serving = Serving(8, max_owner_share=0.5)
+    for name in ("greedy 1", "greedy 2"):
+        serving.open(name, owner="greedy")
+        serving.fill(name, 12)
+    serving.open("modest", owner="modest")
+    serving.fill("modest", 8)
+    serving.add("modest", (0, 8, 1))
+    serving.add("greedy 2", (0, 12, 1))
+    serving.run()
+    assert serving.finished[-1] == ("modest", 8)
+    assert serving.waiting == {"greedy 2"}
+    # Within the share age counts: the first one of the greedy loses nothing to a newer session.
+    serving.add("modest", (0, 9, 12))
+    serving.run()
+    serving.add("greedy 1", (0, 12, 1))
+    serving.run()
+    assert serving.finished[-1] == ("greedy 1", 12)
+
+
+def test_a_prompt_begins_only_when_there_is_room_for_all_of_it():
+    serving = Serving(8, max_batch_tokens=8)
+    serving.open("old")
+    serving.fill("old", 16)
+    serving.open("new")
+    serving.add("new", (0, 0, 16))
+    # Four pages are free, but the older session may need one soon.
+    assert not serving.tick().pieces
+    assert serving.waiting == {"new"}
+    serving.open("small")
+    serving.add("small", (0, 0, 8))
+    serving.run()
+    assert serving.finished[-1] == ("small", 0)
+    serving.scheduler.close(b"old")
+    serving.run()
+    assert serving.finished[-1] == ("new", 0)
+    assert serving.scheduler.num_preemptions == 0
+
+
+def test_a_prompt_that_is_interrupted_goes_on_where_its_pages_end():
+    serving = Serving(8, max_batch_tokens=8)
+    serving.open("old")
+    serving.fill("old", 4)
+    serving.open("new")
+    serving.add("new", (0, 0, 24))
+    for _ in range(2):
+        serving.tick()
+    serving.add("old", (0, 4, 16))
+    batches = serving.run()
+    assert [rewound for batch in batches for rewound in batch.rewound] == [(1, 12)]
+    assert serving.finished[-1] == ("old", 4)
+    serving.scheduler.close(b"old")
+    batches = serving.run()
+    assert restored(batches) == []
+    assert batches[0].pieces[0].start == 12
+    assert serving.finished[-1] == ("new", 0)
+    assert serving.scheduler.num_recomputed_tokens == 4
+
+
+def test_rows_share_pages_again_after_these_were_taken():
+    serving = Serving(20)
+    serving.open("old")
+    serving.fill("old", 4)
+    serving.open("beams", num_rows=3)
+    serving.add("beams", (0, 0, 22))
+    serving.run()
+    every = ((0, 22, 1), (1, 22, 1), (2, 22, 1))
+    serving.add("beams", *every, reorder=(0, 0, 0))
+    serving.run()
+    before = serving.scheduler.num_used_pages
+    assert before == 1 + 5 + 3
+    serving.add("old", (0, 4, 74))
+    serving.run()
+    assert serving.scheduler.num_used_pages == 20
+    serving.add("old", (0, 4, 1))
+    serving.add("beams", (0, 23, 1), (1, 23, 1), (2, 23, 1), reorder=(2, 1, 0))
+    batches = serving.run()
+    assert serving.finished[-1] == ("beams", 23)
+    assert serving.scheduler.num_used_pages == before + 1
+    for batch in batches:
+        written = {slot // SIZE for piece in batch.pieces for slot in piece.slots}
+        # A page is copied before anything is written, so not one that is filled in this batch.
+        assert not written & {source for source, _ in batch.copies}
+    # The first row anew, and of the others only what was their own.
+    assert restored(batches) == [("beams", 0, 23), ("beams", 20, 23), ("beams", 20, 23)]
+
+
+def test_what_a_step_overwrites_is_not_computed_again():
+    serving = Serving(6)
+    serving.open("old")
+    serving.fill("old", 8)
+    serving.open("new")
+    serving.fill("new", 16)
+    serving.add("old", (0, 8, 8))
+    serving.run()
+    serving.scheduler.close(b"old")
+    serving.add("new", (0, 0, 2))
+    assert restored(serving.run()) == []
+    assert serving.finished[-1] == ("new", 0)
+
+
+def test_a_session_that_fills_the_cache_gets_all_of_it():
+    serving = Serving(6, max_owner_share=0.1)
+    for name in ("first", "second"):
+        serving.open(name, num_rows=2)
+        serving.add(name, (0, 0, 12), (1, 0, 12))
+    serving.run()
+    assert serving.finished == [("first", 0)]
+    serving.add("first", (0, 2, 10), (1, 3, 9), reorder=(1, 0))
+    serving.run()
+    assert serving.finished[-1] == ("first", 2)
+    serving.scheduler.close(b"first")
+    serving.run()
+    assert serving.finished[-1] == ("second", 0)
+
+
+def test_models_that_need_whole_steps_cannot_lose_pages():
+    with pytest.raises(ConfigError):
+        make(4, chunkable=False)

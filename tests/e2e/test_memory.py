@@ -95,7 +95,7 @@ def test_forks_of_a_session_share_its_pages(
 def test_full_server_refuses_and_small_sessions_still_get_in(
     llama_folder: Path, prompt: torch.Tensor
 ) -> None:
-    options = {"attn_cache_tokens": 128, "inference_max_length": 128}
+    options = {"attn_cache_tokens": 128, "inference_max_length": 128, "kv_overcommit": 1.0}
     with (
         LocalSwarm(str(llama_folder), ["0:6"], options) as swarm,
         AutoDistributedModelForCausalLM.from_pretrained(

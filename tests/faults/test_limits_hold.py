@@ -33,6 +33,7 @@ OPTIONS = {
     "max_peer_sessions": 12,
     "max_peer_queued_mib": 1,
     "max_peer_kv_share": 0.25,
+    "kv_overcommit": 1.0,
 }
 
 

@@ -224,16 +224,17 @@ class Worker:
             self._isolate(batch.pieces, error)
         work_s = self._work_clock() - started_s
         is_single = len({piece.session_id for piece in batch.pieces}) == 1
-        for item_id in self._scheduler.commit(batch):
-            job = self._jobs.pop(item_id)
-            if self._inputs is not None:
-                self._inputs.extend(job.item.session_id, job.table, job.hidden_TD)
-                self._finished_s[job.item.session_id] = self._clock.monotonic()
+        finished = [self._jobs.pop(item_id) for item_id in self._scheduler.commit(batch)]
+        for job in finished:
             job.ran_alone = is_single and job.submitted_s >= self._idle_since_s
             whole = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs)
             self._resolved.append((job, whole))
         self._idle_since_s = now_s = self._clock.monotonic()
         self._publish()  # whoever waits should not wait for the book-keeping
+        if self._inputs is not None:
+            for job in finished:
+                self._inputs.extend(job.item.session_id, job.table, job.hidden_TD)
+                self._finished_s[job.item.session_id] = now_s
         self._chunk_budget.record(
             batch.decoding,
             batch.num_tokens - batch.num_prefill_tokens,

@@ -398,6 +398,7 @@ async def test_a_session_that_waits_too_long_for_pages_ends_with_a_retryable_err
             engine.open_session(session_id, "peer", 1, 64)
         await fill(engine, b"old", 48)
         await fill(engine, b"new", 16)
+        await settled(engine)
         used = engine.stats().kept_input_bytes
         assert used == 64 * HIDDEN_SIZE * 4
         stuck = engine.submit(b"new", table(16, 16), torch.randn(16, HIDDEN_SIZE))

@@ -70,7 +70,12 @@ class ServerPoint:
             )
         if self.id == CLIENT:
             raise ConfigError(f"a server cannot be called {CLIENT!r}: that names the client")
-        if not 0 <= self.start < self.end:
+        if self.start < 0:
+            raise ConfigError(
+                f"server {self.id!r}: span {self.start}:{self.end} leaves the model, "
+                "whose first block is 0"
+            )
+        if self.start >= self.end:
             raise ConfigError(
                 f"server {self.id!r}: span {self.start}:{self.end} is empty or reversed"
             )

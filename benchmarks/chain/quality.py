@@ -239,6 +239,5 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
         for name, point in row["chosen"].items():
             axis.plot(*point, "o", label=name, alpha=0.8)
         axis.set(xlabel="ms per token", ylabel="tokens/s", title=f"{kind}, seed {row['seed']}")
-        axis.set(xscale="log")
     axes[1].legend(fontsize="x-small")
     return {"fronts": figure}

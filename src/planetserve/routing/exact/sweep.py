@@ -29,6 +29,8 @@ DEFAULT_EFFORT = 200_000
 a small part of the model."""
 _PROVING_SHARE = 0.3
 """Part of the effort for floor after floor; the rest is for where the most may be gained."""
+_PROVING_TIME = 0.5
+"""The same of the time, so that a slow machine gets to a rough front of all throughputs."""
 _SEARCH_SHARE = 0.1
 """Part of the effort that one search for a proof may take, so that a hard floor leaves some."""
 _LEAST_RATE = 1e-12
@@ -74,7 +76,7 @@ def sweep(problem: RoutingProblem, effort: int, time_limit_s: float = math.inf) 
 def _prove_upwards(work: Work, solver: FloorSolver, stop_at: int) -> None:
     """Floor after floor, until there is none or no more than `stop_at` of the effort is left."""
     best = solver.prove(_LEAST_RATE, work.left - stop_at)
-    while best is not None and work.left > stop_at and not work.is_over():
+    while best is not None and work.left > stop_at and not work.is_over(_PROVING_TIME):
         rate = best.throughput_tokens_per_s * (1 + TOLERANCE)
         best = solver.prove(rate, work.left - stop_at)
 

@@ -29,7 +29,7 @@ class Work:
     """
 
     def __init__(self, problem: RoutingProblem, effort: int, time_limit_s: float = math.inf):
-        self._end_s = time.perf_counter() + time_limit_s
+        self._started_s, self._time_limit_s = time.perf_counter(), time_limit_s
         self.problem = problem
         self.graph = RunGraph.build(problem)
         self.left = effort
@@ -39,9 +39,10 @@ class Work:
         self._priced: dict[Hosts, Chain] = {}
         self._front: list[tuple[float, float, Chain, Hosts]] = []
 
-    def is_over(self) -> bool:
-        """Whether effort or time is used up."""
-        return self.left <= 0 or time.perf_counter() >= self._end_s
+    def is_over(self, part: float = 1.0) -> bool:
+        """Whether the effort is used up, or that part of the time."""
+        late = time.perf_counter() - self._started_s >= part * self._time_limit_s
+        return self.left <= 0 or late
 
     def spend_passes(self, passes: float) -> None:
         """Count bounds for all blocks, or parts of them."""

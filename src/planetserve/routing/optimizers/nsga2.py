@@ -49,7 +49,7 @@ class Nsga2:
         generations: int = 40,
         seed: int | None = 0,
         warm_start: bool = True,
-        time_limit_s: float = 1.4,
+        time_limit_s: float = 1.6,
     ):
         if objectives not in (2, 3, 4):
             raise ConfigError(f"objectives must be 2, 3 or 4, not {objectives!r}")

@@ -1,19 +1,23 @@
 """Section `simulation`: what users of whole swarms would see, in simulated time.
 
 Every scenario of `configs/scenarios/`, every policy, several seeds; a seed gives all policies the
-same machines, requests and departures. Times are simulated: the machine that this runs on decides
-nothing but how long it takes.
+same machines, requests and departures. Two of them also under several loads. Times are simulated:
+the machine that this runs on decides nothing but how long it takes.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
+
+from common import environment
 
 from chain.output import markdown, new_figure, say
 from planetserve.simulation.command import simulate
 from planetserve.simulation.report import as_document
-from planetserve.simulation.scenario import load_scenario
+from planetserve.simulation.scenario import LoadedScenario, load_scenario
 from planetserve.simulation.summary import interval
 
 POLICIES = {
@@ -32,91 +36,145 @@ SCENARIOS = {
     "planet_1000": _THREE,
     "planet_10000": _THREE,
 }
-"""Policies of each: the larger, the fewer, since all runs together take a quarter of an hour."""
+"""Policies of each: the larger, the fewer."""
+LOADS = {"home_4": (0.05, 0.2, 0.4, 0.8), "city_14": (0.1, 0.2, 0.6)}
+"""Requests per second, besides the scenario's own, up to more than the swarm can serve."""
+PARTS = (*SCENARIOS, *(f"{name}_loads" for name in LOADS))
 SEEDS = 5
 
 
-def measure(quick: bool) -> dict[str, Any]:
-    runs = []
-    for name in list(SCENARIOS)[:1] if quick else SCENARIOS:
-        loaded = load_scenario(name)
-        if quick:
-            loaded = loaded.with_workload(warmup_s=0, duration_s=60)
-        seeds = range(2 if quick else SEEDS)
-        shown: set[str] = set()
+def measure(quick: bool, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """Results by part."""
+    return {part: _measured(part, quick) for part in (parts[:1] if quick else parts)}
 
-        def progress(what: str, _share: float, shown: set[str] = shown) -> None:
-            if what not in shown:
-                shown.add(what)
-                say(f"  {what}")
 
-        started_s = time.process_time()
-        found = simulate(loaded, SCENARIOS[name], seeds, progress)
-        document = as_document(loaded, seeds, found)
-        runs.append({**document, "cpu_s": round(time.process_time() - started_s, 1)})
-    return {"scenarios": runs}
+def _measured(part: str, quick: bool) -> dict[str, Any]:
+    settings = environment()
+    name = part.removesuffix("_loads")
+    loaded = load_scenario(name)
+    if quick:
+        loaded = loaded.with_workload(warmup_s=0, duration_s=60)
+    seeds = range(2 if quick else SEEDS)
+    started_s = time.process_time()
+    if name == part:
+        runs = [_run(loaded, SCENARIOS[name], seeds)]
+    else:
+        rates = LOADS[name]
+        runs = [_run(loaded.with_workload(requests_per_s=rate), _THREE, seeds) for rate in rates]
+    cpu_s = round(time.process_time() - started_s, 1)
+    return {"date": settings["date"], "commit": settings["commit"], "cpu_s": cpu_s, "runs": runs}
+
+
+def _run(loaded: LoadedScenario, policies: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    shown: set[str] = set()
+
+    def progress(what: str, _share: float) -> None:
+        if what not in shown:
+            shown.add(what)
+            say(f"  {what}")
+
+    return as_document(loaded, seeds, simulate(loaded, policies, seeds, progress))
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    rows, targets = [], []
-    for run in result["scenarios"]:
-        for policy, found in run["optimizers"].items():
-            rows.append(
-                [
-                    f"{run['scenario']}, {POLICIES[policy]}",
-                    _with_half(found, "token_mean_ms"),
-                    found["mean"]["token_p50_ms"],
-                    found["mean"]["token_p99_ms"],
-                    _with_half(found, "first_token_mean_s", digits=1),
-                    found["mean"]["first_token_p99_s"],
-                    _with_half(found, "slo_share", 100.0),
-                    _with_half(found, "tokens_per_s"),
-                    found["mean"]["failed"],
-                    found["mean"]["jumps"],
-                    found["mean"]["moves"],
-                ]
-            )
-        targets.append(
-            [
-                run["scenario"],
-                _percent(run, "random"),
-                _percent(run, "petals_min_latency"),
-                _percent(run, "petals_min_latency+folded"),
-                _at_best(run),
-                _slo_ratio(run),
-            ]
-        )
-    targets.append(["target", "-50 %", "-25 %", None, None, "1.5"])
-    header = ["scenario, policy", "ms per token", "p50", "p99", "first token, s", "p99",
-              "SLO, %", "tokens/s", "failed", "jumps", "moves"]  # fmt: skip
-    swarms = [
+    runs = _scenarios(result)
+    header = ["scenario, policy", "ms per token", "p50", "p99", "normalised", "first token, s",
+              "p99", "SLO, %", "tokens/s", "failed", "jumps", "moves"]  # fmt: skip
+    rows = [
+        [
+            f"{run['scenario']}, {POLICIES[policy]}",
+            _with_half(found, "token_mean_ms"),
+            found["mean"]["token_p50_ms"],
+            found["mean"]["token_p99_ms"],
+            _with_half(found, "normalised_mean_ms"),
+            _with_half(found, "first_token_mean_s", digits=1),
+            found["mean"]["first_token_p99_s"],
+            _with_half(found, "slo_share", 100.0),
+            _with_half(found, "tokens_per_s"),
+            found["mean"]["failed"],
+            found["mean"]["jumps"],
+            found["mean"]["moves"],
+        ]
+        for run in runs
+        for policy, found in run["optimizers"].items()
+    ]
+    targets = [
         [
             run["scenario"],
-            run["servers"],
-            run["workload"]["requests_per_s"],
-            len(run["seeds"]),
-            round(_mean(run, OURS, "requests")),
-            run["workload"]["prompt_tokens"],
-            run["workload"]["output_tokens"],
-            100.0 * _mean(run, OURS, "busy_share"),
-            _mean(run, OURS, "tokens_per_tick"),
-            _mean(run, OURS, "departures"),
-            _mean(run, OURS, "idle_ms"),
-            run["cpu_s"] / len(run["seeds"]) / len(run["optimizers"]),
+            _change(run, "random", "token_mean_ms"),
+            _at_best(run, "random"),
+            _change(run, "random", "normalised_mean_ms"),
+            _change(run, "petals_min_latency", "token_mean_ms"),
+            _at_best(run, "petals_min_latency"),
+            _change(run, "petals_min_latency", "normalised_mean_ms"),
+            _slo_ratio(run),
         ]
-        for run in result["scenarios"]
+        for run in runs
     ]
+    targets.append(["target", "-50 %", None, None, "-25 %", None, None, "1.5"])
     return {
         "swarms": markdown(
             ["scenario", "servers", "requests/s", "seeds", "requests counted per seed",
              "prompt tokens", "output tokens", "servers busy, %", "tokens per pass", "departures",
-             "ms per token, idle swarm", "CPU s per run"], swarms),
+             "ms per token, idle swarm", "CPU s per run"],
+            [_swarm(run, result[run["scenario"]]["cpu_s"]) for run in runs]),
         "results": markdown(header, rows),
         "targets": markdown(
-            ["ours against", "random: ms per token", "Petals: ms per token",
-             "Petals, knowing loads", "random, at best", "SLO attainment, times random's"],
-            targets),
+            ["ours against", "random: ms per token", "the same at best", "normalised",
+             "Petals: ms per token", "the same at best", "normalised",
+             "SLO attainment, times random's"], targets),
+        "loads": markdown(
+            ["scenario, requests/s", *(f"{POLICIES[policy]}, normalised" for policy in _THREE),
+             "ours against Petals, normalised", "the same, ms per token",
+             "failed, %: random / Petals / ours", "SLO, %: the same"],
+            [_load(run) for name in LOADS for run in _loads(result, name)]),
     }  # fmt: skip
+
+
+def _scenarios(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of whole scenarios, as far as there are any."""
+    return [result[name]["runs"][0] for name in SCENARIOS if name in result]
+
+
+def _loads(result: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """A scenario's runs under every load, ascending."""
+    parts = [result[part]["runs"] for part in (name, f"{name}_loads") if part in result]
+    return sorted(itertools.chain.from_iterable(parts), key=_rate)
+
+
+def _rate(run: dict[str, Any]) -> float:
+    rate: float = run["workload"]["requests_per_s"]
+    return rate
+
+
+def _swarm(run: dict[str, Any], cpu_s: float) -> list[object]:
+    return [
+        run["scenario"],
+        run["servers"],
+        _rate(run),
+        len(run["seeds"]),
+        round(_mean(run, OURS, "requests")),
+        run["workload"]["prompt_tokens"],
+        run["workload"]["output_tokens"],
+        100.0 * _mean(run, OURS, "busy_share"),
+        _mean(run, OURS, "tokens_per_tick"),
+        _mean(run, OURS, "departures"),
+        _mean(run, OURS, "idle_ms"),
+        cpu_s / len(run["seeds"]) / len(run["optimizers"]),
+    ]
+
+
+def _load(run: dict[str, Any]) -> list[object]:
+    failed = [100 * _mean(run, name, "failed") / _mean(run, name, "requests") for name in _THREE]
+    attained = [100 * _mean(run, name, "slo_share") for name in _THREE]
+    return [
+        f"{run['scenario']}, {_rate(run):g}",
+        *(_with_half(run["optimizers"][name], "normalised_mean_ms") for name in _THREE),
+        _change(run, "petals_min_latency", "normalised_mean_ms"),
+        _change(run, "petals_min_latency", "token_mean_ms"),
+        " / ".join(f"{share:.0f}" for share in failed),
+        " / ".join(f"{share:.0f}" for share in attained),
+    ]
 
 
 def _mean(run: dict[str, Any], policy: str, key: str) -> float:
@@ -130,21 +188,22 @@ def _with_half(found: dict[str, Any], key: str, factor: float = 1.0, digits: int
     return text if half is None else f"{text} ± {factor * half:.{digits}f}"
 
 
-def _percent(run: dict[str, Any], other: str) -> str | None:
-    """How much less or more ours takes per token than the other policy, seed by seed."""
-    if other not in run["optimizers"]:
-        return None
+def _change(run: dict[str, Any], other: str, key: str) -> str:
+    """How much less or more ours has of `key` than the other policy, seed by seed."""
     pairs = zip(run["optimizers"][OURS]["seeds"], run["optimizers"][other]["seeds"], strict=True)
-    changes = [100.0 * (ours["token_mean_ms"] / o["token_mean_ms"] - 1) for ours, o in pairs]
-    mean, half = interval(changes)
-    return f"{mean:+.0f} %" if len(changes) < 2 else f"{mean:+.0f} ± {half:.0f} %"
+    return _percent([100.0 * (ours[key] / theirs[key] - 1) for ours, theirs in pairs])
 
 
-def _at_best(run: dict[str, Any]) -> str:
-    """How much less than random's any policy could take, were the swarm idle for everybody."""
-    seeds = run["optimizers"]["random"]["seeds"]
+def _at_best(run: dict[str, Any], other: str) -> str:
+    """How much less per token any policy could take, were the swarm idle for everybody."""
+    seeds = run["optimizers"][other]["seeds"]
     mean, _ = interval([100.0 * (one["idle_ms"] / one["token_mean_ms"] - 1) for one in seeds])
     return f"{mean:+.0f} %"
+
+
+def _percent(changes: Sequence[float]) -> str:
+    mean, half = interval(changes)
+    return f"{mean:+.0f} %" if len(changes) < 2 else f"{mean:+.0f} ± {half:.0f} %"
 
 
 def _slo_ratio(run: dict[str, Any]) -> str:
@@ -153,27 +212,56 @@ def _slo_ratio(run: dict[str, Any]) -> str:
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
-    figure, axes = new_figure(2)
+    return {"policies": _by_policy(_scenarios(result)), "loads": _by_load(result)}
+
+
+def _by_policy(runs: list[dict[str, Any]]) -> Any:
+    figure, axes = new_figure(3)
     width = 0.8 / len(POLICIES)
-    names = [run["scenario"] for run in result["scenarios"]]
-    panels = (("token_mean_ms", 1.0, "ms per token"), ("slo_share", 100.0, "SLO attainment, %"))
+    panels = (
+        ("token_mean_ms", 1.0, "ms per token"),
+        ("normalised_mean_ms", 1.0, "normalised latency, ms per token"),
+        ("slo_share", 100.0, "SLO attainment, %"),
+    )
     for axis, (key, factor, title) in zip(axes, panels, strict=True):
         for place, (policy, label) in enumerate(POLICIES.items()):
-            runs = [
-                (i, run["optimizers"][policy])
-                for i, run in enumerate(result["scenarios"])
-                if policy in run["optimizers"]
-            ]
-            found = [one for _, one in runs]
+            has = [(i, run["optimizers"]) for i, run in enumerate(runs)]
+            found = [(i, one[policy]) for i, one in has if policy in one]
             axis.bar(
-                [i + (place - (len(POLICIES) - 1) / 2) * width for i, _ in runs],
-                [factor * one["mean"][key] for one in found],
+                [i + (place - (len(POLICIES) - 1) / 2) * width for i, _ in found],
+                [factor * one["mean"][key] for _, one in found],
                 width,
-                yerr=[factor * (one["half_interval_95"][key] or 0.0) for one in found],
+                yerr=[factor * (one["half_interval_95"][key] or 0.0) for _, one in found],
                 label=label,
                 capsize=2,
             )
+        names = [run["scenario"] for run in runs]
         axis.set_xticks(range(len(names)), names, rotation=20, fontsize="small")
         axis.set(title=title)
     axes[0].legend(fontsize="x-small")
-    return {"policies": figure}
+    return figure
+
+
+def _by_load(result: dict[str, Any]) -> Any:
+    figure, axes = new_figure(len(LOADS))
+    for axis, name in zip(axes, LOADS, strict=True):
+        runs = _loads(result, name)
+        for policy in _THREE:
+            found = [run["optimizers"][policy] for run in runs]
+            axis.errorbar(
+                [_rate(run) for run in runs],
+                [one["mean"]["normalised_mean_ms"] for one in found],
+                yerr=[one["half_interval_95"]["normalised_mean_ms"] or 0.0 for one in found],
+                label=POLICIES[policy],
+                marker="o",
+                capsize=2,
+            )
+        axis.set(
+            title=name,
+            xlabel="requests per second",
+            ylabel="normalised latency, ms per token",
+            xscale="log",
+            ylim=(0, None),
+        )
+        axis.legend(fontsize="small")
+    return figure

@@ -40,7 +40,11 @@ def main() -> None:
         generator = torch.Generator().manual_seed(number)
         ids = torch.randint(5, 500, (1, task["prompt_tokens"]), generator=generator)
         with AutoDistributedModelForCausalLM.from_pretrained(
-            task["model"], initial_peers=task["peers"], allowed_servers=allowed, chain_spread=0
+            task["model"],
+            initial_peers=task["peers"],
+            allowed_servers=allowed,
+            chain_spread=0,
+            chain_doubt=0,
         ) as model:
             snapshot = model.runtime.snapshot()
             watch = Stopwatch()

@@ -64,6 +64,12 @@ class Record:
     num_replayed: int = 0
     """Tokens computed again by a server that took over, summed over servers."""
 
+    @property
+    def normalised_ms(self) -> float:
+        """Of a request that was served: from its arrival to its end, by output token."""
+        lasted_s = self.ended_s - self.request.arrival_s
+        return 1000.0 * lasted_s / self.request.output_tokens
+
 
 class Session:
     """Serves one request; the simulation gets `record` when it has ended.

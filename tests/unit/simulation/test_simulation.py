@@ -70,6 +70,9 @@ def test_every_request_ends_once_with_all_its_tokens_or_counts_as_failed(
         if record.outcome is Outcome.DONE:
             assert len(record.gaps_ms) == record.request.output_tokens - 1
             assert all(gap > 0 for gap in record.gaps_ms)
+            lasted_ms = 1000.0 * record.first_token_s + sum(record.gaps_ms)
+            by_token_ms = lasted_ms / record.request.output_tokens
+            assert record.normalised_ms == pytest.approx(by_token_ms)
         else:
             assert record.outcome is Outcome.NO_CHAIN
     for server in simulation.servers:

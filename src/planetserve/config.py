@@ -103,6 +103,10 @@ class ClientConfig:
     chain_spread: float = 0.1
     """A chain may be slower than the best one by up to this share, so that clients that plan at
     once choose different ones; 0 always takes the best."""
+    chain_doubt: float = 0.5
+    """How little to believe in the loads that servers announce, which will have changed before the
+    session ends: this part of the expected wait at a server is one pass of it, however idle it
+    looks. 0 expects the loads of now."""
     replan_period: float = 10.0
     """Seconds between looks for a better chain while a session runs; 0 never looks."""
     replan_gain: float = 0.2
@@ -123,8 +127,10 @@ class ClientConfig:
             self, "max_retries", "min_backoff", "max_backoff", "ban_timeout", "max_pinged",
             "wait_for_blocks_timeout", "replan_period", "replan_gain",
         )  # fmt: skip
-        if not 0 <= self.chain_spread <= 1:
-            raise ConfigError(f"chain_spread={self.chain_spread:g} is not between 0 and 1")
+        for name in ("chain_spread", "chain_doubt"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name}={value:g} is not between 0 and 1")
         if self.max_backoff < self.min_backoff:
             raise ConfigError(
                 f"max_backoff={self.max_backoff:g} is below min_backoff={self.min_backoff:g}"

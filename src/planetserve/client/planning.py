@@ -276,8 +276,9 @@ class ChainPlanner:
 
     def _make_optimizer(self, seed: int) -> ChainOptimizer:
         """The optimizer of the settings; those that draw among equals draw by `seed`."""
-        spread = self._config.chain_spread
-        return OPTIMIZERS.create_from(self._config.chain_optimizer, spread=spread, seed=seed)
+        config = self._config
+        offered = {"spread": config.chain_spread, "doubt": config.chain_doubt, "seed": seed}
+        return OPTIMIZERS.create_from(config.chain_optimizer, **offered)
 
     def _optimize(
         self, snapshot: SwarmSnapshot, tokens: int, seed: int | None, gap: Gap | None

@@ -96,8 +96,8 @@ class Policy:
 
     def create(self, seed: int) -> ChainOptimizer:
         """The optimizer, made as `ChainPlanner` makes it."""
-        spread = CLIENT_CONFIG.chain_spread
-        return OPTIMIZERS.create_from(self.optimizer, spread=spread, seed=seed)
+        spread, doubt = CLIENT_CONFIG.chain_spread, CLIENT_CONFIG.chain_doubt
+        return OPTIMIZERS.create_from(self.optimizer, spread=spread, doubt=doubt, seed=seed)
 
 
 class Directory:

@@ -67,7 +67,8 @@ def test_missing_blocks_and_full_caches_are_reported_by_true_numbers() -> None:
 
 
 def test_trusted_blocks_are_cut_to_the_remote_ones() -> None:
-    made = planner(local_blocks="0:1,7:8", trusted_servers=("a",), trusted_blocks="0:2,-2:,7:8")
+    trusted = {"trusted_servers": ("a",), "trusted_blocks": "0:2,-2:,7:8"}
+    made = planner(local_blocks="0:1,7:8", chain_doubt=0.0, **trusted)
     assert made.trusted == {BlockSpan(1, 2): {"a"}, BlockSpan(6, 7): {"a"}}
     chain = made.plan([server("a", 0, 8, decode_ms_per_block=50.0), server("b", 0, 8)], 1, 1)
     assert [hop.span for hop in chain if hop.peer_id == "a"] == [BlockSpan(1, 2), BlockSpan(6, 7)]
@@ -153,6 +154,18 @@ def test_sessions_of_one_client_spread_as_well() -> None:
     made = planner()
     first_hops = {made.plan(NEARLY_EQUAL, 1, 10).hops[0].peer_id for _ in range(60)}
     assert len(first_hops) > 2
+
+
+def test_a_load_that_may_pass_counts_half() -> None:
+    servers = [
+        server("busy", 0, 8, decode_ms_per_block=15.0, alone_ms_per_block=10.0),
+        server("idle", 0, 8, decode_ms_per_block=12.0, alone_ms_per_block=12.0),
+    ]
+
+    def chosen(doubt: float) -> str:
+        return planner(chain_spread=0.0, chain_doubt=doubt).plan(servers, 1, 1).hops[0].peer_id
+
+    assert (chosen(0.0), chosen(0.5)) == ("idle", "busy")
 
 
 def test_spread_is_offered_only_to_optimizers_that_know_it() -> None:

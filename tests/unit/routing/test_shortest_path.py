@@ -100,3 +100,23 @@ def of_equals(servers: list[ServerPoint]) -> SwarmSnapshot:
 def test_spread_must_be_a_fraction() -> None:
     with pytest.raises(ConfigError, match="spread"):
         ShortestPath(spread=1.5)
+
+
+def test_doubt_believes_half_of_a_load() -> None:
+    def chosen(wait_ms: float, doubt: float) -> tuple[str, float]:
+        snapshot = SwarmSnapshot(
+            num_blocks=4,
+            activation_bytes_per_token=0,
+            hop_overhead_ms=0.0,
+            default_rtt_ms=0.0,
+            servers=(
+                ServerPoint("busy", 0, 4, 10.0, 1e3, 1e6, 10, wait_ms=wait_ms),
+                ServerPoint("idle", 0, 4, 12.0, 1e3, 1e6, 10),
+            ),
+        )
+        chain = ShortestPath(doubt=doubt).plan(snapshot, ChainRequest())
+        return chain.hops[0].peer_id, chain.latency_ms
+
+    assert chosen(20.0, doubt=0.0) == ("idle", 48.0)
+    assert chosen(20.0, doubt=0.5) == ("busy", 60.0)  # expected 40 + 10 + 20 and 48 + 24
+    assert chosen(30.0, doubt=0.5) == ("idle", 48.0)  # expected 40 + 15 + 20 and 48 + 24

@@ -5,10 +5,15 @@ blocks `[0, b]`, the last of them on server `s`. The next block runs on the same
 another one after half a round trip and a visit. Servers may be entered and left anywhere inside
 their spans and visited again, so this is the whole space of chains: `num_blocks` steps of
 `servers ** 2`. RTTs need not obey the triangle inequality.
+
+Clients in a crowd do not want quite that chain. What servers announce of their load is some seconds
+old, and the session will run for a minute: the good server that looks idle now is where everybody
+goes who plans now. `spread` and `doubt` allow for it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 
@@ -32,22 +37,37 @@ class ShortestPath:
         seed: of those random factors; None draws a fresh one for every plan. With one seed a
             server keeps its factor whoever else is there, so that others' coming and going
             changes no preference.
+        doubt: 0 believes that steps will wait at servers as long as they do now. Otherwise this
+            part of the expected wait is one pass of the server through all its blocks, which is
+            what a step waits for at a server that has always something to do, idle as it may look.
     """
 
-    def __init__(self, spread: float = 0.0, seed: int | None = None):
-        if not 0.0 <= spread <= 1.0:
-            raise ConfigError(f"spread must be between 0 and 1, not {spread!r}")
+    def __init__(self, spread: float = 0.0, seed: int | None = None, doubt: float = 0.0):
+        for name, value in (("spread", spread), ("doubt", doubt)):
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} must be between 0 and 1, not {value!r}")
         self._spread = spread
+        self._doubt = doubt
         self._seed = checked_seed(seed)
 
     def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:
         problem = RoutingProblem.build(snapshot, request)
+        if self._doubt:
+            problem = _doubted(problem, self._doubt)
         if not self._spread:
             return problem.chain(least_latency_hosts(problem))
         seed = secrets.randbits(32) if self._seed is None else self._seed
         ids = [problem.snapshot.servers[position].id for position in problem.members]
         factors = 1 + self._spread * np.array([_draw(seed, server_id) for server_id in ids])
         return problem.chain(least_latency_hosts(problem, factors))
+
+
+def _doubted(problem: RoutingProblem, doubt: float) -> RoutingProblem:
+    """The problem with other waits in its visits. Chains are still priced as the snapshot says."""
+    servers = [problem.snapshot.servers[position] for position in problem.members]
+    pass_ms = np.array([len(server.span) * server.decode_ms_per_block for server in servers])
+    wait_ms = np.array([server.wait_ms for server in servers])
+    return dataclasses.replace(problem, hop_ms=problem.hop_ms + doubt * (pass_ms - wait_ms))
 
 
 def _draw(seed: int, server_id: str) -> float:

@@ -7,9 +7,9 @@ the machine that this runs on decides nothing but how long it takes.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from common import environment
@@ -37,32 +37,52 @@ SCENARIOS = {
     "planet_10000": _THREE,
 }
 """Policies of each: the larger, the fewer."""
-LOADS = {"home_4": (0.05, 0.2, 0.4, 0.8), "city_14": (0.1, 0.2, 0.6)}
+LOADS = {"home_4": (0.05, 0.2, 0.4, 0.8), "city_14": (0.1, 0.2, 0.5)}
 """Requests per second, besides the scenario's own, up to more than the swarm can serve."""
-PARTS = (*SCENARIOS, *(f"{name}_loads" for name in LOADS))
+DOUBTS = ("shortest_path:doubt=0", "shortest_path:doubt=0.25", OURS)
+_DOUBTED = {"home_4": 0.4, "city_14": 0.4, "continent_100": 0.6, "planet_1000": 20.0}
+"""Where they are compared, and at which rate."""
 SEEDS = 5
+_DOUBT_SEEDS = 2
 
 
-def measure(quick: bool, parts: Sequence[str] = PARTS) -> dict[str, Any]:
-    """Results by part."""
-    return {part: _measured(part, quick) for part in (parts[:1] if quick else parts)}
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is measured in one go."""
+
+    scenario: str
+    policies: tuple[str, ...]
+    requests_per_s: float | None = None
+    """None leaves the scenario's own."""
+    seeds: int = SEEDS
 
 
-def _measured(part: str, quick: bool) -> dict[str, Any]:
-    settings = environment()
-    name = part.removesuffix("_loads")
-    loaded = load_scenario(name)
+PARTS = {
+    **{name: _Part(name, policies) for name, policies in SCENARIOS.items()},
+    **{
+        f"{name}_at_{rate:g}": _Part(name, _THREE, rate)
+        for name, rates in LOADS.items()
+        for rate in rates
+    },
+    **{f"{name}_doubt": _Part(name, DOUBTS, rate, _DOUBT_SEEDS) for name, rate in _DOUBTED.items()},
+}
+
+
+def measure(quick: bool, parts: Sequence[str] = tuple(PARTS)) -> dict[str, Any]:
+    """The run of each part."""
+    return {name: _measured(PARTS[name], quick) for name in (parts[:1] if quick else parts)}
+
+
+def _measured(part: _Part, quick: bool) -> dict[str, Any]:
+    changes = {} if part.requests_per_s is None else {"requests_per_s": part.requests_per_s}
     if quick:
-        loaded = loaded.with_workload(warmup_s=0, duration_s=60)
-    seeds = range(2 if quick else SEEDS)
+        changes |= {"warmup_s": 0.0, "duration_s": 60.0}
+    loaded = load_scenario(part.scenario).with_workload(**changes)
+    settings = environment()
     started_s = time.process_time()
-    if name == part:
-        runs = [_run(loaded, SCENARIOS[name], seeds)]
-    else:
-        rates = LOADS[name]
-        runs = [_run(loaded.with_workload(requests_per_s=rate), _THREE, seeds) for rate in rates]
+    run = _run(loaded, part.policies, range(2 if quick else part.seeds))
     cpu_s = round(time.process_time() - started_s, 1)
-    return {"date": settings["date"], "commit": settings["commit"], "cpu_s": cpu_s, "runs": runs}
+    return {"date": settings["date"], "commit": settings["commit"], "cpu_s": cpu_s, **run}
 
 
 def _run(loaded: LoadedScenario, policies: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
@@ -117,7 +137,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
             ["scenario", "servers", "requests/s", "seeds", "requests counted per seed",
              "prompt tokens", "output tokens", "servers busy, %", "tokens per pass", "departures",
              "ms per token, idle swarm", "CPU s per run"],
-            [_swarm(run, result[run["scenario"]]["cpu_s"]) for run in runs]),
+            [_swarm(run) for run in runs]),
         "results": markdown(header, rows),
         "targets": markdown(
             ["ours against", "random: ms per token", "the same at best", "normalised",
@@ -128,18 +148,22 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
              "ours against Petals, normalised", "the same, ms per token",
              "failed, %: random / Petals / ours", "SLO, %: the same"],
             [_load(run) for name in LOADS for run in _loads(result, name)]),
+        "doubt": markdown(
+            ["scenario, requests/s", "normalised, doubt 0", "doubt 0.25", "doubt 0.5",
+             "ms per token: the same", "SLO, %: the same"],
+            [_doubt(result[f"{name}_doubt"]) for name in _DOUBTED if f"{name}_doubt" in result]),
     }  # fmt: skip
 
 
 def _scenarios(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs of whole scenarios, as far as there are any."""
-    return [result[name]["runs"][0] for name in SCENARIOS if name in result]
+    return [result[name] for name in SCENARIOS if name in result]
 
 
 def _loads(result: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """A scenario's runs under every load, ascending."""
-    parts = [result[part]["runs"] for part in (name, f"{name}_loads") if part in result]
-    return sorted(itertools.chain.from_iterable(parts), key=_rate)
+    parts = (name, *(f"{name}_at_{rate:g}" for rate in LOADS[name]))
+    return sorted((result[part] for part in parts if part in result), key=_rate)
 
 
 def _rate(run: dict[str, Any]) -> float:
@@ -147,7 +171,7 @@ def _rate(run: dict[str, Any]) -> float:
     return rate
 
 
-def _swarm(run: dict[str, Any], cpu_s: float) -> list[object]:
+def _swarm(run: dict[str, Any]) -> list[object]:
     return [
         run["scenario"],
         run["servers"],
@@ -160,7 +184,7 @@ def _swarm(run: dict[str, Any], cpu_s: float) -> list[object]:
         _mean(run, OURS, "tokens_per_tick"),
         _mean(run, OURS, "departures"),
         _mean(run, OURS, "idle_ms"),
-        cpu_s / len(run["seeds"]) / len(run["optimizers"]),
+        run["cpu_s"] / len(run["seeds"]) / len(run["optimizers"]),
     ]
 
 
@@ -174,6 +198,15 @@ def _load(run: dict[str, Any]) -> list[object]:
         _change(run, "petals_min_latency", "token_mean_ms"),
         " / ".join(f"{share:.0f}" for share in failed),
         " / ".join(f"{share:.0f}" for share in attained),
+    ]
+
+
+def _doubt(run: dict[str, Any]) -> list[object]:
+    return [
+        f"{run['scenario']}, {_rate(run):g}",
+        *(_mean(run, policy, "normalised_mean_ms") for policy in DOUBTS),
+        " / ".join(f"{_mean(run, policy, 'token_mean_ms'):.0f}" for policy in DOUBTS),
+        " / ".join(f"{100 * _mean(run, policy, 'slo_share'):.0f}" for policy in DOUBTS),
     ]
 
 

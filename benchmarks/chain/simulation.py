@@ -293,7 +293,7 @@ def _by_load(result: dict[str, Any]) -> Any:
             title=name,
             xlabel="requests per second",
             ylabel="normalised latency, ms per token",
-            xscale="log",
+            xlim=(0, None),
             ylim=(0, None),
         )
         axis.legend(fontsize="small")

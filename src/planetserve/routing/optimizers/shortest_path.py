@@ -33,7 +33,8 @@ class ShortestPath:
     Args:
         spread: 0 gives the optimum. Otherwise every server's and link's cost is first raised by a
             random factor of up to `1 + spread`, so that many clients planning on one snapshot take
-            different chains. The chain found is at most `1 + spread` times as slow as the optimum.
+            different chains. Without doubt the chain found is at most `1 + spread` times as slow
+            as the optimum.
         seed: of those random factors; None draws a fresh one for every plan. With one seed a
             server keeps its factor whoever else is there, so that others' coming and going
             changes no preference.

@@ -2,13 +2,15 @@
 
     python benchmarks/kv_memory.py            a few minutes
     python benchmarks/kv_memory.py --quick    fewer texts
+    python benchmarks/kv_memory.py --overcommit --name kv_overcommit    only the last part
 
 Two servers and a client in one process serve a small random Llama; how pages are used does not
 depend on the width of a model. Threads write texts of mixed lengths, each the next one as soon as
 its last one is finished: chats, long documents, beam searches, several answers to one prompt. All
 the while the servers' own statistics are read. The useful share is that of tokens among the slots
 of all pages in use, over all readings; slots that several texts share count once. Then a prompt of
-1,000 tokens is continued in eight ways, by a beam search and as eight answers.
+1,000 tokens is continued in eight ways, by a beam search and as eight answers. Last, servers with a
+small cache serve texts that use a part of what they ask for, with and without overcommitment.
 
 Results go to `benchmarks/results/kv_memory.json`; a table goes to stdout.
 """
@@ -52,6 +54,9 @@ PAGE_SIZE = 16
 TARGET_SHARE = 0.96
 FORKS = 8
 FORKED_TOKENS = 1000
+OVERCOMMITS = (1.0, 2.0, 4.0)
+SMALL_CACHE_TOKENS = 4096
+ASKED_TOKENS = 1024
 _READ_PERIOD_S = 0.02
 
 
@@ -72,6 +77,9 @@ KINDS = {
     "answers": Kind(1, (64, 512), (16, 128), {"do_sample": True, "num_return_sequences": 4}),
 }
 
+ASKED = Kind(1, (64, 256), (64, 192), {"do_sample": False})
+"""Texts that use a part of `ASKED_TOKENS`."""
+
 
 class Meter:
     """Reads the statistics of all servers again and again, until it is stopped."""
@@ -79,6 +87,8 @@ class Meter:
     def __init__(self, swarm: LocalSwarm):
         self.readings: list[tuple[int, int]] = []
         """Live tokens and slots of used pages, over all servers."""
+        self.sessions: list[int] = []
+        """Open sessions of the server that has most."""
         self._swarm = swarm
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -101,6 +111,7 @@ class Meter:
             stats = self._swarm.call(_stats(self._swarm))
             slots = sum(item.pages_used for item in stats) * PAGE_SIZE
             if slots:
+                self.sessions.append(max(item.num_sessions for item in stats))
                 self.readings.append((sum(item.live_tokens for item in stats), slots))
 
 
@@ -164,11 +175,87 @@ def forks(swarm: LocalSwarm, model: Any) -> dict[str, Any]:
     return found
 
 
+def overcommit(folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same texts, each asking for `ASKED_TOKENS`, on servers that promise more or less."""
+    found = []
+    for factor in OVERCOMMITS:
+        choose = random.Random(3)
+        seeds = [choose.randrange(1 << 30) for _ in range(options.texts)]
+        num_tokens = sum(_num_new(ASKED, random.Random(seed)) for seed in seeds)
+        settings = {
+            "attn_cache_tokens": SMALL_CACHE_TOKENS, "page_size": PAGE_SIZE,
+            "kv_overcommit": factor, "max_peer_kv_share": 1.0,
+        }  # fmt: skip
+        with (
+            LocalSwarm(folder, SPANS, settings) as swarm,
+            AutoDistributedModelForCausalLM.from_pretrained(
+                folder, initial_peers=swarm.initial_peers, show_route=False, max_retries=1000,
+                max_backoff=1.0,
+            ) as model,
+            ThreadPoolExecutor(options.threads) as pool,
+        ):  # fmt: skip
+
+            def write(seed: int, model: Any = model) -> None:
+                with model.inference_session(max_length=ASKED_TOKENS):
+                    write_text(model, ASKED, random.Random(seed))
+
+            started_s = time.monotonic()
+            with Meter(swarm) as meter:
+                list(pool.map(write, seeds))
+            took_s = time.monotonic() - started_s
+            stats = swarm.call(_stats(swarm))
+            refused = sum(
+                server.handler.counters["open.cache_exhausted"] for server in swarm.servers
+            )
+        slots = [slots for _, slots in meter.readings]
+        found.append({
+            "kv_overcommit": factor,
+            "tokens_per_s": num_tokens / took_s,
+            "seconds": took_s,
+            "sessions_mean": sum(meter.sessions) / len(meter.sessions),
+            "sessions_most": max(meter.sessions),
+            "pages_used_share": sum(slots) / len(slots) / SMALL_CACHE_TOKENS / len(SPANS),
+            "refused_opens": refused,
+            "preemptions": sum(item.preemptions for item in stats),
+            "recomputed_tokens": sum(item.recomputed_tokens for item in stats),
+        })  # fmt: skip
+    return found
+
+
+def _num_new(kind: Kind, choose: random.Random) -> int:
+    """New tokens of the text that `write_text` writes with the same randomness."""
+    choose.random()
+    return choose.randint(*kind.new)
+
+
+def _measure_use(folder: str, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Useful shares and forks, into `result`."""
+    settings = {"attn_cache_tokens": 1 << 17, "page_size": PAGE_SIZE}
+    with (
+        LocalSwarm(folder, SPANS, settings) as swarm,
+        AutoDistributedModelForCausalLM.from_pretrained(
+            folder, initial_peers=swarm.initial_peers, show_route=False
+        ) as model,
+    ):
+        result["workloads"] = {
+            "mixed": workload(swarm, model, list(KINDS), options),
+            "chats alone": workload(swarm, model, ["chat"], options),
+        }
+        result["forks"] = forks(swarm, model)
+    rows = [
+        [name, 100 * item["useful_share"], 100 * item["useful_share_p5"], item["pages_used_mean"]]
+        for name, item in result["workloads"].items()
+    ]
+    print(table(["workload", "useful %", "5th percentile", "pages"], rows))
+    print(table(["forks", "value"], result["forks"].items()))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer texts")
     parser.add_argument("--texts", type=int, default=120, help="texts of each workload")
     parser.add_argument("--threads", type=int, default=16, help="texts at once")
+    parser.add_argument("--overcommit", action="store_true", help="only the last part")
     parser.add_argument("--name", default="kv_memory", help="of the result file")
     options = parser.parse_args(argv)
     if options.quick:
@@ -188,27 +275,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         made = LlamaForCausalLM(LlamaConfig(**SHAPE))
         made.generation_config.eos_token_id = None
         made.save_pretrained(folder)
-        settings = {"attn_cache_tokens": 1 << 17, "page_size": PAGE_SIZE}
-        with (
-            LocalSwarm(folder, SPANS, settings) as swarm,
-            AutoDistributedModelForCausalLM.from_pretrained(
-                folder, initial_peers=swarm.initial_peers, show_route=False
-            ) as model,
-        ):
-            result["workloads"] = {
-                "mixed": workload(swarm, model, list(KINDS), options),
-                "chats alone": workload(swarm, model, ["chat"], options),
-            }
-            result["forks"] = forks(swarm, model)
-    rows = [
-        [name, 100 * item["useful_share"], 100 * item["useful_share_p5"], item["pages_used_mean"]]
-        for name, item in result["workloads"].items()
-    ]
-    print(table(["workload", "useful %", "5th percentile", "pages"], rows))
-    print(table(["forks", "value"], result["forks"].items()))
+        if not options.overcommit:
+            _measure_use(folder, options, result)
+        result["overcommit"] = overcommit(folder, options)
+    rows = [list(item.values()) for item in result["overcommit"]]
+    print(table(list(result["overcommit"][0]), rows))
     result["load_after"] = load()
     print(f"written to {write_result(options.name, result)}")
-    if result["workloads"]["mixed"]["useful_share"] < TARGET_SHARE:
+    if not options.overcommit and result["workloads"]["mixed"]["useful_share"] < TARGET_SHARE:
         sys.exit("too much of the memory is empty")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import math
 import time
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -86,6 +87,22 @@ async def test_a_record_ends(start_node: StartNode) -> None:
     async with asyncio.timeout(20):
         while await view.lookup(MODEL):  # noqa: ASYNC110  time itself gives no signal
             await asyncio.sleep(0.1)
+
+
+async def test_a_restarted_server_replaces_its_record(
+    start_node: StartNode, tmp_path: Path
+) -> None:
+    """Even if it now announces for a shorter time than the record of before has left."""
+    keeper, path = await start_node(), str(tmp_path / "key")
+    first = await start_node(keeper, identity_path=path)
+    await Directory(first, CLOCK).announce(make_info(first.identity, version="1"), ttl_s=300)
+    await first.close()
+    again = await start_node(keeper, identity_path=path)
+    directory = Directory(again, CLOCK)
+    assert [info.version for info in await directory.lookup(MODEL)] == ["1"]
+    await directory.announce(make_info(again.identity, version="2"), ttl_s=60)
+    for node in (keeper, again):
+        assert [info.version for info in await Directory(node, CLOCK).lookup(MODEL)] == ["2"]
 
 
 async def test_bad_announcements_are_local_errors(start_node: StartNode) -> None:

@@ -179,6 +179,10 @@ class Directory:
                     self.rejected["expired"] += 1
                     continue
                 bodies[owner] = body
+                if owner == self._node.peer_id:
+                    # Perhaps of an earlier run, which renewed its records less often.
+                    latest = self._latest_expiry.get(key, 0.0)
+                    self._latest_expiry[key] = max(latest, expires_at_s)
         return [bodies[owner] for owner in sorted(bodies)]
 
 

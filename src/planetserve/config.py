@@ -106,7 +106,8 @@ class ClientConfig:
     chain_doubt: float = 0.5
     """How little to believe in the loads that servers announce, which will have changed before the
     session ends: this part of the expected wait at a server is one pass of it, however idle it
-    looks. 0 expects the loads of now."""
+    looks. Less of it where even the busiest server is hardly busy, so that in an idle swarm the
+    fastest chain is taken. 0 expects the loads of now."""
     replan_period: float = 10.0
     """Seconds between looks for a better chain while a session runs; 0 never looks."""
     replan_gain: float = 0.2

@@ -160,6 +160,7 @@ def test_a_load_that_may_pass_counts_half() -> None:
     servers = [
         server("busy", 0, 8, decode_ms_per_block=15.0, alone_ms_per_block=10.0),
         server("idle", 0, 8, decode_ms_per_block=12.0, alone_ms_per_block=12.0),
+        server("crowded", 0, 8, decode_ms_per_block=80.0, alone_ms_per_block=40.0),
     ]
 
     def chosen(doubt: float) -> str:

@@ -102,21 +102,41 @@ def test_spread_must_be_a_fraction() -> None:
         ShortestPath(spread=1.5)
 
 
-def test_doubt_believes_half_of_a_load() -> None:
-    def chosen(wait_ms: float, doubt: float) -> tuple[str, float]:
-        snapshot = SwarmSnapshot(
-            num_blocks=4,
-            activation_bytes_per_token=0,
-            hop_overhead_ms=0.0,
-            default_rtt_ms=0.0,
-            servers=(
-                ServerPoint("busy", 0, 4, 10.0, 1e3, 1e6, 10, wait_ms=wait_ms),
-                ServerPoint("idle", 0, 4, 12.0, 1e3, 1e6, 10),
-            ),
-        )
-        chain = ShortestPath(doubt=doubt).plan(snapshot, ChainRequest())
-        return chain.hops[0].peer_id, chain.latency_ms
+def doubting(doubt: float, **waits_ms: float) -> tuple[str, float]:
+    """The server chosen for all blocks, and what the snapshot says of its chain."""
+    blocks_ms = {"busy": 10.0, "idle": 12.0, "crowded": 40.0}
+    snapshot = SwarmSnapshot(
+        num_blocks=4,
+        activation_bytes_per_token=0,
+        hop_overhead_ms=0.0,
+        default_rtt_ms=0.0,
+        servers=tuple(
+            ServerPoint(name, 0, 4, ms, 1e3, 1e6, 10, wait_ms=waits_ms.get(name, 0.0))
+            for name, ms in blocks_ms.items()
+        ),
+    )
+    chain = ShortestPath(doubt=doubt).plan(snapshot, ChainRequest())
+    return chain.hops[0].peer_id, chain.latency_ms
 
-    assert chosen(20.0, doubt=0.0) == ("idle", 48.0)
-    assert chosen(20.0, doubt=0.5) == ("busy", 60.0)  # expected 40 + 10 + 20 and 48 + 24
-    assert chosen(30.0, doubt=0.5) == ("idle", 48.0)  # expected 40 + 15 + 20 and 48 + 24
+
+def test_doubt_believes_half_of_a_load_in_a_crowd() -> None:
+    assert doubting(0.0, busy=20.0, crowded=160.0) == ("idle", 48.0)
+    # expected 40 + 10 + 20 and 48 + 24
+    assert doubting(0.5, busy=20.0, crowded=200.0) == ("busy", 60.0)
+    # expected 40 + 15 + 20 and 48 + 24
+    assert doubting(0.5, busy=30.0, crowded=200.0) == ("idle", 48.0)
+
+
+def test_doubt_shrinks_with_the_crowd() -> None:
+    # A quarter of it is left: expected 40 + 8.75 + 5 and 48 + 6.
+    assert doubting(0.5, busy=10.0) == ("busy", 50.0)
+    assert doubting(0.5, busy=11.0) == ("idle", 48.0)
+
+
+def test_an_idle_swarm_is_not_doubted() -> None:
+    """A server is not avoided for what it could do besides, and the chain is the optimum."""
+    large = ServerPoint("large", 0, 40, 10.0, 1e3, 1e6, 10)
+    head = ServerPoint("head", 0, 20, 9.0, 1e3, 1e6, 10)
+    snapshot = SwarmSnapshot(40, 0.0, 0.0, 0.0, (large, head))
+    hops = ShortestPath(doubt=1.0).plan(snapshot, ChainRequest()).hops
+    assert [hop.peer_id for hop in hops] == ["head", "large"]

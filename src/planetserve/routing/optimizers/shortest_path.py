@@ -41,6 +41,8 @@ class ShortestPath:
         doubt: 0 believes that steps will wait at servers as long as they do now. Otherwise this
             part of the expected wait is one pass of the server through all its blocks, which is
             what a step waits for at a server that has always something to do, idle as it may look.
+            Without any crowd there is nothing to doubt: the part shrinks with the load of the
+            busiest server, to nothing where no step waits anywhere.
     """
 
     def __init__(self, spread: float = 0.0, seed: int | None = None, doubt: float = 0.0):
@@ -68,6 +70,7 @@ def _doubted(problem: RoutingProblem, doubt: float) -> RoutingProblem:
     servers = [problem.snapshot.servers[position] for position in problem.members]
     pass_ms = np.array([len(server.span) * server.decode_ms_per_block for server in servers])
     wait_ms = np.array([server.wait_ms for server in servers])
+    doubt *= min(1.0, float(np.max(wait_ms / np.maximum(pass_ms, 1e-9))))
     return dataclasses.replace(problem, hop_ms=problem.hop_ms + doubt * (pass_ms - wait_ms))
 
 

@@ -79,7 +79,7 @@ async def test_a_deal_opens_only_with_its_rewiring(server: Server, meet: MeetSer
     other = "12D3KooWJ8iDoJ7GxGTzhbPVFMQnbSq8VjLnDpvhvPhUzkRvEQXA"
     await send(session, rewire(previous=other), dealt_with=rewire(previous=PEER))
     assert isinstance(await session.error(), DecryptionFailed)
-    assert server.handler.counters["session.decryption"] >= 1
+    await until(lambda: server.handler.counters["session.decryption"] >= 1)
 
 
 async def test_the_old_upstream_is_cut_off(server: Server, meet: MeetServer) -> None:

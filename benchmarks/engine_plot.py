@@ -1,4 +1,4 @@
-"""Plots `results/engine.json` and `engine_bfloat16.json` to `docs/images/engine.png`.
+"""Tables and plot of `docs/engine.md` from the results of the engine's benchmarks.
 
 python benchmarks/engine_plot.py
 """
@@ -6,46 +6,117 @@ python benchmarks/engine_plot.py
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+from chain.output import fill_in, markdown, new_figure, save, say
 from common import RESULTS
 
-IMAGE = RESULTS.parents[1] / "docs" / "images" / "engine.png"
+DOCS = RESULTS.parents[1] / "docs"
+LOCAL = "local"
 
 
 def main() -> None:
-    import matplotlib
+    rates = _read("engine")
+    save(_plot(rates["cases"]), DOCS / "images" / "engine.png")
+    tables = {
+        "machine": _machine(rates),
+        "rates": _rates([rates]),
+        "prompts": _rates([_read("engine_512"), _read("engine_2048")]),
+        "profile": _profile(_read("engine_profile")["profiles"]),
+        "idle": _idle(_read("engine_profile")["profiles"]),
+    }
+    fill_in(DOCS / "engine.md", "engine", tables)
+    for table in tables.values():
+        say(f"\n{table}")
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
 
-    cases: list[dict[str, Any]] = []
-    for name in ("engine", "engine_bfloat16"):
-        cases += json.loads((RESULTS / f"{name}.json").read_text())["cases"]
+def _read(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
+def _machine(result: dict[str, Any]) -> str:
+    found = result["environment"]
+    processor = f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB"
+    software = f"Python {found['python']}, torch {found['torch']}, "
+    rows = [
+        ["machine", processor],
+        ["threads", f"{result['threads_per_process']} per process"],
+        ["software", f"{software}transformers {found['transformers']}"],
+        ["commit", f"`{found['commit'][:10]}`"],
+        ["load before and after", f"{found['load_before'][0]}, {result['load_after'][0]}"],
+    ]
+    return markdown(["of the first table", ""], rows)
+
+
+def _rates(results: list[dict[str, Any]]) -> str:
+    """A row for each dtype, prompt and number of sessions; chains as ratios to local."""
+    rows, targets = [], sorted({c["target"] for r in results for c in r["cases"]} - {LOCAL})
+    for result in results:
+        cases = {(c["dtype"], c["sessions"], c["target"]): c for c in result["cases"]}
+        for dtype, sessions in dict.fromkeys((dtype, count) for dtype, count, _ in cases):
+            local = cases[dtype, sessions, LOCAL]
+            own = [cases[dtype, sessions, target] for target in targets]
+            equal, tokens = (sum(c[key] for c in own) for key in ("equal_tokens", "tokens"))
+            row = [
+                dtype,
+                result["settings"]["prompt_tokens"],
+                sessions,
+                local["tokens_per_s"],
+                *(case["ratio"] for case in own),
+                local["first_token_s"],
+                *(case["first_token_ratio"] for case in own),
+                f"{100 * equal / tokens:.1f} %",
+            ]
+            rows.append(row)
+    chains = [f"{t} server{'s' * (t != '1')}" for t in targets]
+    header = ["dtype", "prompt", "sessions", "local tokens/s", *chains, "local first token, s",
+              *chains, "tokens equal"]  # fmt: skip
+    return markdown(header, rows)
+
+
+def _profile(profiles: list[dict[str, Any]]) -> str:
+    header = ["ms of a token", *profiles[0]["ms"], "all"]
+    rows = [
+        [f"{row['dtype']}, {row['target']} servers", *row["ms"].values(), row["token_ms"]]
+        for row in profiles
+    ]
+    return markdown(header, rows)
+
+
+def _idle(profiles: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            f"{row['dtype']}, {row['target']} servers",
+            int(sessions),
+            ", ".join(f"{share:.0%}" for share in shares),
+        ]
+        for row in profiles
+        for sessions, shares in row["idle_shares"].items()
+    ]
+    return markdown(["time without a step to run, by server", "sessions", "share"], rows)
+
+
+def _plot(cases: list[dict[str, Any]]) -> Any:
     dtypes = list(dict.fromkeys(case["dtype"] for case in cases))
-    figure, axes = pyplot.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 3.6), squeeze=False)
-    for axis, dtype in zip(axes[0], dtypes, strict=True):
+    figure, axes = new_figure(len(dtypes))
+    for axis, dtype in zip(axes, dtypes, strict=True):
         own = [case for case in cases if case["dtype"] == dtype]
         for target in dict.fromkeys(case["target"] for case in own):
             line = [case for case in own if case["target"] == target]
-            is_local = target == "local"
+            is_local = target == LOCAL
             axis.plot(
                 [case["sessions"] for case in line],
                 [case["tokens_per_s"] for case in line],
-                label="local, one static batch" if is_local else f"{target} servers",
+                label="local, one static batch" if is_local else f"servers: {target}",
                 color="black" if is_local else None,
                 linestyle="--" if is_local else "-",
                 marker="o",
             )
         axis.set(title=dtype, xlabel="sessions", ylabel="tokens/s, steady", ylim=(0, None))
         axis.set_xticks(sorted({case["sessions"] for case in own}))
-        axis.grid(alpha=0.3)
         axis.legend()
-    figure.tight_layout()
-    Path(IMAGE).parent.mkdir(exist_ok=True)
-    figure.savefig(IMAGE, dpi=110)
-    print(f"written to {IMAGE}")
+    return figure
 
 
 if __name__ == "__main__":

@@ -233,6 +233,7 @@ def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterato
                 "--num_threads", "1", "--device", options.device, "--dht_prefix", prefix,
                 "--linear_backend", options.linear_backend,
                 "--attn_cache_tokens", str(options.cache_tokens),
+                "--inference_max_length", str(options.cache_tokens),
             ]  # fmt: skip
             pids = []
             for span in split_blocks(SHAPE["num_hidden_layers"], num_servers):

@@ -21,7 +21,7 @@ def main() -> None:
     tables = {
         "machine": _machine(rates),
         "rates": _rates([rates]),
-        "prompts": _rates([_read("engine_512"), _read("engine_2048")]),
+        "prompts": _rates([_read("engine_512"), _read("engine_2048")], whole=True),
         "profile": _profile(_read("engine_profile")["profiles"]),
         "idle": _idle(_read("engine_profile")["profiles"]),
     }
@@ -49,8 +49,12 @@ def _machine(result: dict[str, Any]) -> str:
     return markdown(["of the first table", ""], rows)
 
 
-def _rates(results: list[dict[str, Any]]) -> str:
-    """A row for each dtype, prompt and number of sessions; chains as ratios to local."""
+def _rates(results: list[dict[str, Any]], *, whole: bool = False) -> str:
+    """A row for each dtype, prompt and number of sessions; chains as ratios to local.
+
+    `whole` takes rates with prompts and ends in them instead of steady ones.
+    """
+    prefix = "whole_" if whole else ""
     rows, targets = [], sorted({c["target"] for r in results for c in r["cases"]} - {LOCAL})
     for result in results:
         cases = {(c["dtype"], c["sessions"], c["target"]): c for c in result["cases"]}
@@ -62,8 +66,8 @@ def _rates(results: list[dict[str, Any]]) -> str:
                 dtype,
                 result["settings"]["prompt_tokens"],
                 sessions,
-                local["tokens_per_s"],
-                *(case["ratio"] for case in own),
+                local[f"{prefix}tokens_per_s"],
+                *(case[f"{prefix}ratio"] for case in own),
                 local["first_token_s"],
                 *(case["first_token_ratio"] for case in own),
                 f"{100 * equal / tokens:.1f} %",

@@ -38,6 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from planetserve import AutoDistributedModelForCausalLM
+from planetserve.errors import CapacityError, NoChainAvailable
 from planetserve.testing.swarm import LocalSwarm
 
 SHAPE = {
@@ -57,6 +58,7 @@ FORKED_TOKENS = 1000
 OVERCOMMITS = (1.0, 2.0, 4.0)
 SMALL_CACHE_TOKENS = 4096
 ASKED_TOKENS = 1024
+_ASK_AGAIN_S = 0.1
 _READ_PERIOD_S = 0.02
 
 
@@ -189,15 +191,19 @@ def overcommit(folder: str, options: argparse.Namespace) -> list[dict[str, Any]]
         with (
             LocalSwarm(folder, SPANS, settings) as swarm,
             AutoDistributedModelForCausalLM.from_pretrained(
-                folder, initial_peers=swarm.initial_peers, show_route=False, max_retries=1000,
-                max_backoff=1.0,
+                folder, initial_peers=swarm.initial_peers, show_route=False,
+                wait_for_blocks_timeout=0.5,
             ) as model,
             ThreadPoolExecutor(options.threads) as pool,
         ):  # fmt: skip
 
             def write(seed: int, model: Any = model) -> None:
-                with model.inference_session(max_length=ASKED_TOKENS):
-                    write_text(model, ASKED, random.Random(seed))
+                while True:
+                    try:
+                        with model.inference_session(max_length=ASKED_TOKENS):
+                            return write_text(model, ASKED, random.Random(seed))
+                    except (NoChainAvailable, CapacityError):  # everything is promised to others
+                        time.sleep(_ASK_AGAIN_S)
 
             started_s = time.monotonic()
             with Meter(swarm) as meter:

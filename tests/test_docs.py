@@ -65,8 +65,9 @@ def test_flags_in_the_text_exist(page: str) -> None:
     known |= {*plan_command.PlanConfig.__dataclass_fields__}
     known |= {*simulate_command.SimulateConfig.__dataclass_fields__}
     known |= {*demo.Options.__dataclass_fields__, "config", "help", "version"}
-    benchmark = (ROOT / "benchmarks" / "engine.py").read_text(encoding="utf-8")
-    known |= {*re.findall(r'add\("--([a-z_]+)"', benchmark)}
+    for name in ("engine", "kv_memory"):
+        benchmark = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+        known |= {*re.findall(r'add(?:_argument)?\("--([a-z_]+)"', benchmark)}
     other = {
         "rm",
         "durations",

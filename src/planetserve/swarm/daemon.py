@@ -243,10 +243,10 @@ class Daemon:
 
 
 def _go_settings() -> list[str]:
-    """What to put in front of the daemon's command, so that it hands a frame on at once.
+    """What to put in front of the daemon's command, so that it leaves cores to the model.
 
-    Go's scheduler passes work between as many threads as there are cores, and waking another thread
-    takes longer than what is to be done for a frame.
+    Go would spread its work over all of them. On two cores frames take about as long with one
+    (`benchmarks/daemon_threads.py`).
     """
     env = shutil.which("env")
     if env is None or "GOMAXPROCS" in os.environ:

@@ -10,12 +10,16 @@ The page after the last one is never written: it stays zero and pads batched rea
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from planetserve.engine.transfers import integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +63,27 @@ class PagedKvCache:
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy `(source, destination)` pages in all layers; every source is read first."""
-        if not copies:
+        tensors = list(self._tensors()) if copies else []
+        if not tensors:
             return
-        for layer in self._layers:
-            if layer is None:
-                continue
-            for tensor in (layer.keys_PSKD, layer.values_PSKD):
-                sources, targets = torch.tensor(copies, device=tensor.device).unbind(1)
-                tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+        numbers = array("q", itertools.chain.from_iterable(copies))
+        sources, targets = integers(numbers, tensors[0].device).view(-1, 2).unbind(1)
+        for tensor in tensors:
+            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     def clear_pages(self, pages: Sequence[int]) -> None:
         """Fill pages with zeros in all layers."""
-        if not pages:
+        tensors = list(self._tensors()) if pages else []
+        if not tensors:
             return
+        cleared = integers(array("q", pages), tensors[0].device)
+        for tensor in tensors:
+            tensor.index_fill_(0, cleared, 0)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
         for layer in self._layers:
-            if layer is None:
-                continue
-            for tensor in (layer.keys_PSKD, layer.values_PSKD):
-                tensor.index_fill_(0, torch.tensor(pages, device=tensor.device), 0)
+            if layer is not None:
+                yield from (layer.keys_PSKD, layer.values_PSKD)
 
     def _make_layer(self, key_TKD: torch.Tensor, value_TKD: torch.Tensor) -> LayerPages:
         shape = (self.num_pages + 1, self.page_size)

@@ -25,6 +25,7 @@ from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig
 from planetserve.engine.inputs import KeptInputs
 from planetserve.engine.span_runner import SpanRunner
+from planetserve.engine.transfers import integers, to_device, to_host
 from planetserve.errors import (
     CacheExhausted,
     PlanetServeError,
@@ -279,8 +280,8 @@ class Worker:
         # A plain cache belongs to one sequence and one span: nothing to share, nothing to cut.
         passes = segments(spans) if runner.is_ragged else separate(spans)
         started_s = self._clock.monotonic()
-        hidden_TD = hidden_TD.to(runner.device, runner.dtype)
-        positions_T = torch.frombuffer(positions, dtype=torch.int64).to(runner.device)
+        hidden_TD = to_device(hidden_TD, runner.device).to(runner.dtype)
+        positions_T = integers(positions, runner.device)
         num_blocks = num_token_blocks = 0
         for span, members in passes:
             if len(members) == len(pieces):
@@ -288,13 +289,13 @@ class Worker:
                 num_tokens = len(positions)
             else:
                 part = [pieces[index] for index in members]
-                rows = torch.tensor(_rows(pieces, members), device=runner.device)
+                rows = integers(array("q", _rows(pieces, members)), runner.device)
                 num_tokens = len(rows)
                 # With more than one piece `hidden_TD` is a copy, so nobody's input is written.
                 hidden_TD[rows] = runner.forward(part, hidden_TD[rows], positions_T[rows], span)
             num_blocks += len(span)
             num_token_blocks += num_tokens * len(span)
-        output_TD = hidden_TD.cpu()
+        output_TD = to_host(hidden_TD)
         elapsed_s = self._clock.monotonic() - started_s
         self.speed.record(num_token_blocks / num_blocks, num_blocks, elapsed_s)
         return output_TD

@@ -210,9 +210,9 @@ class ServerConfig:
     """How much longer a forward pass may take for the sake of somebody's prompt than one for tokens
     that are being generated. Higher: prompts are done sooner; lower: texts flow more evenly."""
     page_size: int = 16
-    """Tokens in one page of the KV cache."""
+    """Tokens in one page of the KV cache; rounded up to what the attention backend needs."""
     attention_backend: str = "auto"
-    """Name of the attention implementation."""
+    """How attention is computed: auto, native (CPU), varlen (CUDA) or sdpa."""
     linear_backend: str = "auto"
     """How linear layers are stored and multiplied on a CPU: auto, packed or plain."""
     num_threads: int | None = None

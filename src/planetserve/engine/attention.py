@@ -54,11 +54,18 @@ class AttentionOptions:
 class AttentionBackend(Protocol):
     """Computes attention of new tokens over pages that already hold their keys and values."""
 
+    page_multiple: int
+    """Pages hold a multiple of so many tokens."""
+
     def max_grouped_context(self, device: torch.device, key_bytes: int) -> int:
         """Longest context, in tokens, worth gathering to serve several sequences in one call.
 
         `key_bytes` is what one token's keys take in the widest layer.
         """
+        ...
+
+    def serves(self, options: AttentionOptions) -> bool:
+        """Whether it does not leave all layers of this kind to the reference backend."""
         ...
 
     def attend(
@@ -78,9 +85,10 @@ BACKENDS: Registry[AttentionBackend] = Registry(
     "attention backend",
     "attention_backends",
     {
-        "auto": "planetserve.engine.native_attention:best_backend",
+        "auto": "planetserve.engine.attention_choice:best_backend",
         "native": "planetserve.engine.native_attention:NativeBackend",
         "sdpa": "planetserve.engine.sdpa:SdpaBackend",
+        "varlen": "planetserve.engine.varlen_attention:VarlenBackend",
     },
 )
 

@@ -13,7 +13,7 @@ class EngineConfig:
 
     Attributes:
         attn_cache_tokens: tokens of KV cache, shared by all sessions.
-        page_size: tokens per KV page.
+        page_size: tokens per KV page; a runner may round it up for its attention backend.
         max_batch_tokens: token budget of one forward pass.
         prefill_slowdown: how much longer than decode steps alone a batch may take that computes
             a piece of a prompt as well; see `scheduler/chunk_budget.py`.

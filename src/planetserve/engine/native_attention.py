@@ -8,18 +8,14 @@ not fit, go to `SdpaBackend`.
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
-from planetserve.engine.attention import AttentionBackend, AttentionOptions
+from planetserve.engine.attention import AttentionOptions
 from planetserve.engine.kv_cache import LayerPages
 from planetserve.engine.ragged import RaggedBatch
 from planetserve.engine.sdpa import SdpaBackend, attend_groups
 from planetserve.errors import ConfigError
 from planetserve.native import library
-
-logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 4
 """Longer pieces read their keys once for all their tokens, which the kernel does not."""
@@ -32,6 +28,8 @@ class NativeBackend:
     Raises:
         ConfigError: the kernels were not compiled, or do not run on this processor.
     """
+
+    page_multiple = 1
 
     def __init__(self) -> None:
         kernels = library.kernels()
@@ -46,6 +44,9 @@ class NativeBackend:
 
     def max_grouped_context(self, device: torch.device, key_bytes: int) -> int:
         return self._sdpa.max_grouped_context(device, key_bytes)
+
+    def serves(self, options: AttentionOptions) -> bool:
+        return True
 
     def attend(
         self,
@@ -129,11 +130,3 @@ class NativeBackend:
                 softcap=options.softcap or 0.0,
             )  # fmt: skip
         return found
-
-
-def best_backend() -> AttentionBackend:
-    """`native` where its kernels are, else `sdpa`."""
-    if library.kernels() is None:
-        logger.info("attention backend sdpa: the native kernels are not there")
-        return SdpaBackend()
-    return NativeBackend()

@@ -29,7 +29,7 @@ from planetserve.wire.step import RowSlice
 logger = logging.getLogger(__name__)
 
 _PAGE_SIZE = 4
-_NUM_PAGES = 16
+_NUM_TOKENS = 64
 _MAX_GROUPED_CONTEXT = 8
 """In the middle of the script's lengths, so that both grouped and single calls are tried."""
 _SEED = 20240731
@@ -61,6 +61,18 @@ class Verdict(NamedTuple):
     fused: FusedLayers | None = None
 
 
+class _Pages(NamedTuple):
+    """Room for the script."""
+
+    num: int
+    size: int
+
+    @classmethod
+    def of(cls, backend: attention.AttentionBackend) -> _Pages:
+        size = max(_PAGE_SIZE, backend.page_multiple)
+        return cls(max(4, _NUM_TOKENS // size), size)
+
+
 class _Step(NamedTuple):
     batch: ScheduledBatch
     hidden_TD: torch.Tensor
@@ -82,7 +94,7 @@ def examine(
     """
     if blocks.rotary_depends_on_length:
         return Verdict("its rotary embedding depends on the longest position in a pass")
-    steps = list(_steps(_inputs(hidden_size, dtype, device)))
+    steps = list(_steps(_inputs(hidden_size, dtype, device), _Pages.of(backend)))
     own_attention: str = blocks.base.config._attn_implementation  # noqa: SLF001 - has no public name
     expected = _run_plain(blocks, steps)
     blocks.set_attention(attention.NAME)
@@ -113,7 +125,7 @@ def _try_ragged(
     expected: list[torch.Tensor],
     backend: attention.AttentionBackend,
 ) -> Verdict:
-    ragged = RaggedRunner(blocks, _NUM_PAGES, _PAGE_SIZE, backend, _MAX_GROUPED_CONTEXT)
+    ragged = RaggedRunner(blocks, *_Pages.of(backend), backend, _MAX_GROUPED_CONTEXT)
     actual: list[torch.Tensor] = []
     options: list[attention.AttentionOptions] = []
     for step in steps:
@@ -136,6 +148,8 @@ def _try_ragged(
     hidden = torch.cat([step.hidden_TD for step in steps])
     if not agree(torch.cat(actual), torch.cat(expected), hidden):
         return Verdict("batched and single passes differ")
+    if not any(map(backend.serves, options)):
+        return Verdict("no layer has attention that this backend computes itself")
     fused = FusedLayers.of(blocks, options, backend)
     if fused is not None and not _is_right(fused, blocks, steps, backend):
         fused = None
@@ -153,12 +167,12 @@ def _is_right(
     At the far end of the positions too: what a family's code does there, kernels would not do.
     """
     furthest = getattr(blocks.config, "max_position_embeddings", None) or 0
-    for offset in (0, max(0, furthest - _PAGE_SIZE * _NUM_PAGES)):
+    for offset in (0, max(0, furthest - _NUM_TOKENS)):
         moved = [step._replace(positions_T=step.positions_T + offset) for step in steps]
         outputs: list[torch.Tensor] = []
         for layers in (fused, None):
             runner = RaggedRunner(
-                blocks, _NUM_PAGES, _PAGE_SIZE, backend, _MAX_GROUPED_CONTEXT, layers
+                blocks, *_Pages.of(backend), backend, _MAX_GROUPED_CONTEXT, layers
             )
             results = []
             for step in moved:
@@ -211,8 +225,8 @@ def _inputs(hidden_size: int, dtype: torch.dtype, device: torch.device) -> list[
     ]
 
 
-def _steps(inputs: list[torch.Tensor]) -> Iterator[_Step]:
-    scheduler = Scheduler(SchedulerConfig(_NUM_PAGES, _PAGE_SIZE))
+def _steps(inputs: list[torch.Tensor], pages: _Pages) -> Iterator[_Step]:
+    scheduler = Scheduler(SchedulerConfig(*pages))
     sessions = [bytes([0]), bytes([1])]
     for session_id in sessions:
         scheduler.open(session_id, num_rows=1)

@@ -10,6 +10,7 @@ Legend: B pieces in a group, T new tokens per piece, S visible keys, N pages.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from planetserve.engine.transfers import integers
 from planetserve.scheduler.batch import Piece
 
 MAX_GROUPED_TOKENS = 16
@@ -85,6 +87,27 @@ class ShortPieces:
     is_all: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PageTables:
+    """All pieces, as kernels take them that serve a whole batch; int32, on the batch's device.
+
+    Attributes:
+        offsets_M: of B + 1 numbers, where each piece's tokens begin in the batch, and the end.
+        contexts_B: per piece, its sequence's tokens up to and including these.
+        context_offsets_M: where each sequence would begin if all were laid end to end, and the end.
+        tables_BN: page tables, shorter ones padded with the null page.
+        max_tokens: tokens of the longest piece.
+        max_context: tokens of the longest sequence.
+    """
+
+    offsets_M: torch.Tensor
+    contexts_B: torch.Tensor
+    context_offsets_M: torch.Tensor
+    tables_BN: torch.Tensor
+    max_tokens: int
+    max_context: int
+
+
 class RaggedBatch:
     """Pieces laid end to end in one `[1, tokens, hidden]` pass."""
 
@@ -107,12 +130,13 @@ class RaggedBatch:
         self._device = device
         self._groups: dict[tuple[Visibility, int], tuple[Group, ...]] = {}
         self._short: dict[int, ShortPieces] = {}
+        self._tables: PageTables | None = None
         slots = array("q")
         self._offsets = []
         for piece in pieces:
             self._offsets.append(len(slots))
             slots.extend(piece.slots)
-        self.slots_T = torch.frombuffer(slots, dtype=torch.int64).to(device)
+        self.slots_T = integers(slots, device)
 
     def groups(self, visibility: Visibility, longer_than: int = 0) -> tuple[Group, ...]:
         """The attention calls that serve the pieces of more than `longer_than` tokens.
@@ -131,6 +155,37 @@ class RaggedBatch:
         if found is None:
             found = self._short[max_tokens] = self._make_short(max_tokens)
         return found
+
+    def tables(self) -> PageTables:
+        """All pieces."""
+        if self._tables is None:
+            self._tables = self._make_tables()
+        return self._tables
+
+    def _make_tables(self) -> PageTables:
+        pieces, count = self._pieces, len(self._pieces)
+        tokens = [piece.num_tokens for piece in pieces]
+        contexts = [piece.end for piece in pieces]
+        width = max(len(piece.pages) for piece in pieces)
+        numbers = array("i", itertools.accumulate(tokens, initial=0))
+        numbers.extend(contexts)
+        numbers.extend(itertools.accumulate(contexts, initial=0))
+        numbers += self._padded([piece.pages for piece in pieces], width)
+        # One copy to the device, whose parts the kernel takes.
+        offsets, ends, context_offsets, tables = integers(numbers, self._device).split(
+            (count + 1, count, count + 1, count * width)
+        )
+        return PageTables(
+            offsets, ends, context_offsets, tables.view(count, width), max(tokens), max(contexts)
+        )
+
+    def _padded(self, tables: Sequence[array[int]], num_pages: int) -> array[int]:
+        """Page tables of equal length, one after the other."""
+        flat = array("i")
+        for table in tables:
+            flat += table
+            flat.extend([self._null_page] * (num_pages - len(table)))
+        return flat
 
     def _make_short(self, max_tokens: int) -> ShortPieces:
         numbers, tables, longest = array("q"), array("i"), 0
@@ -194,7 +249,7 @@ class RaggedBatch:
             base = pages[0] * self._page_size
             slots = slice(base + keys.start, base + keys.stop)
             return Group(1, piece.num_tokens, tokens, False, slots, None, None, mask)
-        table = torch.frombuffer(pages, dtype=torch.int32).to(self._device)
+        table = integers(pages, self._device)
         return Group(1, piece.num_tokens, tokens, False, None, table, keys, mask)
 
     def _several(self, members: list[int], visibility: Visibility) -> Group:
@@ -203,17 +258,14 @@ class RaggedBatch:
         first_pages = [visibility.first_key(piece.start) // size for piece in pieces]
         tables = [piece.pages[first:] for piece, first in zip(pieces, first_pages, strict=True)]
         num_pages = max(map(len, tables))
-        flat = array("i")
-        for table in tables:
-            flat.extend(table)
-            flat.extend([self._null_page] * (num_pages - len(table)))
-        pages = torch.frombuffer(flat, dtype=torch.int32).to(self._device)
-        numbers = torch.tensor(
-            [(piece.start, first * size) for piece, first in zip(pieces, first_pages, strict=True)],
-            device=self._device,
+        pages = integers(self._padded(tables, num_pages), self._device)
+        starts = array("q", (piece.start for piece in pieces))
+        starts.extend(first * size for first in first_pages)
+        numbers = integers(starts, self._device).view(2, -1)
+        queries_BT1 = (
+            numbers[0, :, None, None] + torch.arange(num_tokens, device=self._device)[:, None]
         )
-        queries_BT1 = numbers[:, :1, None] + torch.arange(num_tokens, device=self._device)[:, None]
-        keys_B1S = numbers[:, 1:, None] + torch.arange(num_pages * size, device=self._device)
+        keys_B1S = numbers[1, :, None, None] + torch.arange(num_pages * size, device=self._device)
         mask = _mask(queries_BT1, keys_B1S, visibility)
         tokens = self._token_index(members, num_tokens)
         return Group(len(members), num_tokens, tokens, False, None, pages, None, mask)
@@ -223,7 +275,7 @@ class RaggedBatch:
         first, count = offsets[0], len(members)
         if offsets == list(range(first, first + count * num_tokens, num_tokens)):
             return slice(first, first + count * num_tokens)
-        starts = torch.tensor(offsets, device=self._device)[:, None]
+        starts = integers(array("q", offsets), self._device)[:, None]
         return (starts + torch.arange(num_tokens, device=self._device)).flatten()
 
 

@@ -31,8 +31,13 @@ _MAX_LOGITS = 1 << 25
 class SdpaBackend:
     """The reference backend."""
 
+    page_multiple = 1
+
     def max_grouped_context(self, device: torch.device, key_bytes: int) -> int:
         return _CPU_GROUPED_KEY_BYTES // key_bytes if device.type == "cpu" else 1 << 30
+
+    def serves(self, options: AttentionOptions) -> bool:
+        return True
 
     def attend(
         self,

@@ -16,6 +16,7 @@ from planetserve.engine import attention
 from planetserve.engine.plain_runner import PlainRunner
 from planetserve.engine.probe import Verdict, examine
 from planetserve.engine.ragged_runner import RaggedRunner
+from planetserve.engine.sdpa import SdpaBackend
 from planetserve.model.skeleton import SpanBlocks
 from planetserve.scheduler.batch import Piece, ScheduledBatch
 from planetserve.types import BlockSpan
@@ -29,7 +30,7 @@ class SpanRunner:
     Args:
         blocks: the loaded span.
         num_pages: pages of the KV cache.
-        page_size: tokens per page.
+        page_size: tokens per page, rounded up (to fewer pages) to what the attention backend needs.
         attention_backend: name in `attention.BACKENDS`.
         allow_ragged: False runs one sequence per pass without trying anything else.
 
@@ -46,14 +47,20 @@ class SpanRunner:
         attention_backend: str = "auto",
         allow_ragged: bool = True,
     ):
-        backend = attention.BACKENDS.create(attention_backend)
+        attention.BACKENDS.check(attention_backend)
         self.device: torch.device = next(blocks.layers[0].parameters()).device
         self.dtype: torch.dtype = blocks.base.config.dtype
         self.span = blocks.span
         self.hidden_size: int = blocks.base.config.hidden_size
-        self.num_pages = num_pages
-        self.page_size = page_size
         shapes = blocks.kv_shapes()
+        cache_tokens = num_pages * page_size
+        backend = attention.BACKENDS.create_from(
+            attention_backend,
+            device=self.device,
+            dtype=self.dtype,
+            kv_shapes=shapes,
+            cache_tokens=cache_tokens,
+        )
         self.bytes_per_token = self.dtype.itemsize * sum(
             shape.num_heads * (shape.key_dim + shape.value_dim) for shape in shapes
         )
@@ -62,9 +69,11 @@ class SpanRunner:
         """Whether the new tokens of a row may be spread over several passes."""
         verdict = Verdict("it is switched off")
         if allow_ragged:
-            with torch.inference_mode():
-                verdict = examine(blocks, self.hidden_size, self.dtype, self.device, backend)
+            backend, verdict = self._try_out(blocks, backend)
         self.is_ragged = verdict.why_not_ragged is None
+        multiple = backend.page_multiple if self.is_ragged else 1
+        self.page_size = -(-page_size // multiple) * multiple
+        self.num_pages = max(1, cache_tokens // self.page_size)
         self.is_fused = verdict.fused is not None
         """Whether the layers run as kernels instead of by their own code."""
         self._runner: RaggedRunner | PlainRunner
@@ -72,13 +81,32 @@ class SpanRunner:
             blocks.set_attention(attention.NAME)
             key_bytes = self.dtype.itemsize * max(s.num_heads * s.key_dim for s in shapes)
             limit = backend.max_grouped_context(self.device, key_bytes)
-            self._runner = RaggedRunner(blocks, num_pages, page_size, backend, limit, verdict.fused)
+            self._runner = RaggedRunner(
+                blocks, self.num_pages, self.page_size, backend, limit, verdict.fused
+            )
         else:
             logger.info(
                 "%s %s runs one sequence per pass: %s",
                 blocks.model_name, blocks.span, verdict.why_not_ragged,
             )  # fmt: skip
             self._runner = PlainRunner(blocks)
+
+    @torch.inference_mode()
+    def _try_out(
+        self, blocks: SpanBlocks, backend: attention.AttentionBackend
+    ) -> tuple[attention.AttentionBackend, Verdict]:
+        """Whether the span can be batched, and with what: this backend, or else the reference."""
+        verdict = examine(blocks, self.hidden_size, self.dtype, self.device, backend)
+        if verdict.why_not_ragged is None or isinstance(backend, SdpaBackend):
+            return backend, verdict
+        reference = SdpaBackend()
+        second = examine(blocks, self.hidden_size, self.dtype, self.device, reference)
+        if second.why_not_ragged is not None:
+            return backend, verdict
+        logger.info(
+            "attention backend sdpa: with %s, %s", type(backend).__name__, verdict.why_not_ragged
+        )
+        return reference, second
 
     @property
     def can_preempt(self) -> bool:

@@ -55,7 +55,7 @@ def reference(folder: Path, device: torch.device) -> tuple[list[torch.Tensor], l
 @torch.inference_mode()
 def run(runner: SpanRunner, entering: list[torch.Tensor]) -> list[torch.Tensor]:
     """The span's outputs: all prompts in one batch, a rollback of two tokens, then decode steps."""
-    scheduler = Scheduler(SchedulerConfig(NUM_PAGES, PAGE_SIZE))
+    scheduler = Scheduler(SchedulerConfig(runner.num_pages, runner.page_size))
     outputs = [torch.zeros_like(rows) for rows in entering]
     for number in range(len(LENGTHS)):
         scheduler.open(bytes([number]), 1)
@@ -96,3 +96,23 @@ def test_batches_give_what_transformers_gives(
     added = torch.cat(leaving) - torch.cat(entering)
     error = torch.cat(run(runner, entering)) - torch.cat(leaving)
     assert error.norm() < LARGEST_ERROR[dtype] * added.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text"])
+def test_large_pages_read_in_place_give_what_transformers_gives(
+    family: str, dtype: torch.dtype, device: torch.device, tmp_path: Path
+) -> None:
+    if device.type != "cuda":
+        pytest.skip("the kernel is for CUDA")
+    folder = make_tiny_checkpoint(tmp_path, family)
+    entering, leaving = reference(folder, device)
+    blocks = SpanBlocks.load(Checkpoint.open(str(folder)), SPAN, dtype, device)
+    runner = SpanRunner(blocks, num_pages=1024, page_size=16)
+    if runner.page_size == 16:
+        pytest.skip("this torch or this device does not have the kernel")
+    assert (runner.is_ragged, runner.num_pages, runner.page_size) == (True, 64, 256)
+    added = torch.cat(leaving) - torch.cat(entering)
+    for _ in range(2):  # the second time on pages that have been used
+        error = torch.cat(run(runner, entering)) - torch.cat(leaving)
+        assert error.norm() < LARGEST_ERROR[dtype] * added.norm()

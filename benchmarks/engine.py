@@ -106,8 +106,9 @@ class Stopwatch(StoppingCriteria):
         self.times_s: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        input_ids[0, -1].item()  # waits for the device, if it is not the CPU
         self.times_s.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class Bench:
@@ -159,6 +160,7 @@ class Bench:
 
     def generate(self, model: Any, prompts_BT: torch.Tensor) -> tuple[list[list[int]], list[float]]:
         watch = Stopwatch()
+        prompts_BT = prompts_BT.to(model.device)
         output = model.generate(
             prompts_BT,
             attention_mask=torch.ones_like(prompts_BT),
@@ -253,7 +255,8 @@ def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterato
 def measure(checkpoint: Path, dtype: str, options: argparse.Namespace) -> list[Case]:
     """All cases of one dtype, in alternating rounds."""
     bench = Bench(options)
-    local = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    local = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+    local = local.to(options.device).eval()
     bench.expect(local)
     with swarms(checkpoint, dtype, options) as found:
         cases = [
@@ -323,7 +326,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt_tokens", type=int, default=128)
     add("--new_tokens", type=int, default=128)
     add("--rounds", type=int, default=3)
-    add("--device", default="cpu", help="of the servers")
+    add("--device", default="cpu", help="of the servers and of local transformers")
     add("--linear_backend", default="auto")
     add("--cache_tokens", type=int, default=8192)
     add("--model", type=Path, help="a checkpoint of the same shape, instead of making one")
@@ -389,6 +392,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": SHAPE,
         "threads_per_process": 1,
     }
+    if options.device.startswith("cuda"):
+        result["gpu"] = torch.cuda.get_device_name(options.device)
     cases: list[Case] = []
     profiles: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as folder:

@@ -295,6 +295,19 @@ def test_several_users_lose_the_same_server(
         assert torch.equal(tokens, wanted)
 
 
+@pytest.mark.parametrize("hop", HOPS)
+@pytest.mark.faults
+def test_a_link_too_slow_for_the_prompt_is_left(
+    swarm: FaultSwarm, endure: Callable[..., None], hop: str
+) -> None:
+    """It answers every ping, and something moves all the time; just never enough of it."""
+
+    def arm() -> list[Fault]:
+        return [swarm.strike_at(Moment(HOPS[hop], 0), FAULTS["F7 slow link"])]
+
+    endure("F7 slow link", "prefill", "batch", arm, where=hop, noticed=False)
+
+
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.faults
 def test_faults_at_random(swarm: FaultSwarm, endure: Callable[..., None], seed: int) -> None:

@@ -44,7 +44,8 @@ class Vigil:
         Raises:
             HopTimeout: a hop is silent (`peer_id` names it), or the step timeout is over; then
                 `peer_id` is the only hop that still computes, if there is just one.
-            EdgeStalled: all hops answer, but nothing has moved for `stall_timeout_s`.
+            EdgeStalled: all hops answer, but nothing has moved for `stall_timeout_s`, or the step
+                timeout is over, nobody computes, and `edge` is where most frames are under way.
         """
         loop = asyncio.get_running_loop()
         spec = self._spec
@@ -60,10 +61,12 @@ class Vigil:
                 if now != before:
                     before, moved_s = now, loop.time()
                 elif now is not None and loop.time() - moved_s >= spec.stall_timeout_s:
-                    self._raise_stalled(links, now, my_frames())
+                    edge = _fullest_edge(links, now, my_frames())
+                    if edge is not None:
+                        raise _stalled("nothing passes between two servers", edge)
                 left_s = deadline_s - loop.time()
                 if left_s <= 0:
-                    raise self._too_slow(links, now)
+                    raise self._too_slow(links, now, my_frames())
                 await asyncio.wait([task], timeout=min(spec.probe_after_s, left_s))
                 if task.done():
                     return task.result()
@@ -130,26 +133,38 @@ class Vigil:
             return True
         return False
 
-    def _raise_stalled(
-        self, links: Sequence[HopLink], progress: Sequence[Progress], mine: tuple[int, int]
-    ) -> None:
-        """Raise if more was sent on an edge than has come out of it."""
-        names = [CLIENT, *(link.peer_id for link in links), CLIENT]
-        sent = [mine[0], *(item.frames_sent for item in progress)]
-        received = [*(item.frames_received for item in progress), mine[1]]
-        for index, (entered, left) in enumerate(zip(sent, received, strict=True)):
-            if entered > left:
-                error = EdgeStalled("nothing passes between two servers")
-                error.edge = (names[index], names[index + 1])
-                raise error
-
     def _too_slow(
-        self, links: Sequence[HopLink], progress: Sequence[Progress] | None
+        self, links: Sequence[HopLink], progress: Sequence[Progress] | None, mine: tuple[int, int]
     ) -> HopTimeout:
-        error = HopTimeout(f"no answer from the chain within {self._spec.step_timeout_s:g} s")
+        message = f"no answer from the chain within {self._spec.step_timeout_s:g} s"
         busy = [
             link for link, item in zip(links, progress or (), strict=False) if item.steps_running
         ]
+        if progress is not None and not busy:
+            # What is under way is on some link: one that moves too little to be of use.
+            edge = _fullest_edge(links, progress, mine)
+            if edge is not None:
+                return _stalled(message, edge)
+        error = HopTimeout(message)
         if len(busy) == 1:
             error.peer_id = busy[0].peer_id
         return error
+
+
+def _fullest_edge(
+    links: Sequence[HopLink], progress: Sequence[Progress], mine: tuple[int, int]
+) -> tuple[str, str] | None:
+    """The edge on which most frames are that have been sent and have not come out, if any are."""
+    names = [CLIENT, *(link.peer_id for link in links), CLIENT]
+    sent = [mine[0], *(item.frames_sent for item in progress)]
+    received = [*(item.frames_received for item in progress), mine[1]]
+    missing = [entered - left for entered, left in zip(sent, received, strict=True)]
+    most = max(missing)
+    index = missing.index(most)
+    return (names[index], names[index + 1]) if most > 0 else None
+
+
+def _stalled(message: str, edge: tuple[str, str]) -> EdgeStalled:
+    error = EdgeStalled(message)
+    error.edge = edge
+    return error

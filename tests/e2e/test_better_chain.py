@@ -70,7 +70,7 @@ def test_a_session_moves_to_a_much_faster_server(
             chains.append(model.chain)
             if number == 12:
                 joined.append(swarm.add_server(spans[-1]).node.peer_id)
-                while joined[0] not in model.runtime._manager._servers:
+                while joined[0] not in model.runtime._manager.view.servers:
                     time.sleep(0.01)
 
         got = model.generate(prompt, **GREEDY, streamer=AtEveryToken(at_token))

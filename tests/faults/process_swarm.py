@@ -117,7 +117,7 @@ class ProcessSwarm:
         deadline_s = time.monotonic() + _RELEASE_TIMEOUT_S
         ids = {machine.peer_id for machine in self.machines if machine.works}
         directory = Directory(model.runtime.node, SystemClock())
-        prefix = model.runtime._manager._prefix
+        prefix = model.runtime._manager.view.prefix
         while True:
             found = model.runtime._portal.call(directory.lookup(prefix))
             free = [info.free_cache_tokens for info in found if info.peer_id in ids]

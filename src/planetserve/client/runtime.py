@@ -71,7 +71,7 @@ class ClientRuntime:
     @property
     def node(self) -> SwarmNode:
         """The client's place in the swarm."""
-        return self._manager.node
+        return self._manager.view.node
 
     def current_chain(self) -> Chain:
         """The latest session's last chain, or else the chain that a session would get now."""

@@ -353,7 +353,7 @@ class InferenceSession:
             tokens_left = min(tokens_left, self._lease_tokens - running.position)
         try:
             if self._mover.may_decide:
-                await self._manager.refresh()  # others may have moved there since
+                await self._manager.view.refresh()  # others may have moved there since
             offer = await self._manager.find_better(running)
         except PlanetServeError as error:
             logger.debug("no look at other chains: %s", error.code)

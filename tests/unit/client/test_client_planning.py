@@ -6,40 +6,19 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
+from written_swarm import FACTS, server
 
-from planetserve.client.planning import ChainPlanner, ModelFacts
+from planetserve.client.planning import ChainPlanner
 from planetserve.clock import SystemClock
 from planetserve.config import ClientConfig
 from planetserve.errors import MissingBlocksError, NoChainAvailable
 from planetserve.swarm.averages import PeerAverages
-from planetserve.types import CLIENT, BlockSpan, Hop, ServerInfo, ServerState
-
-FACTS = ModelFacts("tiny", "tiny-prefix", "f" * 64, 8, 16, torch.float32)
+from planetserve.types import CLIENT, BlockSpan, Hop, ServerInfo
 
 
 def planner(**options: Any) -> ChainPlanner:
     rtt = PeerAverages(max_peers=16, clock=SystemClock())
     return ChainPlanner(ClientConfig(**options), FACTS, rtt)
-
-
-def server(name: str, start: int, end: int, **fields: Any) -> ServerInfo:
-    known: dict[str, Any] = {
-        "peer_id": name,
-        "model": FACTS.prefix,
-        "fingerprint": FACTS.fingerprint,
-        "span": BlockSpan(start, end),
-        "num_blocks": 8,
-        "state": ServerState.ONLINE,
-        "dtype": "float32",
-        "addresses": (),
-        "decode_ms_per_block": 1.0,
-        "tokens_per_s_per_block": 1000.0,
-        "network_bytes_per_s": 1e8,
-        "free_cache_tokens": 4096,
-        "max_session_tokens": 2048,
-    }
-    return ServerInfo(**known | fields)
 
 
 def test_hops_carry_true_block_numbers() -> None:

@@ -1,0 +1,51 @@
+"""Servers, and ways between two servers, that a client leaves alone for a while.
+
+Decisions only: who is put here and for how long is the chain manager's to say, and nothing here
+touches the network. Times are of the monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from planetserve.clock import Clock
+from planetserve.types import PeerId
+
+
+class Bans:
+    """One client's, over all its sessions."""
+
+    def __init__(self, clock: Clock):
+        self._clock = clock
+        self._peers_until_s: dict[PeerId, float] = {}
+        self._edges_until_s: dict[tuple[PeerId, PeerId], float] = {}
+
+    @property
+    def peers(self) -> list[PeerId]:
+        """Servers whose ban has not been lifted; of some it may be over."""
+        return list(self._peers_until_s)
+
+    def ban(self, peer_ids: Iterable[PeerId], until_s: float) -> None:
+        """Do without these servers until then, whatever was said of them before."""
+        self._peers_until_s.update(dict.fromkeys(peer_ids, until_s))
+
+    def lift(self, peer_ids: Iterable[PeerId]) -> None:
+        """These servers are fine."""
+        for peer_id in peer_ids:
+            self._peers_until_s.pop(peer_id, None)
+
+    def is_banned(self, peer_id: PeerId) -> bool:
+        """Whether to do without this server now."""
+        return self._peers_until_s.get(peer_id, 0.0) > self._clock.monotonic()
+
+    def avoid(self, edge: tuple[PeerId, PeerId], until_s: float) -> None:
+        """Do without the way between these two servers until then."""
+        self._edges_until_s[edge] = until_s
+
+    def avoided_edges(self) -> set[tuple[PeerId, PeerId]]:
+        """Pairs of servers whose way to each other is not to be used now."""
+        now_s = self._clock.monotonic()
+        self._edges_until_s = {
+            edge: until_s for edge, until_s in self._edges_until_s.items() if until_s > now_s
+        }
+        return set(self._edges_until_s)

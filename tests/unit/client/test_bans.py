@@ -1,0 +1,47 @@
+"""Servers and edges that are left alone for a while."""
+
+from __future__ import annotations
+
+from written_swarm import ManualClock
+
+from planetserve.client.bans import Bans
+
+
+def test_a_ban_ends_by_itself() -> None:
+    clock = ManualClock()
+    bans = Bans(clock)
+    bans.ban(["a", "b"], clock.now_s + 5.0)
+    assert bans.is_banned("a")
+    assert bans.is_banned("b")
+    assert not bans.is_banned("c")
+    clock.now_s += 5.0
+    assert not bans.is_banned("a")
+
+
+def test_the_latest_word_on_a_server_counts() -> None:
+    clock = ManualClock()
+    bans = Bans(clock)
+    bans.ban(["a"], clock.now_s + 60.0)
+    bans.ban(["a"], clock.now_s + 1.0)
+    clock.now_s += 2.0
+    assert not bans.is_banned("a")
+
+
+def test_a_ban_is_lifted_for_those_named_only() -> None:
+    clock = ManualClock()
+    bans = Bans(clock)
+    bans.ban(["a", "b"], clock.now_s + 5.0)
+    bans.lift(["a", "never banned"])
+    assert bans.peers == ["b"]
+    assert not bans.is_banned("a")
+
+
+def test_an_edge_is_avoided_for_a_while_and_its_servers_are_not() -> None:
+    clock = ManualClock()
+    bans = Bans(clock)
+    bans.avoid(("a", "b"), clock.now_s + 5.0)
+    bans.avoid(("b", "c"), clock.now_s + 9.0)
+    assert bans.avoided_edges() == {("a", "b"), ("b", "c")}
+    assert not bans.is_banned("a")
+    clock.now_s += 5.0
+    assert bans.avoided_edges() == {("b", "c")}

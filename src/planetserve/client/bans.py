@@ -20,11 +20,6 @@ class Bans:
         self._peers_until_s: dict[PeerId, float] = {}
         self._edges_until_s: dict[tuple[PeerId, PeerId], float] = {}
 
-    @property
-    def peers(self) -> list[PeerId]:
-        """Servers whose ban has not been lifted; of some it may be over."""
-        return list(self._peers_until_s)
-
     def ban(self, peer_ids: Iterable[PeerId], until_s: float) -> None:
         """Do without these servers until then, whatever was said of them before."""
         self._peers_until_s.update(dict.fromkeys(peer_ids, until_s))
@@ -34,9 +29,13 @@ class Bans:
         for peer_id in peer_ids:
             self._peers_until_s.pop(peer_id, None)
 
-    def is_banned(self, peer_id: PeerId) -> bool:
-        """Whether to do without this server now."""
-        return self._peers_until_s.get(peer_id, 0.0) > self._clock.monotonic()
+    def banned(self) -> list[PeerId]:
+        """Servers to do without now, in the order in which they came here."""
+        now_s = self._clock.monotonic()
+        self._peers_until_s = {
+            peer_id: until_s for peer_id, until_s in self._peers_until_s.items() if until_s > now_s
+        }
+        return list(self._peers_until_s)
 
     def avoid(self, edge: tuple[PeerId, PeerId], until_s: float) -> None:
         """Do without the way between these two servers until then."""

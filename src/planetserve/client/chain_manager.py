@@ -258,14 +258,13 @@ class ChainManager:
         return [self._experience.corrected(info) for info in self._present()]
 
     def _present(self) -> list[ServerInfo]:
-        return [
-            info for peer_id, info in self.view.servers.items() if not self._bans.is_banned(peer_id)
-        ]
+        banned = set(self._bans.banned())
+        return [info for peer_id, info in self.view.servers.items() if peer_id not in banned]
 
     async def _revive(self) -> None:
         """Give banned servers that answer a ping another chance, since nobody else can serve."""
         known = self.view.servers
-        banned = [known[peer_id] for peer_id in self._bans.peers if peer_id in known]
+        banned = [known[peer_id] for peer_id in self._bans.banned() if peer_id in known]
         chosen = banned[:_MAX_REVIVED]
         answers = await asyncio.gather(*(self.view.ping(info) for info in chosen))
         self._bans.lift(info.peer_id for info, alive in zip(chosen, answers, strict=True) if alive)

@@ -60,6 +60,23 @@ async def test_two_sessions_may_revive_the_same_server(
     assert await first_hop(manager) == "a"
 
 
+async def test_bans_that_are_over_keep_no_banned_server_from_its_chance(
+    manager: ChainManager, clock: ManualClock, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answers(_view: SwarmView, _info: ServerInfo) -> bool:
+        return True
+
+    monkeypatch.setattr(SwarmView, "ping", answers)
+    earlier = [server(f"earlier {number}", 0, 4) for number in range(20)]
+    board.servers += earlier
+    await manager.view.refresh()
+    manager._bans.ban([info.peer_id for info in earlier], clock.now_s + 5.0)
+    clock.now_s += 5.0
+    manager._bans.ban(["a", "b"], clock.now_s + 60.0)
+    await manager._revive()
+    assert manager._bans.banned() == []
+
+
 async def test_a_server_at_fault_is_left_alone_until_it_works_again(
     manager: ChainManager, clock: ManualClock
 ) -> None:

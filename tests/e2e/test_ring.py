@@ -89,7 +89,7 @@ def test_every_step_brings_the_hops_loads(
 async def _say(ring: Any) -> None:
     """Loads of hops that the client does not have, or in another order, change nothing."""
     before = ring.loads_ms
-    edges = [link.edge for link in ring._links]
+    edges = [link.edge for link in ring._hops.links]
     for claimed in ([], edges[1:], edges[::-1], [*edges, 9]):
         ring._note_loads([HopLoad(edge, 10**9) for edge in claimed])
         assert ring.loads_ms is before

@@ -30,8 +30,12 @@ class Serving:
         self.finished: list[tuple[str, int]] = []
         self.names: dict[int, tuple[str, int]] = {}
 
-    def open(self, name: str, num_rows: int = 1, owner: str = "") -> None:
+    def open(self, name: str, num_rows: int = 1, owner: str = "", filled: int = 0) -> None:
+        """A session, with tokens that have come as decode steps do."""
         self.scheduler.open(name.encode(), num_rows, owner)
+        for start in range(0, filled, SIZE):
+            self.add(name, (0, start, SIZE))
+            self.run()
 
     def add(self, name: str, *rows: tuple[int, int, int], reorder=None) -> None:
         item_id = len(self.names)
@@ -53,15 +57,18 @@ class Serving:
                 break
         return batches
 
-    def fill(self, name: str, length: int) -> None:
-        """Tokens that come as decode steps do."""
-        for start in range(0, length, SIZE):
-            self.add(name, (0, start, SIZE))
-            self.run()
-
     @property
     def waiting(self) -> set[str]:
         return {session_id.decode() for session_id in self.scheduler.waiting}
+
+
+def old_and_new() -> Serving:
+    """Two sessions that fill the cache, three pages and one; the newer one needs another."""
+    serving = Serving(4)
+    serving.open("old", filled=12)
+    serving.open("new", filled=4)
+    serving.add("new", (0, 4, 1))
+    return serving
 
 
 def restored(batches: list[ScheduledBatch]) -> list[tuple[str, int, int]]:
@@ -76,8 +83,7 @@ def restored(batches: list[ScheduledBatch]) -> list[tuple[str, int, int]]:
 def test_the_newest_gives_up_what_the_oldest_needs_and_no_more():
     serving = Serving(9)
     for name in ("old", "mid", "new"):
-        serving.open(name)
-        serving.fill(name, 12)
+        serving.open(name, filled=12)
     serving.add("old", (0, 12, 1))
     serving.run()
     assert serving.finished[-1] == ("old", 12)
@@ -94,12 +100,7 @@ def test_the_newest_gives_up_what_the_oldest_needs_and_no_more():
 
 
 def test_nobody_takes_pages_from_an_older_session():
-    serving = Serving(4)
-    serving.open("old")
-    serving.fill("old", 12)
-    serving.open("new")
-    serving.fill("new", 4)
-    serving.add("new", (0, 4, 1))
+    serving = old_and_new()
     assert not serving.tick().pieces
     assert serving.waiting == {"new"}
     assert serving.scheduler.num_preemptions == 0
@@ -109,12 +110,7 @@ def test_nobody_takes_pages_from_an_older_session():
 
 
 def test_a_session_without_steps_loses_pages_to_newer_ones():
-    serving = Serving(4)
-    serving.open("old")
-    serving.fill("old", 12)
-    serving.open("new")
-    serving.fill("new", 4)
-    serving.add("new", (0, 4, 1))
+    serving = old_and_new()
     assert serving.tick(idle={b"old"}).pieces
     assert serving.finished[-1] == ("new", 4)
     serving.scheduler.close(b"new")
@@ -125,10 +121,8 @@ def test_a_session_without_steps_loses_pages_to_newer_ones():
 def test_an_owner_beyond_his_share_loses_first_however_old_his_sessions_are():
     serving = Serving(8, max_owner_share=0.5)
     for name in ("greedy 1", "greedy 2"):
-        serving.open(name, owner="greedy")
-        serving.fill(name, 12)
-    serving.open("modest", owner="modest")
-    serving.fill("modest", 8)
+        serving.open(name, owner="greedy", filled=12)
+    serving.open("modest", owner="modest", filled=8)
     serving.add("modest", (0, 8, 1))
     serving.add("greedy 2", (0, 12, 1))
     serving.run()
@@ -144,8 +138,7 @@ def test_an_owner_beyond_his_share_loses_first_however_old_his_sessions_are():
 
 def test_a_prompt_begins_only_when_there_is_room_for_all_of_it():
     serving = Serving(8, max_batch_tokens=8)
-    serving.open("old")
-    serving.fill("old", 16)
+    serving.open("old", filled=16)
     serving.open("new")
     serving.add("new", (0, 0, 16))
     # Four pages are free, but the older session may need one soon.
@@ -163,8 +156,7 @@ def test_a_prompt_begins_only_when_there_is_room_for_all_of_it():
 
 def test_a_prompt_that_is_interrupted_goes_on_where_its_pages_end():
     serving = Serving(8, max_batch_tokens=8)
-    serving.open("old")
-    serving.fill("old", 4)
+    serving.open("old", filled=4)
     serving.open("new")
     serving.add("new", (0, 0, 24))
     for _ in range(2):
@@ -183,8 +175,7 @@ def test_a_prompt_that_is_interrupted_goes_on_where_its_pages_end():
 
 def test_rows_share_pages_again_after_these_were_taken():
     serving = Serving(20)
-    serving.open("old")
-    serving.fill("old", 4)
+    serving.open("old", filled=4)
     serving.open("beams", num_rows=3)
     serving.add("beams", (0, 0, 22))
     serving.run()
@@ -211,10 +202,8 @@ def test_rows_share_pages_again_after_these_were_taken():
 
 def test_what_a_step_overwrites_is_not_computed_again():
     serving = Serving(6)
-    serving.open("old")
-    serving.fill("old", 8)
-    serving.open("new")
-    serving.fill("new", 16)
+    serving.open("old", filled=8)
+    serving.open("new", filled=16)
     serving.add("old", (0, 8, 8))
     serving.run()
     serving.scheduler.close(b"old")

@@ -29,8 +29,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from common import cpu_seconds, environment, load, median, percentile, table, write_result
+from processes import children, make_checkpoint, prepare, start_bootstrap, start_servers
 from switchable_server import FOLDER_VARIABLE
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.client.ring_ends import RingEnds
@@ -48,7 +47,7 @@ from planetserve.client.session import InferenceSession
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer
 from planetserve.crypto.plain import PlainOpener, PlainSealer
 from planetserve.crypto.secrets import new_edge_secret
-from planetserve.demo import LOOPBACK, Child, Children, split_blocks
+from planetserve.demo import Child
 from planetserve.tensors import tensor_bytes, tensor_from_payload
 from planetserve.wire.frame import Direction, FrameHeader, FrameType, WireDtype
 from planetserve.wire.step import RowSlice, StepTable
@@ -95,7 +94,7 @@ class Swarm:
     """Three servers that switch together."""
 
     folder: Path
-    servers: list[Child] = field(default_factory=list)
+    servers: list[Child]
     kind: str = "sealed"
 
     def switch_to(self, kind: str) -> None:
@@ -123,28 +122,19 @@ class Swarm:
 
 @contextmanager
 def running(checkpoint: Path) -> Iterator[tuple[Swarm, Any]]:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="planetserve-bench-")))
-        os.environ[FOLDER_VARIABLE] = str(folder)
+    with children() as started:
+        os.environ[FOLDER_VARIABLE] = str(started.folder)
         here = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(here)
-        children = Children(folder)
-        stack.callback(children.stop)
-        bootstrap = children.start("bootstrap", "planetserve.run_dht", "--host_maddrs", LOOPBACK)
-        peers = bootstrap.wait_ready()["addresses"]
-        swarm = Swarm(folder)
-        for span in split_blocks(SHAPE["num_hidden_layers"], NUM_SERVERS):
-            server = children.start(
-                f"server {span}", "switchable_server", str(checkpoint), "--block_indices",
-                str(span), "--initial_peers", *peers, "--host_maddrs", LOOPBACK,
-                "--torch_dtype", "float32", "--num_threads", "1",
-            )  # fmt: skip
-            server.wait_ready()
-            swarm.servers.append(server)
+        peers = start_bootstrap(started)
+        servers = start_servers(
+            started, checkpoint, SHAPE["num_hidden_layers"], NUM_SERVERS,
+            "--initial_peers", *peers, "--torch_dtype", "float32", module="switchable_server",
+        )  # fmt: skip
         with AutoDistributedModelForCausalLM.from_pretrained(
             str(checkpoint), initial_peers=peers, torch_dtype="float32", show_route=False
         ) as model:
-            yield swarm, model
+            yield Swarm(started.folder, servers), model
 
 
 def one_round(swarm: Swarm, model: Any, kind: str, options: argparse.Namespace) -> Round:
@@ -301,14 +291,6 @@ def show(found: dict[str, Any]) -> str:
     return table(["of a decode step", "cost"], rows)
 
 
-def make_checkpoint(folder: Path) -> Path:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    return folder
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two short rounds of each kind")
@@ -320,10 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.quick:
         options.rounds, options.new_tokens = 2, 24
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    prepare()
     result: dict[str, Any] = {
         "benchmark": "crypto_cost",
         "environment": environment(),
@@ -332,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     rounds: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as folder:
-        with running(options.model or make_checkpoint(Path(folder))) as (swarm, model):
+        with running(options.model or make_checkpoint(Path(folder), SHAPE)) as (swarm, model):
             for kind in KINDS:
                 one_round(swarm, model, kind, options)
             for number in range(options.rounds):

@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import signal
-import sys
 import tempfile
 import threading
 import time
@@ -38,11 +36,10 @@ import stamps
 import token_profile
 import torch
 from common import cpu_seconds, environment, load, median, percentile, table, write_result
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
-from transformers.utils import logging as transformers_logging
+from processes import children, make_checkpoint, prepare, start_bootstrap, start_servers
+from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.demo import LOOPBACK, Children, split_blocks
 
 LOCAL = "local"
 SHAPE = {
@@ -197,14 +194,6 @@ def progress(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
-def make_checkpoint(folder: Path) -> Path:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    return folder
-
-
 @dataclass(frozen=True)
 class Swarm:
     """A client's model, the process ids of its servers, and a folder for what these write."""
@@ -219,36 +208,28 @@ def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterato
     """Swarms by number of servers; they run for as long as the block does."""
     module = "stamps" if options.profile else "planetserve.run_server"
     with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="planetserve-bench-")))
+        started = stack.enter_context(children())
         if options.profile:
-            os.environ.update(token_profile.server_environment(logs))
-        children = Children(logs)
-        stack.callback(children.stop)
-        bootstrap = children.start("bootstrap", "planetserve.run_dht", "--host_maddrs", LOOPBACK)
-        peers = bootstrap.wait_ready()["addresses"]
+            os.environ.update(token_profile.server_environment(started.folder))
+        peers = start_bootstrap(started)
         found = {}
         for num_servers in options.chains:
             progress(f"{dtype}: starting {num_servers} servers")
             prefix = f"bench-{num_servers}"
-            flags = [
-                "--initial_peers", *peers, "--host_maddrs", LOOPBACK, "--torch_dtype", dtype,
-                "--num_threads", "1", "--device", options.device, "--dht_prefix", prefix,
+            servers = start_servers(
+                started, checkpoint, SHAPE["num_hidden_layers"], num_servers,
+                "--initial_peers", *peers, "--torch_dtype", dtype,
+                "--device", options.device, "--dht_prefix", prefix,
                 "--linear_backend", options.linear_backend,
                 "--attn_cache_tokens", str(options.cache_tokens),
-                "--inference_max_length", str(options.cache_tokens),
-            ]  # fmt: skip
-            pids = []
-            for span in split_blocks(SHAPE["num_hidden_layers"], num_servers):
-                arguments = [str(checkpoint), "--block_indices", str(span), *flags]
-                # One after the other: what a server measures while it starts is announced.
-                server = children.start(f"server {span}", module, *arguments)
-                server.wait_ready()
-                pids.append(server.process.pid)
+                "--inference_max_length", str(options.cache_tokens), module=module,
+            )  # fmt: skip
             client = AutoDistributedModelForCausalLM.from_pretrained(
                 str(checkpoint), initial_peers=peers, dht_prefix=prefix, torch_dtype=dtype,
                 show_route=False,
             )  # fmt: skip
-            found[str(num_servers)] = Swarm(stack.enter_context(client), pids, logs)
+            pids = [server.process.pid for server in servers]
+            found[str(num_servers)] = Swarm(stack.enter_context(client), pids, started.folder)
         yield found
 
 
@@ -381,10 +362,7 @@ def profile_report(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    prepare()
     result: dict[str, Any] = {
         "benchmark": "engine",
         "environment": environment(),
@@ -397,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases: list[Case] = []
     profiles: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as folder:
-        checkpoint = options.model or make_checkpoint(Path(folder))
+        checkpoint = options.model or make_checkpoint(Path(folder), SHAPE)
         for dtype in options.dtypes:
             if options.profile:
                 profiles += measure_profile(checkpoint, dtype, options)

@@ -22,11 +22,10 @@ import os
 import random
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from common import environment, load, median, table, write_result
+from processes import children, prepare, start_bootstrap
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
-from transformers.utils import logging as transformers_logging
 
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.config import ClientConfig
@@ -156,12 +155,9 @@ class Swarm:
 
 @contextmanager
 def running() -> Iterator[Swarm]:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="planetserve-bench-")))
-        children = Children(folder)
-        stack.callback(children.stop)
-        bootstrap = children.start("bootstrap", "planetserve.run_dht", "--host_maddrs", LOOPBACK)
-        swarm = Swarm(children, folder, bootstrap.wait_ready()["addresses"])
+    with children() as started:
+        folder = started.folder
+        swarm = Swarm(started, folder, start_bootstrap(started))
         spans = split_blocks(Checkpoint.open(MODEL).num_blocks, NUM_HOPS) * REPLICAS
         swarm.start([Place(span, folder / f"{i}.key") for i, span in enumerate(spans)])
         yield swarm
@@ -261,10 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.quick:
         options.kills = options.stops = 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    prepare()
     result: dict[str, Any] = {
         "benchmark": "failover",
         "environment": environment(),

@@ -28,14 +28,14 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from common import environment, load, percentile, table, write_result
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
+from processes import make_checkpoint, prepare
 
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.errors import CapacityError, NoChainAvailable
@@ -266,10 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.quick:
         options.texts = 30
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    prepare()
     result: dict[str, Any] = {
         "benchmark": "kv_memory",
         "environment": environment(),
@@ -278,9 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "page_size": PAGE_SIZE,
     }
     with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as folder:
-        made = LlamaForCausalLM(LlamaConfig(**SHAPE))
-        made.generation_config.eos_token_id = None
-        made.save_pretrained(folder)
+        make_checkpoint(Path(folder), SHAPE)
         if not options.overcommit:
             _measure_use(folder, options, result)
         result["overcommit"] = overcommit(folder, options)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -34,12 +33,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from common import environment, load, median, percentile, table, write_result
-from engine import SHAPE, make_checkpoint, progress
+from engine import SHAPE, progress
+from processes import children, make_checkpoint, prepare
 from transformers import StoppingCriteria
-from transformers.utils import logging as transformers_logging
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.demo import LOOPBACK, Children
+from planetserve.demo import LOOPBACK
 
 TARGET_RATIO = 2.0
 _SETTLE_S = 1.0
@@ -117,16 +116,14 @@ class Round:
 def running(checkpoint: Path, options: argparse.Namespace) -> Iterator[Any]:
     """A client of one server."""
     with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="planetserve-bench-")))
-        children = Children(logs)
-        stack.callback(children.stop)
+        started = stack.enter_context(children())
         flags = ["--new_swarm", "--host_maddrs", LOOPBACK, "--torch_dtype", options.dtype,
                  "--num_threads", "1", "--attn_cache_tokens", "32768",
                  "--inference_max_length", "4096",
                  "--prefill_slowdown", str(options.prefill_slowdown)]  # fmt: skip
         blocks = f"0:{SHAPE['num_hidden_layers']}"
-        server = children.start("server", "planetserve.run_server", str(checkpoint),
-                                "--block_indices", blocks, *flags)  # fmt: skip
+        server = started.start("server", "planetserve.run_server", str(checkpoint),
+                               "--block_indices", blocks, *flags)  # fmt: skip
         client = AutoDistributedModelForCausalLM.from_pretrained(
             str(checkpoint), initial_peers=server.wait_ready()["addresses"],
             torch_dtype=options.dtype, show_route=False,
@@ -227,10 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.quick:
         options.rounds = 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    prepare()
     result: dict[str, Any] = {
         "benchmark": "prefill_interference",
         "environment": environment(),
@@ -244,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     long = torch.randint(3, SHAPE["vocab_size"], (1, options.long_tokens), generator=generator)
     rounds = []
     with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as folder:
-        checkpoint = make_checkpoint(Path(folder))
+        checkpoint = make_checkpoint(Path(folder), SHAPE)
         with running(checkpoint, options) as model:
             Writer(model, prompts[:1], 8).join()
             for number in range(options.rounds):

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +28,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import psutil
 import torch
 from common import environment, load, table, write_result
-from engine import SHAPE, make_checkpoint
-from transformers.utils import logging as transformers_logging
+from engine import SHAPE
+from processes import children, make_checkpoint, prepare
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.demo import LOOPBACK, Children
+from planetserve.demo import LOOPBACK
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.skeleton import SpanBlocks
 from planetserve.types import BlockSpan
@@ -64,10 +62,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Serve, and read the peaks."""
     blocks = int(SHAPE["num_hidden_layers"])
     with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="planetserve-bench-")))
-        children = Children(logs)
-        stack.callback(children.stop)
-        server = children.start(
+        server = stack.enter_context(children()).start(
             "server", "planetserve.run_server", str(folder), "--block_indices", f"0:{blocks}",
             "--new_swarm", "--host_maddrs", LOOPBACK, "--torch_dtype", options.dtype,
             "--num_threads", "1",
@@ -102,14 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--name", default="server_memory", help="of the result file")
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    prepare()
     settings = environment()
     dtype = getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as name:
-        folder = make_checkpoint(Path(name))
+        folder = make_checkpoint(Path(name), SHAPE)
         weights = span_mb(folder, dtype)
         peaks = measure(folder, options)
     tokens = options.sessions * (options.prompt_tokens + options.new_tokens)

@@ -1,0 +1,34 @@
+"""Settings of a server and of a client: one frozen dataclass each, and the only place of defaults.
+
+A value comes from a keyword argument, a command-line flag or a YAML file; all three use the
+field's name, and `from_mapping` turns any of them into a checked configuration. Names that people
+know from Petals keep their spelling and their unit, which each field states: times are in seconds.
+
+`client.py` and `server.py` hold the settings, `checks.py` what both check alike, and `mapping.py`
+reads them. Nothing here touches the network, the disk (but for the YAML file named by the caller)
+or torch; addresses, devices and names of strategies are checked by whoever uses them.
+"""
+
+from planetserve.config.checks import LOG_LEVELS, TORCH_DTYPES
+from planetserve.config.client import ClientConfig
+from planetserve.config.mapping import (
+    check_mapping,
+    did_you_mean,
+    field_docs,
+    from_mapping,
+    load_yaml,
+)
+from planetserve.config.server import MAX_RECORD_LIFETIME_S, ServerConfig
+
+__all__ = [
+    "LOG_LEVELS",
+    "MAX_RECORD_LIFETIME_S",
+    "TORCH_DTYPES",
+    "ClientConfig",
+    "ServerConfig",
+    "check_mapping",
+    "did_you_mean",
+    "field_docs",
+    "from_mapping",
+    "load_yaml",
+]

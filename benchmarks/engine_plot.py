@@ -23,6 +23,7 @@ def main() -> None:
         "rates": _rates([rates]),
         "prompts": _rates([_read("engine_512"), _read("engine_2048")], whole=True),
         "profile": _profile(_read("engine_profile")["profiles"]),
+        "patience": _patience(_read("batch_patience")["cases"]),
         "idle": _idle(_read("engine_profile")["profiles"]),
     }
     fill_in(DOCS / "engine.md", "engine", tables)
@@ -99,6 +100,15 @@ def _idle(profiles: list[dict[str, Any]]) -> str:
         for sessions, shares in row["idle_shares"].items()
     ]
     return markdown(["time without a step to run, by server", "sessions", "share"], rows)
+
+
+def _patience(cases: list[dict[str, Any]]) -> str:
+    away = list(dict.fromkeys(case["away_ms"] for case in cases))
+    ratios: dict[int, list[float]] = {}
+    for case in cases:
+        ratios.setdefault(case["sessions"], []).append(case["ratio"])
+    header = ["sessions", *(f"{ms:g} ms away" for ms in away)]
+    return markdown(header, [[sessions, *found] for sessions, found in ratios.items()])
 
 
 def _plot(cases: list[dict[str, Any]]) -> Any:

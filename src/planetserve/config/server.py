@@ -77,6 +77,9 @@ class ServerConfig:
     prefill_slowdown: float = 1.7
     """How much longer a forward pass may take for the sake of somebody's prompt than one for tokens
     that are being generated. Higher: prompts are done sooner; lower: texts flow more evenly."""
+    batch_patience: float = 0.5
+    """How long tokens that are being generated wait for those of other sessions, to share a forward
+    pass: while that takes less than this many times what it saves; 0: never."""
     page_size: int = 16
     """Tokens in one page of the KV cache; rounded up to what the attention backend needs."""
     attention_backend: str = "auto"
@@ -143,6 +146,10 @@ class ServerConfig:
             raise ConfigError(
                 f"max_peer_kv_share={self.max_peer_kv_share:g} is more than the whole cache; "
                 "give a share in (0, 1]"
+            )
+        if not self.batch_patience >= 0:
+            raise ConfigError(
+                f"batch_patience={self.batch_patience:g} is negative; 0 turns waiting off"
             )
         optional = (
             "num_blocks", "attn_cache_tokens", "inference_max_length", "num_threads",

@@ -35,7 +35,8 @@ from planetserve.errors import (
 )
 from planetserve.scheduler.batch import Piece, ScheduledBatch, WorkItem
 from planetserve.scheduler.chunk_budget import ChunkBudget
-from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from planetserve.scheduler.gathering import Gathering
+from planetserve.scheduler.scheduler import Ready, Scheduler, SchedulerConfig
 from planetserve.scheduler.segments import segments, separate
 from planetserve.scheduler.speed import PassSpeed
 from planetserve.tensors import is_finite
@@ -82,6 +83,14 @@ class Usage(NamedTuple):
     kept_input_bytes: int = 0
 
 
+class PassTime(NamedTuple):
+    """What went through how many blocks, on average through each, and for how long."""
+
+    num_tokens: float = 0.0
+    num_blocks: int = 0
+    elapsed_s: float = 0.0
+
+
 class Worker:
     """The engine thread's state and loop."""
 
@@ -110,12 +119,17 @@ class Worker:
         self._is_stuck = False
         """Whether all steps wait for pages that only a command can free."""
         self._chunk_budget = ChunkBudget(config.max_batch_tokens, config.prefill_slowdown)
+        self._gathering = Gathering(config.batch_patience if runner.is_ragged else 0.0)
+        self._gather_s = 0.0
+        """How long the next pass waits for decode steps that are about to come."""
+        self._has_waited = False
         # What other programs take of a CPU while a batch runs says nothing about the batch.
         is_cpu = runner.device.type == "cpu"
         self._work_clock = time.thread_time if is_cpu else clock.monotonic
         self._spans: dict[bytes, BlockSpan] = {}
         self._jobs: dict[int, Job] = {}
         self._resolved: list[tuple[Job, torch.Tensor | PlanetServeError]] = []
+        self._last_pass = PassTime()
         self.speed = PassSpeed()
         """Written on the engine thread, read anywhere."""
         self._idle_since_s = 0.0
@@ -161,9 +175,11 @@ class Worker:
     def _wait_for_work(self) -> list[Callable[[], None]] | None:
         """New commands, once there are any or steps to run; None when the engine is closing."""
         commands = []
-        is_idle = self._is_stuck or not self._scheduler.has_work
-        # Who waits for pages may get them in time, because others have gone quiet.
-        patience_s = _STUCK_S if self._is_stuck and self._scheduler.waiting else None
+        is_idle = self._is_stuck or self._gather_s > 0 or not self._scheduler.has_work
+        patience_s = self._gather_s or None
+        if self._is_stuck and self._scheduler.waiting:
+            # Who waits for pages may get them in time, because others have gone quiet.
+            patience_s = _STUCK_S
         with contextlib.suppress(queue.Empty):
             while True:
                 command = self._commands.get(is_idle, patience_s)
@@ -178,6 +194,7 @@ class Worker:
         self._scheduler.open(session_id, num_rows, owner)
         if self._inputs is not None:
             self._inputs.open(session_id, num_rows)
+        self._gathering.open(session_id, span)
         self._spans[session_id] = span
 
     def accept(self, job: Job) -> None:
@@ -191,23 +208,29 @@ class Worker:
         except SessionError as error:
             self._resolved.append((job, error))
         else:
+            self._gathering.returned(job.item.session_id, job.submitted_s)
             self._jobs[job.item.item_id] = job
 
     def forget(self, session_id: bytes) -> None:
         """Free a session's pages and drop its steps."""
         self._spans.pop(session_id, None)
         self._chunk_budget.forget(session_id)
+        self._gathering.forget(session_id)
         self._forget_inputs(session_id)
         for item_id in self._scheduler.close(session_id):
             del self._jobs[item_id]
 
     def _tick(self) -> None:
+        ready = self._scheduler.ready()
+        self._gather_s = self._wait_for_company(ready)
+        if self._gather_s:
+            return
         started_s = self._work_clock()
-        prefilling, num_decode = self._scheduler.ready()
         max_prefill = None
-        if prefilling:
-            now_s = self._clock.monotonic()
-            max_prefill = self._chunk_budget.tokens(now_s, prefilling, num_decode)
+        if ready.prefilling:
+            max_prefill = self._chunk_budget.tokens(
+                self._clock.monotonic(), ready.prefilling, sum(ready.decoding.values())
+            )
         batch = self._scheduler.schedule(max_prefill, self._idle_sessions())
         if self._inputs is not None:
             self._keep_house(batch)
@@ -224,7 +247,9 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - as above, and so may a family's code
             self._isolate(batch.pieces, error)
         work_s = self._work_clock() - started_s
-        is_single = len({piece.session_id for piece in batch.pieces}) == 1
+        # A step that has waited, even in vain, does not say what one takes that meets nobody.
+        is_single = len({piece.session_id for piece in batch.pieces}) == 1 and not self._has_waited
+        self._has_waited = False
         finished = [self._jobs.pop(item_id) for item_id in self._scheduler.commit(batch)]
         for job in finished:
             job.ran_alone = is_single and job.submitted_s >= self._idle_since_s
@@ -232,6 +257,7 @@ class Worker:
             self._resolved.append((job, whole))
         self._idle_since_s = now_s = self._clock.monotonic()
         self._publish()  # whoever waits should not wait for the book-keeping
+        self._expect(batch, finished, now_s)
         if self._inputs is not None:
             for job in finished:
                 self._inputs.extend(job.item.session_id, job.table, job.hidden_TD)
@@ -243,6 +269,24 @@ class Worker:
             work_s,
             now_s,
         )
+
+    def _wait_for_company(self, ready: Ready) -> float:
+        """Seconds until decode steps that are worth waiting for are here or late."""
+        if not ready.decoding or ready.prefilling or self._scheduler.waiting:
+            return 0.0
+        wait_s = self._gathering.wait_s(ready.decoding, self._clock.monotonic())
+        self._has_waited |= wait_s > 0
+        return wait_s
+
+    def _expect(self, batch: ScheduledBatch, finished: Sequence[Job], now_s: float) -> None:
+        """Note what the batch says about the steps that come next."""
+        if not batch.num_prefill_tokens:
+            self._gathering.record(*self._last_pass)
+        token_rate = self.speed.tokens_per_s_per_block
+        slope_s = 1 / token_rate if token_rate else 0.0
+        decoding = set(batch.decoding)
+        ids = [job.item.session_id for job in finished]
+        self._gathering.answered([key for key in ids if key in decoding], now_s, slope_s)
 
     def _forward(self, pieces: Sequence[Piece]) -> None:
         """Run pieces through the spans of their sessions and hand the outputs to jobs."""
@@ -297,7 +341,8 @@ class Worker:
             num_token_blocks += num_tokens * len(span)
         output_TD = to_host(hidden_TD)
         elapsed_s = self._clock.monotonic() - started_s
-        self.speed.record(num_token_blocks / num_blocks, num_blocks, elapsed_s)
+        self._last_pass = PassTime(num_token_blocks / num_blocks, num_blocks, elapsed_s)
+        self.speed.record(*self._last_pass)
         return output_TD
 
     def _isolate(self, pieces: Sequence[Piece], cause: Exception) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from planetserve.errors import ConfigError, SessionError
 from planetserve.scheduler.batch import Piece, ScheduledBatch, WorkItem
@@ -69,6 +70,13 @@ class SchedulerConfig:
         if self.preempts and not (self.chunkable and self.can_rollback):
             raise ConfigError("sessions that lose pages need a model that takes steps in parts")
         POLICIES.check(self.policy)
+
+
+class Ready(NamedTuple):
+    """Sessions by what they run next: tokens of decode steps, or anything longer."""
+
+    prefilling: set[bytes]
+    decoding: dict[bytes, int]
 
 
 class Scheduler:
@@ -142,20 +150,17 @@ class Scheduler:
                 empty += size - max(fills)
         return self._allocator.num_used * size - empty
 
-    def ready(self) -> tuple[set[bytes], int]:
-        """Sessions whose next step is not a decode step, and the tokens of all decode steps.
-
-        Without those that wait for pages.
-        """
-        prefilling, num_decode_tokens = set(), 0
+    def ready(self) -> Ready:
+        """Who has something to run, without those that wait for pages."""
+        ready = Ready(set(), {})
         for session_id, session in self._ready.items():
             if session_id in self._waiting:
                 continue
             if session.is_decoding:
-                num_decode_tokens += session.head.num_left
+                ready.decoding[session_id] = session.head.num_left
             else:
-                prefilling.add(session_id)
-        return prefilling, num_decode_tokens
+                ready.prefilling.add(session_id)
+        return ready
 
     def open(self, session_id: bytes, num_rows: int, owner: str = "") -> None:
         """Start a session with `num_rows` empty rows.

@@ -230,6 +230,7 @@ class Server:
             page_size=config.page_size,
             max_batch_tokens=config.max_batch_size,
             prefill_slowdown=config.prefill_slowdown,
+            batch_patience=config.batch_patience,
             inference_max_length=self._max_session_tokens,
             attention_backend=config.attention_backend,
             num_threads=config.num_threads,

@@ -8,9 +8,10 @@ block that `n` tokens of a tick go through takes
 
 the line through the two speeds that a server announces: one token takes `decode_ms_per_block`, and
 many of them come at `tokens_per_s_per_block`. All results go at the end of the tick. Admission, the
-prompt tokens that a batch may take, the sharing of a full budget and the load that is announced are
-the real `Leases`, `ChunkBudget`, scheduling policy and `StepLatency`; how a batch is put together
-repeats `Scheduler`, without pages.
+prompt tokens that a batch may take, the sharing of a full budget, the waiting for steps that are
+about to come back and the load that is announced are the real `Leases`, `ChunkBudget`, scheduling
+policy, `Gathering` and `StepLatency`; how a batch is put together repeats `Scheduler`, without
+pages.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from planetserve.config import ServerConfig
 from planetserve.routing.points import split_load
 from planetserve.routing.snapshot import ServerPoint
 from planetserve.scheduler.chunk_budget import ChunkBudget
+from planetserve.scheduler.gathering import Gathering
 from planetserve.scheduler.leases import Leases
 from planetserve.scheduler.policies import POLICIES, Candidate, SchedulingPolicy
 from planetserve.scheduler.speed import StepCost, StepLatency
@@ -89,6 +91,8 @@ class SimServer:
         pages = self._cache_tokens // _CONFIG.page_size
         self.leases = Leases(pages, _CONFIG.page_size, self._clock, _CONFIG.max_peer_kv_share)
         self._chunk_budget = ChunkBudget(_CONFIG.max_batch_size, _CONFIG.prefill_slowdown)
+        self._gathering = Gathering(_CONFIG.batch_patience)
+        self._has_waited = False
         self._load = StepLatency(StepCost(0.0, self.machine.decode_ms_per_block), self._env.now)
         self._heads: dict[Ring, Step] = {}
         self._behind: dict[Ring, deque[Step]] = {}
@@ -127,13 +131,14 @@ class SimServer:
         self.span = span
         self.is_up = True
 
-    def open(self, ring: Ring, lease_tokens: int) -> None:
-        """Admit a session.
+    def open(self, ring: Ring, lease_tokens: int, span: BlockSpan) -> None:
+        """Admit a session whose steps pass `span`.
 
         Raises:
             CacheExhausted: no room for it.
         """
         self.leases.open(ring.id, ring.session.client.name, 1, lease_tokens)
+        self._gathering.open(ring.id, span)
         self.rings[ring] = None
 
     def close(self, ring: Ring) -> None:
@@ -142,6 +147,7 @@ class SimServer:
             del self.rings[ring]
             self.leases.close(ring.id)
             self._chunk_budget.forget(ring.id)
+            self._gathering.forget(ring.id)
             self.drop_steps(ring)
 
     def drop_steps(self, ring: Ring) -> None:
@@ -156,6 +162,7 @@ class SimServer:
             return
         step.arrived_s = self._env.now
         step.num_left = step.num_tokens
+        self._gathering.returned(ring.id, self._env.now)
         step.is_alone = not self._is_busy and not self._heads
         if ring in self._heads:
             self._behind.setdefault(ring, deque()).append(step)
@@ -165,26 +172,49 @@ class SimServer:
             self._tick()
 
     def _tick(self) -> None:
+        wait_s = self._wait_for_company()
+        if wait_s:
+            self._has_waited = True
+            later(self._env, wait_s, self._waited, self._life)
+            return
         batch = self._batch()
         if not batch:
             return
         parts = [(*step.ring.spans[step.hop], count) for step, count in batch]
-        took_s = pass_ms(parts, self.machine.decode_ms_per_block, self._slope_ms) / 1000.0
+        blocks, token_blocks = passed(parts)
+        more_ms = self._slope_ms
+        first_ms = self.machine.decode_ms_per_block
+        took_s = (blocks * (first_ms - more_ms) + token_blocks * more_ms) / 1000.0
+        if all(step.num_tokens <= _DECODE_TOKENS for step, _ in batch):
+            self._gathering.record(token_blocks / blocks, blocks, took_s)
         self._is_busy = True
         self.busy_s += took_s
         self.num_ticks += 1
         self.num_tokens += sum(count for _, count in batch)
         later(self._env, took_s, self._done, _Tick(self._life, batch, took_s))
 
+    def _wait_for_company(self) -> float:
+        """Seconds for which the next tick waits for more decode steps."""
+        heads = self._heads
+        if not heads or any(step.num_tokens > _DECODE_TOKENS for step in heads.values()):
+            return 0.0
+        return self._gathering.wait_s({ring.id for ring in heads}, self._env.now)
+
+    def _waited(self, life: object) -> None:
+        if life is self._life and not self._is_busy:
+            self._tick()
+
     def _done(self, tick: _Tick) -> None:
         if tick.life is not self._life:
             return  # the server was gone meanwhile
         self._is_busy = False
         now_s = self._env.now
+        has_waited, self._has_waited = self._has_waited, False
         decoding = [step.ring.id for step, _ in tick.batch if step.num_tokens <= _DECODE_TOKENS]
         prefill = sum(count for step, count in tick.batch if step.num_tokens > _DECODE_TOKENS)
         total = sum(count for _, count in tick.batch)
         self._chunk_budget.record(decoding, total - prefill, prefill, tick.took_s, now_s)
+        answered = []
         for step, count in tick.batch:
             ring = step.ring
             if self._heads.get(ring) is not step:
@@ -198,10 +228,13 @@ class SimServer:
                 self._heads[ring] = behind.popleft()
             if step.num_tokens == 1:
                 start, end = ring.spans[step.hop]
-                alone = step.is_alone and len(tick.batch) == 1
+                alone = step.is_alone and len(tick.batch) == 1 and not has_waited
                 elapsed_ms = 1000.0 * (now_s - step.arrived_s)
                 self._load.add(elapsed_ms, end - start, alone=alone, now_s=now_s)
+            if step.num_tokens <= _DECODE_TOKENS:
+                answered.append(ring.id)
             self._send(self, step)
+        self._gathering.answered(answered, now_s, self._slope_ms / 1000.0)
         if self._heads and not self._is_busy:
             self._tick()
 
@@ -237,22 +270,21 @@ class SimServer:
         return [(by_id[grant.session_id], grant.num_tokens) for grant in grants]
 
 
-def pass_ms(parts: Iterable[tuple[int, int, int]], first_ms: float, more_ms: float) -> float:
-    """Time of one tick.
+def passed(parts: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
+    """Blocks that one tick passes, and the tokens through each of them, added up.
 
     Args:
         parts: `(start, end, tokens)` of every step in it.
-        first_ms: a block with one token.
-        more_ms: a further token in a block.
     """
     change: dict[int, int] = {}
     for start, end, tokens in parts:
         change[start] = change.get(start, 0) + tokens
         change[end] = change.get(end, 0) - tokens
-    total_ms, tokens, since = 0.0, 0, 0
+    blocks, token_blocks, tokens, since = 0, 0, 0, 0
     for edge in sorted(change):
         if tokens:
-            total_ms += (edge - since) * (first_ms + (tokens - 1) * more_ms)
+            blocks += edge - since
+            token_blocks += (edge - since) * tokens
         tokens += change[edge]
         since = edge
-    return total_ms
+    return blocks, token_blocks

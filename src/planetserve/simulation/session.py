@@ -165,7 +165,7 @@ class Session:
                 ban_s = CLIENT_CONFIG.ban_timeout  # it answers, but not with what was announced
             elif self._ring not in server.rings:
                 try:
-                    server.open(self._ring, self._lease)
+                    server.open(self._ring, self._lease, hop.span)
                     opened.append(number)
                 except CacheExhausted as error:
                     self.record.num_refusals += 1

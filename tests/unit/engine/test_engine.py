@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ class Poisoned(SpanRunner):
     def forward(self, pieces, hidden_TD, positions_T, span=None):
         if (hidden_TD == self.MARK).any():
             raise RuntimeError("kernel failure")
+        return super().forward(pieces, hidden_TD, positions_T, span)
+
+
+class Slow(SpanRunner):
+    """Takes a while for each pass, whatever its tokens, and notes how many sessions shared it."""
+
+    def __init__(self, *args, **kwargs):
+        self.sizes: list[int] = []
+        super().__init__(*args, **kwargs)
+
+    def forward(self, pieces, hidden_TD, positions_T, span=None):
+        self.sizes.append(len({piece.session_id for piece in pieces}))
+        time.sleep(0.03)
         return super().forward(pieces, hidden_TD, positions_T, span)
 
 
@@ -447,3 +461,22 @@ async def test_plain_caches_are_not_promised_twice(tiny):
     with pytest.raises(CacheExhausted):
         engine.open_session(b"b", "peer", 1, 1)
     engine.close()
+
+
+async def test_sessions_that_come_back_soon_share_passes(tiny):
+    """They start half a pass apart; unless one is waited for, that is how they go on."""
+    engine = make_engine(tiny, runner_class=Slow)
+    engine.runner.sizes.clear()  # of the probe
+
+    async def write(key: bytes, delay_s: float) -> None:
+        engine.open_session(key, "peer", 1, 64)
+        await asyncio.sleep(delay_s)
+        for start in range(24):
+            await engine.submit(key, table(start, 1), torch.randn(1, HIDDEN_SIZE))
+
+    try:
+        async with asyncio.timeout(60):
+            await asyncio.gather(write(b"a", 0.0), write(b"b", 0.015))
+    finally:
+        engine.close()
+    assert engine.runner.sizes.count(2) > engine.runner.sizes.count(1)

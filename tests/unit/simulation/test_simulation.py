@@ -17,7 +17,7 @@ from planetserve.routing.request import ChainRequest
 from planetserve.simulation.client import Policy, idle_directory, idle_snapshot
 from planetserve.simulation.run import RunResult, Simulation
 from planetserve.simulation.scenario import LoadedScenario
-from planetserve.simulation.server import pass_ms
+from planetserve.simulation.server import passed
 from planetserve.simulation.session import Outcome
 from planetserve.simulation.summary import Objective, interval, summarise
 from planetserve.simulation.world import World
@@ -129,12 +129,12 @@ def test_choosing_chains_beats_chance_on_unequal_machines() -> None:
 
 
 def test_tokens_share_a_pass_where_their_spans_overlap() -> None:
-    assert pass_ms([(0, 4, 1)], 2.0, 0.1) == pytest.approx(8.0)
-    assert pass_ms([(0, 4, 1), (0, 4, 1)], 2.0, 0.1) == pytest.approx(8.4)
+    assert passed([(0, 4, 1)]) == (4, 4)
+    assert passed([(0, 4, 1), (0, 4, 1)]) == (4, 8)
     # Blocks 0:2 once, 2:4 together, 4:6 once.
-    assert pass_ms([(0, 4, 1), (2, 6, 1)], 2.0, 0.1) == pytest.approx(4.0 + 4.2 + 4.0)
+    assert passed([(0, 4, 1), (2, 6, 1)]) == (6, 8)
     # Nobody needs 2:4.
-    assert pass_ms([(0, 2, 3), (4, 6, 1)], 2.0, 0.1) == pytest.approx(4.4 + 4.0)
+    assert passed([(0, 2, 3), (4, 6, 1)]) == (4, 8)
 
 
 def test_policies_are_read_from_text() -> None:

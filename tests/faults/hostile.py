@@ -209,10 +209,12 @@ class Stranger:
             await control.send(dataclasses.replace(header, type=FrameType.DEAL), blob)
         return session
 
-    async def push(self, session_id: bytes, edge: int = 1, epoch: int = 0) -> FrameStream:
-        """A push stream with its HELLO."""
+    async def push(
+        self, session_id: bytes, edge: int = 1, epoch: int = 0, *, of: Stranger | None = None
+    ) -> FrameStream:
+        """A push stream with its HELLO, into a session that `of` (or this peer) has opened."""
         stream = await self.stream(PUSH_PROTOCOL)
-        hello = PushHello(edge=edge, epoch=epoch)
+        hello = PushHello(client=(of or self).node.peer_id, edge=edge, epoch=epoch)
         header = FrameHeader(FrameType.HELLO, session=session_id, edge=edge, epoch=epoch)
         await stream.send(header, hello.encode())
         return stream

@@ -53,12 +53,29 @@ async def test_an_open_that_is_refused(server: Server, meet: MeetServer, name: s
 
 
 async def test_a_session_cannot_be_opened_twice(server: Server, meet: MeetServer) -> None:
-    owner, thief = await meet(), await meet()
+    owner = await meet()
     session = await owner.open()
-    for stranger in (owner, thief):
-        with pytest.raises(RemoteProtocolError, match="already open"):
-            await stranger.open(session.session_id)
+    with pytest.raises(RemoteProtocolError, match="already open"):
+        await owner.open(session.session_id)
     assert (await session.step(2)).shape[0] == 2
+
+
+@pytest.mark.parametrize("thief_is_first", [True, False])
+async def test_a_session_id_is_worth_nothing_to_others(
+    server: Server, meet: MeetServer, thief_is_first: bool
+) -> None:
+    """A hop knows the id, the edge and the peer of the next hop. With them it opens sessions of its
+    own, and neither stands in the client's way nor gets what the hop before pushes."""
+    client, hop, thief = await meet(), await meet(), await meet()
+    session_id, sessions = os.urandom(16), {}
+    for peer in (thief, client) if thief_is_first else (client, thief):
+        sessions[peer] = await peer.open(session_id, edge=1, previous=hop.node.peer_id)
+    session = sessions[client]
+    session.upstream = await hop.push(session_id, of=client)
+    assert (await session.step(2)).shape[0] == 2
+    await sessions[thief].close()
+    assert (await session.step(1, start=2)).shape[0] == 1
+    assert server.handler.num_sessions == 1
 
 
 MALFORMED: dict[str, dict[str, Any] | bytes] = {
@@ -114,7 +131,7 @@ async def test_a_session_stream_begins_with_open(
     assert server.handler.counters - before == {"open.protocol": 1}
 
 
-@pytest.mark.parametrize("payload", [b"", b"{}", b'{"edge":0,"epoch":0}', b'{"edge":1,"epoch":-1}'])
+@pytest.mark.parametrize("payload", [b"", b"{}", b'{"client":"x","edge":0,"epoch":0}', b'{"client":"x","edge":1,"epoch":-1}'])
 async def test_a_push_stream_begins_with_hello(
     server: Server, meet: MeetServer, payload: bytes
 ) -> None:

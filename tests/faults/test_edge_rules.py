@@ -216,7 +216,7 @@ async def test_a_bad_frame_from_a_hop(
     make, kind = ALL[name]
     client, hop = await meet(), await meet()
     session = await client.open(edge=1, previous=hop.node.peer_id)
-    session.upstream = await hop.push(session.session_id)
+    session.upstream = await hop.push(session.session_id, of=client)
     await session.step(2)
     await session.send(*make(session))
     error = await session.error()
@@ -328,12 +328,12 @@ async def test_a_push_from_the_wrong_peer(
     session = await client.open(edge=1, previous=hop.node.peer_id)
     before = server.handler.counters["push.mismatch"]
     for peer, epoch in ((stranger, 0), (client, 0), (hop, 1)):
-        refused = await peer.push(session.session_id, epoch=epoch)
+        refused = await peer.push(session.session_id, epoch=epoch, of=client)
         assert isinstance(await error_on(refused), RemoteProtocolError)
     assert server.handler.counters["push.mismatch"] == before + 3
-    session.upstream = await hop.push(session.session_id)
+    session.upstream = await hop.push(session.session_id, of=client)
     assert (await session.step(2)).shape == (2, session.target.hidden_size)
-    second = await hop.push(session.session_id)
+    second = await hop.push(session.session_id, of=client)
     assert isinstance(await error_on(second), RemoteProtocolError)
     assert (await session.step(1, start=2)).shape == (1, session.target.hidden_size)
     await session.close()
@@ -369,11 +369,11 @@ async def test_a_stranger_who_says_hello_first_keeps_nobody_out(
     monkeypatch.setattr(handler_module, "_FIRST_FRAME_TIMEOUT_S", 3.0)
 
     def waiting() -> list[str]:
-        return [peer for session, _, peer in server.handler._waiting if session == session_id]
+        return [peer for key, peer in server.handler._waiting if key[1] == session_id]
 
-    early = await stranger.push(session_id)
+    early = await stranger.push(session_id, of=client)
     await until(lambda: waiting() == [stranger.node.peer_id])
-    upstream = await hop.push(session_id)
+    upstream = await hop.push(session_id, of=client)
     await until(lambda: len(waiting()) == 2)
     session = await client.open(session_id, edge=1, previous=hop.node.peer_id)
     session.upstream = upstream

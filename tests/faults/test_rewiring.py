@@ -86,7 +86,7 @@ async def test_the_old_upstream_is_cut_off(server: Server, meet: MeetServer) -> 
     """After a rewiring nothing comes in from the hop before: not on its stream, not on another."""
     client, old, new = await meet(), await meet(), await meet()
     session = await client.open(edge=1, previous=old.node.peer_id)
-    session.upstream = await old.push(session.session_id)
+    session.upstream = await old.push(session.session_id, of=client)
     assert (await session.step(2)).shape[0] == 2
     message = rewire(previous=new.node.peer_id)
     await send(session, message)
@@ -95,11 +95,11 @@ async def test_the_old_upstream_is_cut_off(server: Server, meet: MeetServer) -> 
     with pytest.raises(PlanetServeError):
         await session.upstream.receive(20.0)
     for stranger, epoch in ((old, 0), (old, 1), (new, 0)):
-        stream = await stranger.push(session.session_id, epoch=epoch)
+        stream = await stranger.push(session.session_id, epoch=epoch, of=client)
         header, _ = await stream.receive(20.0)
         assert header.type is FrameType.ERROR
     used = server.engine.stats().pages_used
-    session.upstream = await new.push(session.session_id, epoch=1)
+    session.upstream = await new.push(session.session_id, epoch=1, of=client)
     # Sealed with the old key, what the new upstream sends ends the session; nothing is computed.
     table, hidden_TD = session.numbers_for(2, start=2)
     await session.send(*session.sealed(table, hidden_TD))

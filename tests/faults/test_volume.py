@@ -145,7 +145,7 @@ async def bad_message(stranger: Stranger, garbage: Garbage) -> None:
         right = stranger.message(os.urandom(32)).model_dump()
         await throw(stranger, SESSION_PROTOCOL, garbage.control(FrameType.OPEN, right))
     else:
-        frame = garbage.control(FrameType.HELLO, {"edge": 1, "epoch": 0})
+        frame = garbage.control(FrameType.HELLO, {"client": "x", "edge": 1, "epoch": 0})
         await throw(stranger, PUSH_PROTOCOL, frame)
 
 

@@ -49,6 +49,10 @@ _MAX_WAITING_PUSHES = 256
 _MAX_WAITING_PUSHES_PER_PEER = 64
 _CHECK_PERIOD_S = 5.0
 
+SessionKey = tuple[PeerId, bytes, int]
+"""Who opened a session, its id, and the edge that enters this hop. Two peers may open sessions of
+one id, so that a hop, which knows the ids of its chain, cannot take a place that is not its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -79,10 +83,10 @@ class SessionHandler:
         self._admission = Admission(limits, clock)
         self._gate = StepGate(QueuedBytes(limits))
         self._refusals = Refusals(clock)
-        self._sessions: dict[tuple[bytes, int], ServerSession] = {}
-        # Pushes whose OPEN is still on its way, by session, edge and the peer that pushes: a
-        # stranger who says HELLO first must not keep the right one out.
-        self._waiting: dict[tuple[bytes, int, PeerId], asyncio.Future[ServerSession]] = {}
+        self._sessions: dict[SessionKey, ServerSession] = {}
+        # Pushes whose OPEN is still on its way, by session and the peer that pushes: a stranger
+        # who says HELLO first must not keep the right one out.
+        self._waiting: dict[tuple[SessionKey, PeerId], asyncio.Future[ServerSession]] = {}
         self._draining = False
         self._idle = asyncio.Event()
 
@@ -131,7 +135,7 @@ class SessionHandler:
         except PlanetServeError as error:
             await self._refuse(stream, header, error, f"open.{error.code}")
             return
-        key = (header.session, header.edge)
+        key = (stream.remote, header.session, header.edge)
         try:
             answer = FrameHeader(FrameType.OPENED, session=header.session, edge=header.edge)
             await stream.send(answer, opened.encode())
@@ -188,7 +192,8 @@ class SessionHandler:
         if header.type is not FrameType.OPEN:
             raise RemoteProtocolError(f"expected OPEN, got {header.type.name}")
         message = decode(OpenSession, payload)
-        self._check(message, header)
+        key = (stream.remote, header.session, message.edge)
+        self._check(message, header, key)
         answer, signature, channel = answer_open(
             self._node.identity,
             header.session,
@@ -212,10 +217,10 @@ class SessionHandler:
             if not self._make_room(message, stream.remote, refusal.retry_after_s):
                 raise
             self._lease(session, stream.remote)
-        self._sessions[header.session, message.edge] = session
+        self._sessions[key] = session
         self._admission.opened(stream.remote)
         self._idle.clear()
-        waiting = self._waiting.pop((header.session, message.edge, message.previous), None)
+        waiting = self._waiting.pop((key, message.previous), None)
         if waiting is not None and not waiting.done():
             waiting.set_result(session)
         opened = SessionOpened(
@@ -243,7 +248,7 @@ class SessionHandler:
                 self._engine.close_session(session.key)
         return bool(keys)
 
-    def _check(self, message: OpenSession, header: FrameHeader) -> None:
+    def _check(self, message: OpenSession, header: FrameHeader, key: SessionKey) -> None:
         model = self._model
         if (message.model, message.fingerprint) != (model.prefix, model.fingerprint):
             raise ModelMismatchError("this server serves another model or revision")
@@ -253,7 +258,7 @@ class SessionHandler:
             raise RemoteProtocolError(f"this server serves blocks {model.span}")
         if message.edge == 0 and message.previous != CLIENT or header.edge != message.edge:
             raise RemoteProtocolError("edge 0 comes from the client")
-        if (header.session, message.edge) in self._sessions:
+        if key in self._sessions:
             raise RemoteProtocolError("this session is already open here")
 
     async def _on_push(self, stream: FrameStream) -> None:
@@ -267,7 +272,8 @@ class SessionHandler:
                 raise RemoteProtocolError(f"expected HELLO, got {header.type.name}")
             hello = decode(PushHello, payload)
             reason = "push.unknown"
-            session = await self._find(header.session, hello.edge, stream.remote)
+            key = (hello.client, header.session, hello.edge)
+            session = await self._find(key, stream.remote)
             reason = "push.mismatch"
             session.attach(stream, hello)
         except PlanetServeError as error:
@@ -280,25 +286,24 @@ class SessionHandler:
             error.peer_id = error.peer_id or stream.remote
             session.fail(error)
 
-    async def _find(self, session_id: bytes, edge: int, remote: PeerId) -> ServerSession:
+    async def _find(self, key: SessionKey, remote: PeerId) -> ServerSession:
         """The session a push belongs to; its OPEN may still be on the way from the client."""
-        session = self._sessions.get((session_id, edge))
+        session = self._sessions.get(key)
         if session is not None:
             return session
-        key = (session_id, edge, remote)
-        from_same = sum(peer == remote for *_, peer in self._waiting)
+        from_same = sum(peer == remote for _, peer in self._waiting)
         if (
-            key in self._waiting
+            (key, remote) in self._waiting
             or from_same >= _MAX_WAITING_PUSHES_PER_PEER
             or len(self._waiting) >= _MAX_WAITING_PUSHES
         ):
             raise RemoteProtocolError("too many pushes for sessions that are not open")
         future: asyncio.Future[ServerSession] = asyncio.get_running_loop().create_future()
-        self._waiting[key] = future
+        self._waiting[key, remote] = future
         try:
             async with asyncio.timeout(_FIRST_FRAME_TIMEOUT_S):
                 return await future
         except TimeoutError:
             raise RemoteProtocolError("a push for a session that nobody opened") from None
         finally:
-            self._waiting.pop(key, None)
+            self._waiting.pop((key, remote), None)

@@ -213,7 +213,7 @@ class Outlet:
         stream = await open_stream(
             self._node, following.peer_id, following.addresses, PUSH_PROTOCOL, _CONNECT_TIMEOUT_S
         )
-        hello = PushHello(edge=following.edge, epoch=self.epoch)
+        hello = PushHello(client=self._control.remote, edge=following.edge, epoch=self.epoch)
         header = FrameHeader(
             FrameType.HELLO, session=self._session_id, edge=hello.edge, epoch=hello.epoch
         )

@@ -99,8 +99,9 @@ class ServerSession:
         channel: ChannelSecret,
         max_step_tokens: int,
     ):
-        self.key = session_id + message.edge.to_bytes(2, "big")
-        """Names the session in the engine; unique in this process."""
+        self.key = session_id + message.edge.to_bytes(2, "big") + control.remote.encode()
+        """Names the session in the engine; unique in this process. A session id is its client's
+        own: whoever learns it, as every hop does, can open nothing in the client's place."""
         self.session_id = session_id
         self.open = message
         self._engine = engine

@@ -91,8 +91,9 @@ class SessionOpened(Message):
 
 
 class PushHello(Message):
-    """Hop -> next hop: this stream carries the named session's edge."""
+    """Hop -> next hop: this stream carries the named edge of the session that `client` opened."""
 
+    client: PeerText
     edge: Annotated[int, Field(ge=1, le=MAX_EDGE)]
     epoch: Epoch
 

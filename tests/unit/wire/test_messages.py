@@ -58,7 +58,7 @@ MESSAGES: list[Message] = [
     SessionOpened(
         max_chunk_tokens=64, chunkable=True, free_cache_tokens=0, answer=KEY, signature=SIGNATURE
     ),
-    PushHello(edge=1, epoch=0),
+    PushHello(client=PEER, edge=1, epoch=0),
     Rewire(epoch=3, previous=PEER, next=OPEN.next, first_step=7, max_chunk_tokens=64),
     Progress(frames_received=2, frames_sent=1, bytes_received=2**40, steps_running=1),
     ErrorReply(code="capacity", message="full", retry_after_s=1.5, blamed_peer=PEER),

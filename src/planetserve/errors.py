@@ -54,6 +54,11 @@ class PlanetServeError(Exception):
     code = "internal"
     peer_id: str | None = None
     """The peer whose hop failed, when that is known; set by whoever noticed."""
+    edge: tuple[str, str] | None = None
+    """Instead of `peer_id`: peer ids of the sending and the receiving end of an edge, one of which
+    is at fault, when it cannot be told which."""
+    claimed_by: str | None = None
+    """The end of `edge` by whose word the other is at fault, if it is a claim."""
 
 
 class ConfigError(PlanetServeError, ValueError):
@@ -111,8 +116,6 @@ class EdgeStalled(HopTimeout):
     """
 
     code = "edge_stalled"
-    edge: tuple[str, str] = ("", "")
-    """Peer ids of the sending and the receiving end."""
     epoch: int | None = None
     """Epoch of the edge, if one of its ends has said so."""
 

@@ -131,7 +131,10 @@ async def test_a_session_stream_begins_with_open(
     assert server.handler.counters - before == {"open.protocol": 1}
 
 
-@pytest.mark.parametrize("payload", [b"", b"{}", b'{"client":"x","edge":0,"epoch":0}', b'{"client":"x","edge":1,"epoch":-1}'])
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"{}", b'{"client":"x","edge":0,"epoch":0}', b'{"client":"x","edge":1,"epoch":-1}'],
+)
 async def test_a_push_stream_begins_with_hello(
     server: Server, meet: MeetServer, payload: bytes
 ) -> None:

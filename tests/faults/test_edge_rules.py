@@ -16,6 +16,7 @@ from hostile import MeetServer, Opened, error_on, until
 
 from planetserve.crypto.secrets import DEAL_BYTES
 from planetserve.errors import (
+    CacheExhausted,
     DecryptionFailed,
     PlanetServeError,
     RemoteProtocolError,
@@ -205,7 +206,7 @@ async def test_a_bad_frame_from_a_client(
 
 
 FROM_A_HOP = ("of another session", "out of sequence", "with a changed bit", "for other blocks",
-              "of a row out of range", "with NaN")  # fmt: skip
+              "of a row out of range", "with NaN", "after a gap")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FROM_A_HOP)
@@ -222,6 +223,21 @@ async def test_a_bad_frame_from_a_hop(
     error = await session.error()
     assert type(error) is kind
     assert error.peer_id == hop.node.peer_id
+    await check_others(server, bystander)
+
+
+async def test_a_full_server_does_not_blame_the_hop_before(
+    server: Server, meet: MeetServer, bystander: Opened
+) -> None:
+    client, hop = await meet(), await meet()
+    session = await client.open(edge=1, previous=hop.node.peer_id, max_length=16)
+    rest = await client.open(max_length=240)  # with it all that one peer may hold
+    session.upstream = await hop.push(session.session_id, of=client)
+    await session.send(*session.sealed(*session.numbers_for(40)))
+    error = await session.error()
+    assert type(error) is CacheExhausted
+    assert error.peer_id is None
+    await rest.close()
     await check_others(server, bystander)
 
 

@@ -8,17 +8,27 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from fault_swarm import FaultSwarm, Held
+from fault_swarm import FaultSwarm, Held, Host, Moment
 from faulted_texts import GREEDY, Material
 
 from planetserve.client.hop_link import MAX_UNREAD
-from planetserve.errors import PeerUnreachable, PlanetServeError
+from planetserve.errors import (
+    DecryptionFailed,
+    PeerUnreachable,
+    PlanetServeError,
+    RemoteError,
+    RemoteProtocolError,
+    SessionError,
+)
+from planetserve.server.session import ServerSession
+from planetserve.swarm.streams import FrameStream
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader, FrameType
-from planetserve.wire.messages import error_reply
+from planetserve.wire.messages import SessionOpened, error_reply
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -84,4 +94,76 @@ def test_a_flood_between_two_texts(
             suspects.add(accused)
         assert not suspects <= {hop.peer_id for hop in model.chain}
     assert torch.equal(torch.cat([first, second], dim=1), whole)
+    assert swarm.leaked() == Held.nothing()
+
+
+LIES = (DecryptionFailed, RemoteProtocolError, RemoteError, SessionError, PeerUnreachable)
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("first_block", [0, 3])
+def test_a_lie_about_a_neighbour_takes_no_server_from_the_client(
+    repaired_swarm: FaultSwarm, material: Material, lie: type[PlanetServeError], first_block: int
+) -> None:
+    """A hop ends the session and says that it was its neighbour. The text goes on, the two are not
+    side by side for a while, and neither of them is left out."""
+    swarm = repaired_swarm
+    whole = material.local.generate(material.prompt, **GREEDY)
+
+    def accuse(swarm: FaultSwarm, host: Host) -> None:
+        (session,) = host.server.handler._sessions.values()
+        error = lie("it was not me")
+        error.peer_id = swarm.runs[3 - first_block].server.node.peer_id
+        pairs.append({host.server.node.peer_id, error.peer_id})
+        session.fail(error)
+
+    pairs: list[set[PeerId]] = []
+    with swarm.client(ban_timeout=60.0) as model:
+        # Nothing has reached the second hop when the first gets the first step.
+        fault = swarm.strike_at(Moment(first_block, step=2), accuse)
+        text = model.generate(material.prompt, **GREEDY)
+        assert fault.struck_s is not None
+        manager = model.runtime._manager
+        assert not manager._bans.banned()
+        assert [set(pair) for pair in manager._quarrels.avoided()] == pairs
+        assert not pairs[0] <= {hop.peer_id for hop in model.chain}
+    assert torch.equal(text, whole)
+    assert swarm.leaked() == Held.nothing()
+
+
+@pytest.mark.parametrize("refuses", [RemoteError, RemoteProtocolError])
+def test_who_refuses_a_session_speaks_for_itself(
+    repaired_swarm: FaultSwarm,
+    material: Material,
+    monkeypatch: pytest.MonkeyPatch,
+    refuses: type[PlanetServeError],
+) -> None:
+    """Before there is a session, a server cannot have seen anything of another: whomever it blames,
+    it is the one to be left out."""
+    swarm = repaired_swarm
+    whole = material.local.generate(material.prompt, **GREEDY)
+    liar, blamed = swarm.hosts[0].server, swarm.hosts[2].server.node.peer_id
+    refused: list[PeerId] = []
+
+    def admit(*args: Any) -> tuple[ServerSession, SessionOpened]:
+        if refused:
+            return honest(*args)
+        raise refuses("it is not my fault")
+
+    async def refuse(
+        stream: FrameStream, header: FrameHeader, error: PlanetServeError, reason: str
+    ) -> None:
+        refused.append(stream.remote)
+        reply = FrameHeader(FrameType.ERROR, session=header.session, edge=header.edge)
+        await stream.send(reply, error_reply(error, blamed).encode())
+
+    honest = liar.handler._admit
+    monkeypatch.setattr(liar.handler, "_admit", admit)
+    monkeypatch.setattr(liar.handler, "_refuse", refuse)
+    with swarm.client(
+        ban_timeout=60.0, blocked_servers=[swarm.hosts[1].server.node.peer_id]
+    ) as model:
+        assert torch.equal(model.generate(material.prompt, **GREEDY), whole)
+        assert len(refused) == 1
+        assert blamed not in model.runtime._manager._bans.banned()
     assert swarm.leaked() == Held.nothing()

@@ -1,4 +1,4 @@
-"""Servers, and ways between two servers, that a client leaves alone for a while.
+"""Servers that a client leaves alone for a while; pairs of them are in `quarrels.py`.
 
 Decisions only: who is put here and for how long is the chain manager's to say, and nothing here
 touches the network. Times are of the monotonic clock.
@@ -18,7 +18,6 @@ class Bans:
     def __init__(self, clock: Clock):
         self._clock = clock
         self._peers_until_s: dict[PeerId, float] = {}
-        self._edges_until_s: dict[tuple[PeerId, PeerId], float] = {}
 
     def ban(self, peer_ids: Iterable[PeerId], until_s: float) -> None:
         """Do without these servers until then, whatever was said of them before."""
@@ -36,15 +35,3 @@ class Bans:
             peer_id: until_s for peer_id, until_s in self._peers_until_s.items() if until_s > now_s
         }
         return list(self._peers_until_s)
-
-    def avoid(self, edge: tuple[PeerId, PeerId], until_s: float) -> None:
-        """Do without the way between these two servers until then."""
-        self._edges_until_s[edge] = until_s
-
-    def avoided_edges(self) -> set[tuple[PeerId, PeerId]]:
-        """Pairs of servers whose way to each other is not to be used now."""
-        now_s = self._clock.monotonic()
-        self._edges_until_s = {
-            edge: until_s for edge, until_s in self._edges_until_s.items() if until_s > now_s
-        }
-        return set(self._edges_until_s)

@@ -1,9 +1,9 @@
 """Which chain a session gets, which other hops when some are lost, and who is at fault then.
 
-Knows what servers there are (`swarm_view.py`) and whom to leave alone for a while (`bans.py`); has
-a chain planned over those that are left (`planning.py`), and opens, mends or moves the ring on it.
-Runs on the portal's loop. Every wait is bounded: missing blocks are waited for
-`wait_for_blocks_timeout` seconds.
+Knows what servers there are (`swarm_view.py`), whom to leave alone for a while (`bans.py`) and
+which two not to put side by side (`quarrels.py`); has a chain planned over those that are left
+(`planning.py`), and opens, mends or moves the ring on it. Runs on the portal's loop. Every wait is
+bounded: missing blocks are waited for `wait_for_blocks_timeout` seconds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from planetserve.client.bans import Bans
 from planetserve.client.experience import Experience
 from planetserve.client.no_chain import explain, other_revision
 from planetserve.client.planning import ChainPlanner, ModelFacts
+from planetserve.client.quarrels import Quarrels
 from planetserve.client.ring import RingSession
 from planetserve.client.ring_spec import Gap, RingSpec
 from planetserve.client.scout import Running, Scout
@@ -30,7 +31,6 @@ from planetserve.errors import (
     Blame,
     CapacityError,
     ConfigError,
-    EdgeStalled,
     HopTimeout,
     NoChainAvailable,
     PlanetServeError,
@@ -69,6 +69,7 @@ class ChainManager:
         self.view = SwarmView(config, facts, self._planner.remote, rtt, self._clock)
         """What servers there are."""
         self._bans = Bans(self._clock)
+        self._quarrels = Quarrels(config.ban_timeout, self._clock)
         self._experience = Experience(max_peers=256, clock=self._clock)
         self._scout = Scout(self._planner, self._experience, self._clock)
         self.last_chain: Chain | None = None
@@ -101,7 +102,7 @@ class ChainManager:
         """
         deadline_s = self._clock.monotonic() + self.config.wait_for_blocks_timeout
         while True:
-            self._planner.avoided_edges = self._bans.avoided_edges()
+            self._planner.avoided_edges = self._quarrels.avoided()
             try:
                 return self._planner.plan(self._usable(), num_rows, lease_tokens, seed)
             except NoChainAvailable as error:
@@ -155,7 +156,7 @@ class ChainManager:
         """
 
         async def plan_gap(gap: Gap) -> tuple[Chain, Mapping[PeerId, ServerInfo]]:
-            self._planner.avoided_edges = self._bans.avoided_edges()
+            self._planner.avoided_edges = self._quarrels.avoided()
             chain = self._planner.plan(self._usable(), num_rows, lease_tokens, gap=gap)
             return chain, self._infos(chain)
 
@@ -164,7 +165,7 @@ class ChainManager:
 
     async def find_better(self, session: Running) -> Offer | None:
         """Another chain for a session that runs, if a plan would take it now."""
-        self._planner.avoided_edges = self._bans.avoided_edges()
+        self._planner.avoided_edges = self._quarrels.avoided()
         return await self._scout.look(self._present(), session)
 
     async def move_ring(self, ring: RingSession, chain: Chain, history: History) -> None:
@@ -215,11 +216,10 @@ class ChainManager:
         if error.blame is Blame.LOCAL:
             return ()
         now_s = self._clock.monotonic()
-        if isinstance(error, EdgeStalled):
-            self._bans.avoid(error.edge, now_s + self.config.ban_timeout)
-            return ()
         culprits: Sequence[PeerId] = [error.peer_id] if error.peer_id else []
-        if not culprits and isinstance(error, HopTimeout) and chain is not None:
+        if error.edge is not None:
+            culprits = self._quarrels.add(error.edge, error.claimed_by)
+        elif not culprits and isinstance(error, HopTimeout) and chain is not None:
             culprits = await self.view.silent([hop.peer_id for hop in chain])
         wait_s = self.config.ban_timeout
         if isinstance(error, CapacityError):

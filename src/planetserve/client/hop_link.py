@@ -23,7 +23,7 @@ from planetserve.errors import (
 from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.streams import FrameStream, open_stream
 from planetserve.tensors import dtype_name
-from planetserve.types import Hop, PeerId, ServerInfo
+from planetserve.types import CLIENT, Hop, PeerId, ServerInfo
 from planetserve.wire.frame import FrameHeader, FrameType
 from planetserve.wire.messages import (
     ErrorReply,
@@ -73,6 +73,8 @@ class HopLink:
         self._session_id = session_id
         self._inbox = inbox
         self._unread = asyncio.Semaphore(MAX_UNREAD)
+        # Edges of this hop, past ones too, by the peer at their other end.
+        self._edges: dict[str, tuple[str, str]] = {}
         self._stream: FrameStream | None = None
         self._channel: ChannelSecret | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -141,6 +143,7 @@ class HopLink:
             await stream.send(self._header(FrameType.OPEN), message)
             answer, payload = await stream.receive(timeout_s)
             if answer.type is FrameType.ERROR:
+                # Nothing has passed between it and its neighbours: it speaks for itself.
                 raise self._reported(payload)
             if answer.type is not FrameType.OPENED:
                 raise RemoteProtocolError(f"expected OPENED, got {answer.type.name}")
@@ -151,6 +154,7 @@ class HopLink:
             error.peer_id = error.peer_id or self.peer_id
             raise
         self.max_chunk_tokens = opened.max_chunk_tokens
+        self._note_edges(previous, following)
         self._reader = asyncio.create_task(self._read(stream))
 
     async def deal(
@@ -175,6 +179,7 @@ class HopLink:
             PlanetServeError: it has gone, or does not answer; `peer_id` names it.
         """
         self._rewired = asyncio.get_running_loop().create_future()
+        self._note_edges(message.previous, message.next)
         if message.next is not None:
             self.epoch_out = message.epoch
         payload = message.encode()
@@ -220,7 +225,8 @@ class HopLink:
             return answer.result()
         answer.cancel()
         error = self.lost or HopTimeout("a server has stopped answering")
-        error.peer_id = error.peer_id or self.peer_id
+        if error.edge is None:
+            error.peer_id = self.peer_id
         raise error
 
     async def _send(self, kind: FrameType, payload: bytes) -> None:
@@ -257,7 +263,8 @@ class HopLink:
                     case _:
                         raise RemoteProtocolError(f"unexpected {header.type.name} frame")
         except PlanetServeError as error:
-            error.peer_id = error.peer_id or self.peer_id
+            if error.edge is None:
+                error.peer_id = self.peer_id
             self.lost = error
             self.ended.set()
             self._inbox.put_nowait((self, error))
@@ -266,11 +273,29 @@ class HopLink:
         accused = decode(ErrorReply, payload).blamed_peer
         error = EdgeStalled("a server cannot reach the next one")
         error.edge, error.epoch = (self.peer_id, accused), header.epoch
+        error.claimed_by = self.peer_id
         self._inbox.put_nowait((self, error))
 
     def _reported(self, payload: bytearray) -> PlanetServeError:
-        """The error that the hop reports; the ring checks whom it may blame."""
+        """The error that the hop reports.
+
+        A hop that blames one it exchanges frames with makes a claim, which either of them may be
+        at fault for; if it blames anybody else, it is at fault itself.
+        """
         reply = decode(ErrorReply, payload)
         error = error_from_code(reply.code, reply.message, reply.retry_after_s)
-        error.peer_id = reply.blamed_peer or self.peer_id
+        edge = self._edges.get(reply.blamed_peer)
+        if edge is None:
+            error.peer_id = self.peer_id
+            return error
+        if not error.retryable:
+            # By its own word the fault is not the client's: another chain may do.
+            error = RemoteProtocolError(reply.message)
+        error.edge, error.claimed_by = edge, self.peer_id
         return error
+
+    def _note_edges(self, previous: str | None, following: NextHop | None) -> None:
+        if previous not in (None, CLIENT, self.peer_id):
+            self._edges[previous] = (previous, self.peer_id)
+        if following is not None and following.peer_id != self.peer_id:
+            self._edges[following.peer_id] = (self.peer_id, following.peer_id)

@@ -160,9 +160,7 @@ class RingSession:
         """
         if not isinstance(error, _MENDABLE):
             return False
-        peers = {error.peer_id, *culprits}
-        if isinstance(error, EdgeStalled):
-            peers.update(error.edge)
+        peers = {error.peer_id, *culprits, *(error.edge or ())}
         self._condemned |= {link for link in self._hops.links if link.lost or link.peer_id in peers}
         return self.is_broken
 
@@ -269,7 +267,7 @@ class RingSession:
             if link not in self._hops.links:
                 continue  # late news of a hop that has been replaced
             if len(item) == 2:
-                if isinstance(item[1], EdgeStalled) and item[1].epoch != link.epoch_out:
+                if isinstance(item[1], EdgeStalled) and item[1].epoch not in (None, link.epoch_out):
                     continue  # about a neighbour that it no longer has
                 raise await self._judged(link, item[1])
             if link is not self._hops.links[-1]:
@@ -280,16 +278,12 @@ class RingSession:
 
     async def _judged(self, link: HopLink, error: PlanetServeError) -> PlanetServeError:
         """What a hop reported, as far as it is to be believed."""
+        if not isinstance(error, EdgeStalled):
+            return error  # `hop_link.py` has seen to whom it may blame
         links = self._hops.links
         index = links.index(link)
-        neighbours = links[max(0, index - 1) : index + 2]
-        if not isinstance(error, EdgeStalled):
-            # A hop may blame those it exchanges frames with, and nobody else.
-            if error.peer_id not in {item.peer_id for item in neighbours}:
-                error.peer_id = link.peer_id
-            return error
         following = links[index + 1] if index + 1 < len(links) else None
-        if following is None or error.edge[1] != following.peer_id:
+        if following is None or error.edge != (link.peer_id, following.peer_id):
             wrong = RemoteProtocolError("a hop complained of one that is not its next")
             wrong.peer_id = link.peer_id
             return wrong

@@ -1,9 +1,9 @@
 """Waiting for a ring that has gone quiet: which hop is silent, which edge stands still.
 
 A hop that does not answer pings is gone. When all answer, each says how far it has come: if nothing
-moves for a while, the first edge on which more was sent than received is where it stops. Frames on
+moves for a while, the last edge on which more was sent than received is where it stops. Frames on
 their way over a slow link count as movement, and a hop that computes is not at fault before the
-step timeout.
+step timeout; if nobody computes then, the edge with most frames on it is too slow.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
 
 from planetserve.client.hop_link import HopLink
 from planetserve.client.ring_spec import RingSpec
@@ -44,8 +45,9 @@ class Vigil:
         Raises:
             HopTimeout: a hop is silent (`peer_id` names it), or the step timeout is over; then
                 `peer_id` is the only hop that still computes, if there is just one.
-            EdgeStalled: all hops answer, but nothing has moved for `stall_timeout_s`, or the step
-                timeout is over, nobody computes, and `edge` is where most frames are under way.
+            EdgeStalled: all hops answer, but nothing has moved for `stall_timeout_s`, and `edge` is
+                the last with frames on it; or the step timeout is over, nobody computes, and
+                `edge` has most of them.
         """
         loop = asyncio.get_running_loop()
         spec = self._spec
@@ -61,9 +63,10 @@ class Vigil:
                 if now != before:
                     before, moved_s = now, loop.time()
                 elif now is not None and loop.time() - moved_s >= spec.stall_timeout_s:
-                    edge = _fullest_edge(links, now, my_frames())
-                    if edge is not None:
-                        raise _stalled("nothing passes between two servers", edge)
+                    piles = _piles(links, now, my_frames())
+                    if piles:
+                        # The last one holds up those before it, however much is on them.
+                        raise _stalled("nothing passes between two servers", piles[-1].edge)
                 left_s = deadline_s - loop.time()
                 if left_s <= 0:
                     raise self._too_slow(links, now, my_frames())
@@ -142,26 +145,32 @@ class Vigil:
         ]
         if progress is not None and not busy:
             # What is under way is on some link: one that moves too little to be of use.
-            edge = _fullest_edge(links, progress, mine)
-            if edge is not None:
-                return _stalled(message, edge)
+            piles = _piles(links, progress, mine)
+            if piles:
+                return _stalled(message, max(piles, key=lambda pile: pile.num_frames).edge)
         error = HopTimeout(message)
         if len(busy) == 1:
             error.peer_id = busy[0].peer_id
         return error
 
 
-def _fullest_edge(
+class _Pile(NamedTuple):
+    """Frames that have been sent on an edge and have not come out of it."""
+
+    num_frames: int
+    edge: tuple[str, str]
+
+
+def _piles(
     links: Sequence[HopLink], progress: Sequence[Progress], mine: tuple[int, int]
-) -> tuple[str, str] | None:
-    """The edge on which most frames are that have been sent and have not come out, if any are."""
+) -> list[_Pile]:
+    """Where frames are under way, the edge after the client first."""
     names = [CLIENT, *(link.peer_id for link in links), CLIENT]
     sent = [mine[0], *(item.frames_sent for item in progress)]
     received = [*(item.frames_received for item in progress), mine[1]]
     missing = [entered - left for entered, left in zip(sent, received, strict=True)]
-    most = max(missing)
-    index = missing.index(most)
-    return (names[index], names[index + 1]) if most > 0 else None
+    edges = zip(missing, pairwise(names), strict=True)
+    return [_Pile(num_frames, edge) for num_frames, edge in edges if num_frames > 0]
 
 
 def _stalled(message: str, edge: tuple[str, str]) -> EdgeStalled:

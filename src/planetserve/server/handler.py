@@ -283,7 +283,7 @@ class SessionHandler:
         try:
             await session.ingest(stream)
         except PlanetServeError as error:
-            error.peer_id = error.peer_id or stream.remote
+            session.blame_upstream(error, stream.remote)
             session.fail(error)
 
     async def _find(self, key: SessionKey, remote: PeerId) -> ServerSession:

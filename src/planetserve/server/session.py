@@ -23,7 +23,13 @@ import torch
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
 from planetserve.crypto.secrets import ChannelSecret, open_deal, wipe
 from planetserve.engine.engine import Engine
-from planetserve.errors import PlanetServeError, RemoteProtocolError, StreamClosed
+from planetserve.errors import (
+    DecryptionFailed,
+    PlanetServeError,
+    RemoteProtocolError,
+    SessionError,
+    StreamClosed,
+)
 from planetserve.server.gate import StepGate
 from planetserve.server.outlet import Outlet
 from planetserve.swarm.node import SwarmNode
@@ -173,6 +179,14 @@ class ServerSession:
         """End the session with `error`, from any task."""
         if not self._failure.done():
             self._failure.set_exception(error)
+
+    def blame_upstream(self, error: PlanetServeError, previous: str) -> None:
+        """Name the hop before, if `error` is about what it sent: that a server is full, or that a
+        pass fails, is not."""
+        is_about_a_frame = isinstance(error, RemoteProtocolError | DecryptionFailed)
+        # The client's own mistakes end at the first hop.
+        if previous != CLIENT and (is_about_a_frame or type(error) is SessionError):
+            error.peer_id = error.peer_id or previous
 
     async def announce_leaving(self) -> None:
         """Ask the client to move; the session goes on here until it does."""
@@ -420,10 +434,9 @@ class ServerSession:
                     handling_s = pending.entering_s + loop.time() - done_s
                     self._engine.count_handling(1000 * handling_s)
                 self._leave_gate(pending.num_bytes)
-        except RemoteProtocolError as error:
-            if self._previous != CLIENT:
-                # The engine refused what the upstream hop computed.
-                error.peer_id = self._previous
+        except PlanetServeError as error:
+            # The engine refused what the upstream hop computed, or was handed.
+            self.blame_upstream(error, self._previous)
             raise
 
     async def _report(self, error: BaseException) -> PlanetServeError:

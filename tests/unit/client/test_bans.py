@@ -1,4 +1,4 @@
-"""Servers and edges that are left alone for a while."""
+"""Servers that are left alone for a while."""
 
 from __future__ import annotations
 
@@ -32,14 +32,3 @@ def test_a_ban_is_lifted_for_those_named_only() -> None:
     bans.ban(["a", "b"], clock.now_s + 5.0)
     bans.lift(["a", "never banned"])
     assert bans.banned() == ["b"]
-
-
-def test_an_edge_is_avoided_for_a_while_and_its_servers_are_not() -> None:
-    clock = ManualClock()
-    bans = Bans(clock)
-    bans.avoid(("a", "b"), clock.now_s + 5.0)
-    bans.avoid(("b", "c"), clock.now_s + 9.0)
-    assert bans.avoided_edges() == {("a", "b"), ("b", "c")}
-    assert bans.banned() == []
-    clock.now_s += 5.0
-    assert bans.avoided_edges() == {("b", "c")}

@@ -11,11 +11,14 @@ from planetserve.client.chain_manager import ChainManager
 from planetserve.client.swarm_view import SwarmView
 from planetserve.config import ClientConfig
 from planetserve.errors import (
+    CapacityError,
+    DecryptionFailed,
     EdgeStalled,
     HopTimeout,
     MissingBlocksError,
     PlanetServeError,
     QueueFull,
+    RemoteError,
     SessionLengthError,
     StreamClosed,
 )
@@ -125,9 +128,30 @@ async def test_a_way_that_stands_still_bans_neither_end(
 ) -> None:
     error = EdgeStalled("nothing passes")
     error.edge = ("a", "b")
-    assert await manager.report_failure(error, BOTH) == ()
-    assert manager._bans.avoided_edges() == {("a", "b")}
+    assert not await manager.report_failure(error, BOTH)
+    assert manager._quarrels.avoided() == {("a", "b")}
     assert await first_hop(manager) == "a"
+    clock.now_s += manager.config.ban_timeout
+    assert not manager._quarrels.avoided()
+
+
+def complaint(kind: type[PlanetServeError], edge: tuple[str, str]) -> PlanetServeError:
+    error = kind("it is the other one's fault")
+    error.edge, error.claimed_by = edge, edge[0]
+    return error
+
+
+@pytest.mark.parametrize("kind", [EdgeStalled, DecryptionFailed, RemoteError, CapacityError])
+async def test_a_complaint_takes_no_server_out_until_there_are_several(
+    manager: ChainManager, kind: type[PlanetServeError]
+) -> None:
+    for _ in range(3):
+        assert not await manager.report_failure(complaint(kind, ("a", "b")), None)
+        assert not manager._bans.banned()
+    assert manager._quarrels.avoided() == {("a", "b")}
+    assert await manager.report_failure(complaint(kind, ("a", "c")), None) == ["a"]
+    assert manager._bans.banned() == ["a"]
+    assert await first_hop(manager) == "b"
 
 
 async def test_servers_that_leave_are_avoided_if_others_can_take_their_place(

@@ -35,6 +35,7 @@ GROUPS = {
     "swarm": ("initial_peers", "identity_path"),
     "network": ("port", "public_ip", "host_maddrs", "announce_maddrs", "use_relay",
                 "daemon_startup_timeout"),
+    "limits": ("max_peer_lookups", "peer_lookup_burst"),
     "process": ("ready_file", "log_level"),
 }  # fmt: skip
 
@@ -62,6 +63,10 @@ class DhtConfig:
     """Announce this IP address with --port, for a forwarded port."""
     identity_path: str | None = None
     """File of the private key that makes the peer id; created if absent. By default a new key."""
+    max_peer_lookups: float = 1200.0
+    """Keys of the directory that one peer may look up or store here per minute in the long run."""
+    peer_lookup_burst: int = 600
+    """Keys that a peer which has been quiet may look up or store at once."""
     use_relay: bool = False
     """Pass on connections between peers that cannot reach each other."""
     daemon_startup_timeout: float = 60.0
@@ -72,8 +77,9 @@ class DhtConfig:
     """What is logged to stderr: debug, info, warning or error."""
 
     def __post_init__(self) -> None:
-        if self.daemon_startup_timeout <= 0:
-            raise ConfigError("daemon_startup_timeout must be greater than 0")
+        for name in ("daemon_startup_timeout", "max_peer_lookups", "peer_lookup_burst"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be greater than 0")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(
                 f"log_level={self.log_level!r} is not one of: {', '.join(LOG_LEVELS)}"
@@ -109,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         identity_path=config.identity_path,
         use_relay=config.use_relay,
         daemon_startup_timeout_s=config.daemon_startup_timeout,
+        max_peer_lookups=config.max_peer_lookups,
+        peer_lookup_burst=config.peer_lookup_burst,
     )
 
     async def body(stop: asyncio.Event) -> None:

@@ -44,8 +44,8 @@ GROUPS = {
                  "batch_patience", "page_size", "attention_backend", "linear_backend",
                  "num_threads", "throughput", "network_mbps"),
     "limits": ("max_sessions", "max_peer_sessions", "max_peer_opens", "peer_open_burst",
-               "max_queued_mib", "max_peer_queued_mib", "max_peer_kv_share",
-               "kv_overcommit"),
+               "max_peer_lookups", "peer_lookup_burst", "max_queued_mib", "max_peer_queued_mib",
+               "max_peer_kv_share", "kv_overcommit"),
     "timing": ("update_period", "expiration", "session_timeout", "step_timeout"),
     "process": ("ready_file", "log_level"),
 }  # fmt: skip

@@ -63,11 +63,12 @@ class Held:
 
 @pytest.fixture(scope="module")
 def victim(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """A server process; its limit on opens is out of the way, so that everything is looked at."""
+    """A server process; its limits on asking are out of the way: everything is looked at."""
     command = Command(
         tmp_path_factory.mktemp("victim"), "run_server", str(llama_folder), "--block_indices",
         "0:2", "--new_swarm", *LOOPBACK, "--num_threads", "1", "--torch_dtype", "float32",
         "--max_peer_opens", "1e9", "--peer_open_burst", "1000000", "--attn_cache_tokens", "4096",
+        "--max_peer_lookups", "1e9", "--peer_lookup_burst", "1000000",
     )  # fmt: skip
     yield command
     try:

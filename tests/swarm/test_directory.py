@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
 from hivemind.proto import dht_pb2
-from swarm_helpers import StartNode, make_info
+from swarm_helpers import StartNode, make_info, until
 
 from planetserve.clock import SystemClock
 from planetserve.crypto.identity import Identity, peer_id_bytes
@@ -244,6 +247,29 @@ class TestHostileStores:
         assert Directory(victim, CLOCK).rejected["bad signature"] == count
         assert num_turns > count / 32
 
+    async def test_a_dictionary_holds_no_more_than_a_key_may(
+        self, attacker: SwarmNode, victim: SwarmNode
+    ) -> None:
+        """All of it is checked in one go."""
+        identity = Identity.generate()
+        body, envelope = signed(identity)
+        wide = DictionaryDHTValue()
+        for number in range(dht.MAX_RECORDS_PER_KEY + 1):
+            wide.store(str(number), wrapped(envelope), body.expires_at_s)
+        data = attacker.dht.protocol.serializer.dumps(wide)
+        with pytest.raises(P2PHandlerError, match="too large"):
+            await self.store(attacker, victim, body.dht_key(), b"", data, body.expires_at_s)
+        assert not Directory(victim, CLOCK).rejected
+
+    def test_little_is_checked_in_one_go(self) -> None:
+        def pieces(*sizes: int) -> list[list[int]]:
+            return [list(sizes[rows]) for rows in dht._pieces(sizes)]
+
+        most = 64 * 1024
+        assert pieces() == []
+        assert pieces(*range(40)) == [[*range(16)], [*range(16, 32)], [*range(32, 40)]]
+        assert pieces(1, most, 5 * most, 1, 2) == [[1], [most], [5 * most], [1, 2]]
+
     async def test_columns_of_different_length_are_refused(self, victim: SwarmNode) -> None:
         request = dht_pb2.StoreRequest(keys=[bytes(20)] * 2, subkeys=[b""], values=[b"v"])
         with pytest.raises(RemoteProtocolError, match="columns"):
@@ -265,6 +291,85 @@ class TestHostileStores:
         assert dht.knows(victim.dht, attacker.peer_id)
         own_place = DHTID.generate(peer_id_bytes(attacker.peer_id))
         assert table[PeerID.from_base58(attacker.peer_id)] == own_place
+
+
+class TestManyRequests:
+    """A peer that asks for more than its part."""
+
+    @pytest.fixture
+    async def victim(self, start_node: StartNode) -> SwarmNode:
+        return await start_node(max_peer_lookups=60.0, peer_lookup_burst=100)
+
+    @staticmethod
+    async def find(node: SwarmNode, victim: SwarmNode, num_keys: int) -> dht_pb2.FindResponse:
+        stub = node.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))
+        info = node.dht.protocol.node_info
+        request = dht_pb2.FindRequest(keys=[os.urandom(20)] * num_keys, peer=info)
+        return await stub.rpc_find(request, timeout=10.0)
+
+    async def test_are_refused_and_counted_while_others_are_served(
+        self, start_node: StartNode, victim: SwarmNode
+    ) -> None:
+        greedy, modest = [await start_node(victim, client_mode=True) for _ in range(2)]
+        first = await asyncio.gather(
+            *(self.find(greedy, victim, 9) for _ in range(200)), return_exceptions=True
+        )
+        num_served = sum(isinstance(item, dht_pb2.FindResponse) for item in first)
+        # Ten a piece; a few of a hundred have gone for joining, one comes back every second.
+        assert 5 <= num_served <= 12
+        assert victim.refused["lookup"] == len(first) - num_served
+        assert all("QueueFull" in str(item) for item in first if isinstance(item, Exception))
+        await Directory(victim, CLOCK).announce(make_info(victim.identity), ttl_s=60)
+        (found,) = await Directory(modest, CLOCK).lookup(MODEL)
+        assert found.peer_id == victim.peer_id
+        assert victim.refused["lookup"] == len(first) - num_served
+
+    async def test_records_count_by_their_number_and_size(
+        self, start_node: StartNode, victim: SwarmNode
+    ) -> None:
+        """Each of them may cost a signature check."""
+        attacker = await start_node(victim)
+        stub = attacker.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))
+        for num_keys, size in ((80, 10), (2, 800_000)):
+            request = dht_pb2.StoreRequest(
+                keys=[bytes(20)] * num_keys, subkeys=[b""] * num_keys,
+                values=[bytes(size)] * num_keys, expiration_time=[0.0] * num_keys,
+                in_cache=[False] * num_keys,
+            )  # fmt: skip
+            victim.dht.protocol.door._buckets._buckets.clear()
+            with contextlib.suppress(P2PHandlerError):  # what it holds is no record
+                await stub.rpc_store(request, timeout=10.0)
+            with pytest.raises(P2PHandlerError, match="QueueFull"):
+                await stub.rpc_store(request, timeout=10.0)
+        assert victim.refused["lookup"] == 2
+
+    async def test_pings_that_are_left_hanging_do_not_stop_the_own_look_ups(
+        self, start_node: StartNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A ping may ask for one back, which takes one of the calls that a node has under way."""
+        victim = await start_node()
+        keeper, attacker = [await start_node(victim) for _ in range(2)]
+        await Directory(keeper, CLOCK).announce(make_info(keeper.identity), ttl_s=60)
+        num_hanging = 0
+
+        async def hang(data: bytes, remote: PeerID) -> bytes:
+            nonlocal num_hanging
+            num_hanging += 1
+            await asyncio.Event().wait()
+            return b""
+
+        handlers = attacker._daemon.p2p._client.control.unary_handlers
+        monkeypatch.setitem(handlers, "PlanetServeDHT.rpc_ping", hang)
+        stub = attacker.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))
+        info = attacker.dht.protocol.node_info
+        request = dht_pb2.PingRequest(peer=info, validate=True)
+        pings = [asyncio.create_task(stub.rpc_ping(request, timeout=10.0)) for _ in range(300)]
+        await until(lambda: num_hanging > 0 and victim.refused["lookup"] > 0)
+        started_s = time.monotonic()
+        await Directory(victim, CLOCK).lookup(MODEL)
+        assert time.monotonic() - started_s < dht._RPC_TIMEOUT_S / 2
+        assert num_hanging < dht._MAX_PARALLEL_RPC / 2
+        await asyncio.gather(*pings, return_exceptions=True)
 
 
 async def test_an_answer_with_poison_does_not_hide_the_rest(

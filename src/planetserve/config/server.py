@@ -102,6 +102,10 @@ class ServerConfig:
     """Sessions that one peer may open per minute in the long run."""
     peer_open_burst: int = 200
     """Sessions that a peer which has been quiet may open at once."""
+    max_peer_lookups: float = 1200.0
+    """Keys of the directory that one peer may look up or store here per minute in the long run."""
+    peer_lookup_burst: int = 600
+    """Keys that a peer which has been quiet may look up or store at once."""
     max_queued_mib: int = 512
     """MiB of activations of all peers that wait to be computed or sent on."""
     max_peer_queued_mib: int = 64
@@ -139,8 +143,9 @@ class ServerConfig:
         require_positive(
             self, "daemon_startup_timeout", "max_batch_size", "page_size", "update_period",
             "request_timeout", "session_timeout", "step_timeout", "max_sessions",
-            "max_peer_sessions", "max_peer_opens", "peer_open_burst", "max_queued_mib",
-            "max_peer_queued_mib", "max_peer_kv_share", "prefill_slowdown",
+            "max_peer_sessions", "max_peer_opens", "peer_open_burst", "max_peer_lookups",
+            "peer_lookup_burst", "max_queued_mib", "max_peer_queued_mib", "max_peer_kv_share",
+            "prefill_slowdown",
         )  # fmt: skip
         if self.max_peer_kv_share > 1:
             raise ConfigError(

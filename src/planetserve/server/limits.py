@@ -10,15 +10,13 @@ little effort; the limits on the whole server bound what many ids can do togethe
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass
 
 from planetserve.clock import Clock
 from planetserve.errors import ConfigError, QueueFull
+from planetserve.swarm.buckets import TokenBuckets
 from planetserve.types import PeerId
-
-MAX_BUCKETS = 4096
-"""Peers whose rate of opens is remembered; the one seen longest ago is forgotten first."""
 
 SMALL_FRAME_BYTES = 64 * 1024
 """A step frame up to this size is one of decoding, not a piece of a prompt."""
@@ -51,44 +49,6 @@ class ServerLimits:
                   self.max_queued_bytes, self.max_peer_queued_bytes)  # fmt: skip
         if min(counts) < 1 or not self.max_peer_opens > 0:
             raise ConfigError("a limit below one lets nobody in; give positive numbers")
-
-
-class TokenBuckets:
-    """A token bucket per peer: `burst` tokens at most, `per_s` new ones every second.
-
-    Peers whose bucket is full again are forgotten, so there are as many entries as peers that
-    asked within `burst / per_s` seconds, and at most `MAX_BUCKETS`.
-    """
-
-    def __init__(self, per_s: float, burst: int, clock: Clock):
-        self._per_s = per_s
-        self._burst = burst
-        self._clock = clock
-        # Peer -> (tokens, when they were counted), the peer counted longest ago first.
-        self._buckets: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._buckets)
-
-    def take(self, peer: PeerId) -> float:
-        """Take a token; returns 0, or how many seconds to wait for one if there is none."""
-        now_s = self._clock.monotonic()
-        self._forget_full(now_s)
-        tokens, since_s = self._buckets.get(peer, (float(self._burst), now_s))
-        tokens = min(self._burst, tokens + (now_s - since_s) * self._per_s)
-        wait_s = max(0.0, (1.0 - tokens) / self._per_s)
-        self._buckets[peer] = (tokens if wait_s else tokens - 1.0, now_s)
-        self._buckets.move_to_end(peer)
-        if len(self._buckets) > MAX_BUCKETS:
-            self._buckets.popitem(last=False)
-        return wait_s
-
-    def _forget_full(self, now_s: float) -> None:
-        while self._buckets:
-            peer, (tokens, since_s) = next(iter(self._buckets.items()))
-            if tokens + (now_s - since_s) * self._per_s < self._burst:
-                return
-            del self._buckets[peer]
 
 
 class Admission:

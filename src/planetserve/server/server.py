@@ -362,6 +362,8 @@ def _node_config(config: ServerConfig) -> NodeConfig:
         public_ip=config.public_ip,
         identity_path=config.identity_path,
         daemon_startup_timeout_s=config.daemon_startup_timeout,
+        max_peer_lookups=config.max_peer_lookups,
+        peer_lookup_burst=config.peer_lookup_burst,
     )
 
 

@@ -4,6 +4,7 @@
 - Only records that `records.py` admits are stored or believed; the rest of an answer still counts.
 - Stored keys, records per key, records per owner and records in all are bounded, and so is what one
   request or answer may hold. When full, known owners may renew and new ones are refused.
+- A peer may ask for so much in a while (`Door`); what is refused costs nothing but the answer.
 - Nothing is cached: a look-up returns what the keepers of a key hold now.
 
 The functions at the end are all that `node.py` and `directory.py` need; hivemind's exceptions end
@@ -16,7 +17,8 @@ import asyncio
 import heapq
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import hivemind.dht.node
@@ -29,20 +31,32 @@ from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.proto import dht_pb2
 
 from planetserve.crypto.identity import peer_id_bytes
-from planetserve.errors import ConfigError, PeerUnreachable, RemoteProtocolError, TransportError
+from planetserve.errors import (
+    ConfigError,
+    PeerUnreachable,
+    QueueFull,
+    RemoteProtocolError,
+    TransportError,
+)
+from planetserve.swarm.buckets import TokenBuckets
+from planetserve.swarm.guards import MAX_RECORDS_PER_KEY
 from planetserve.swarm.records import MAX_RECORD_BYTES, RecordChecker
 from planetserve.types import PeerId
 
 logger = logging.getLogger(__name__)
 
 MAX_KEYS = 1024
-MAX_RECORDS_PER_KEY = 256
 MAX_RECORDS_PER_OWNER = 16
 MAX_RECORDS = 16 * 1024
 MAX_KEYS_PER_REQUEST = 16
 """hivemind asks for at most this many keys in one call."""
 
 _KEYS_AT_ONCE = 16
+_BYTES_AT_ONCE = 64 * 1024
+_STORE_BYTES_PER_KEY = 16 * 1024
+"""A dictionary of records that is stored counts as so many keys as it has pieces of this size."""
+_KEYS_PER_VALIDATION = 10
+"""A ping that asks for a ping back holds one of the few calls that this node may have under way."""
 _MAX_ANSWER_BYTES = 3 * 1024 * 1024
 _RPC_TIMEOUT_S = 3.0
 _GREETINGS = 3
@@ -123,6 +137,58 @@ def _drop_ghosts(storage: Any) -> None:
         heapq.heapify(storage.expiration_heap)
 
 
+class Door:
+    """Lets in what peers ask of the DHT, and counts what they ask for too often.
+
+    Args:
+        buckets: a token for each key that is looked up or stored.
+        refused: `refused["lookup"]` is how many requests were turned away.
+    """
+
+    def __init__(self, buckets: TokenBuckets, refused: Counter[str]):
+        self._buckets = buckets
+        self._refused = refused
+
+    def enter(self, peer_id: PeerID, request: Any) -> None:
+        """Count a request.
+
+        Raises:
+            QueueFull: the peer has asked for too much lately.
+        """
+        wait_s = self._buckets.take(peer_id.to_base58(), _num_keys(request))
+        if wait_s:
+            self._refused["lookup"] += 1
+            raise QueueFull("too many directory requests from one peer", retry_after_s=wait_s)
+
+
+def _num_keys(request: Any) -> int:
+    match request:
+        case dht_pb2.PingRequest():
+            return _KEYS_PER_VALIDATION if request.validate else 1
+        case dht_pb2.StoreRequest():
+            return 1 + max(len(request.keys), request.ByteSize() // _STORE_BYTES_PER_KEY)
+        case _:
+            return 1 + len(request.keys)
+
+
+class _Servicer:
+    """The RPCs of a protocol, behind its door."""
+
+    def __init__(self, protocol: PlanetServeDHT, servicer: Any):
+        self._protocol = protocol
+        self._servicer = servicer
+
+    def __getattr__(self, name: str) -> Callable[[Any, P2PContext], Awaitable[Any]]:
+        rpc = getattr(self._servicer, name)
+
+        async def call(request: Any, context: P2PContext) -> Any:
+            if self._protocol.door is not None:
+                self._protocol.door.enter(context.remote_id, request)
+            return await rpc(request, context)
+
+        return call
+
+
 class PlanetServeDHT(DHTProtocol):
     """hivemind's DHT protocol with the limits above.
 
@@ -130,12 +196,18 @@ class PlanetServeDHT(DHTProtocol):
     """
 
     _rpc_handlers = None
+    door: Door | None = None
+    """Set as soon as hivemind has made the node."""
 
     @classmethod
     async def create(cls, p2p: P2P, *args: Any, **kwargs: Any) -> PlanetServeDHT:
         self: PlanetServeDHT = await super().create(p2p, *args, **kwargs)
         self.storage, self.cache = BoundedStorage(), BoundedStorage()
         return self
+
+    async def add_p2p_handlers(self, p2p: P2P, wrapper: Any = None, **kwargs: Any) -> None:
+        # Not in the methods: hivemind calls them for itself as well.
+        await super().add_p2p_handlers(p2p, _Servicer(self, wrapper or self), **kwargs)
 
     async def rpc_store(
         self, request: dht_pb2.StoreRequest, context: P2PContext
@@ -147,10 +219,9 @@ class PlanetServeDHT(DHTProtocol):
         if any(len(getattr(request, name)) != num_keys for name in columns):
             raise RemoteProtocolError("a store request whose columns differ in length")
         response = dht_pb2.StoreResponse(peer=self.node_info)
-        for start in range(0, num_keys, _KEYS_AT_ONCE):
-            rows = slice(start, start + _KEYS_AT_ONCE)
+        for rows in _pieces([len(value) for value in request.values]):
             part = dht_pb2.StoreRequest(**{name: getattr(request, name)[rows] for name in columns})
-            if not start and request.HasField("peer"):
+            if not rows.start and request.HasField("peer"):
                 part.peer.CopyFrom(request.peer)  # it is greeted once
             response.store_ok.extend((await super().rpc_store(part, context)).store_ok)
             # Signatures take time, and the same loop carries everybody's activations.
@@ -220,6 +291,18 @@ class _Stub:
         return response
 
 
+def _pieces(sizes: Sequence[int]) -> Iterator[slice]:
+    """Consecutive rows with little in them, or one row."""
+    start = num_bytes = 0
+    for row, size in enumerate(sizes):
+        if row > start and (row - start == _KEYS_AT_ONCE or num_bytes + size > _BYTES_AT_ONCE):
+            yield slice(start, row)
+            start, num_bytes = row, 0
+        num_bytes += size
+    if sizes:
+        yield slice(start, len(sizes))
+
+
 def _place_of(peer_id: bytes) -> DHTID:
     return DHTID.generate(peer_id)
 
@@ -245,13 +328,15 @@ def _unwrap_text(data: bytes) -> str | None:
         return None
 
 
-async def create(p2p: P2P, peer_id: PeerId, checker: RecordChecker, client_mode: bool) -> DHTNode:
+async def create(
+    p2p: P2P, peer_id: PeerId, checker: RecordChecker, door: Door, client_mode: bool
+) -> DHTNode:
     """A DHT node on a running daemon; `bootstrap` makes it known to others.
 
     Raises:
         TransportError: the daemon does not answer.
     """
-    return await DHTNode.create(
+    node = await DHTNode.create(
         p2p=p2p,
         node_id=_place_of(peer_id_bytes(peer_id)),
         client_mode=client_mode,
@@ -264,6 +349,8 @@ async def create(p2p: P2P, peer_id: PeerId, checker: RecordChecker, client_mode:
         cache_refresh_before_expiry=0,
         reuse_get_requests=False,
     )
+    node.protocol.door = door
+    return node
 
 
 async def bootstrap(dht: DHTNode, peers: Collection[PeerId], required: bool) -> None:

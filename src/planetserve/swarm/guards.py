@@ -24,6 +24,7 @@ MAX_DEPTH = 16
 MAX_ITEMS = 16 * 1024
 MAX_DECODED_BYTES = 1280 * 1024
 """A whole DHT dictionary (256 records of 4 KB) fits."""
+MAX_RECORDS_PER_KEY = 256
 MAX_STREAM_MESSAGE_BYTES = MAX_STEP_BYTES + HEADER_BYTES
 MAX_PEER_ID_BYTES = 64
 
@@ -135,12 +136,13 @@ def _loads(buf: bytes) -> object:
 
 
 def _unpack_dictionary(raw: bytes) -> DictionaryDHTValue:
-    """A dictionary of text -> (bytes, finite expiry); the sender's size limit is ignored."""
+    """A dictionary of text -> (bytes, finite expiry), as large as one of ours may be, whatever
+    limit the sender gives."""
     match MSGPackSerializer.loads(raw):
-        case [_, _, list(items)]:
+        case [_, _, list(items)] if len(items) <= MAX_RECORDS_PER_KEY:
             pass
         case _:
-            raise RemoteProtocolError("not a DHT dictionary")
+            raise RemoteProtocolError("not a DHT dictionary, or too large a one")
     dictionary = DictionaryDHTValue()
     with dictionary.freeze():
         for item in items:

@@ -29,6 +29,7 @@ from planetserve.crypto.identity import Identity
 from planetserve.errors import ConfigError, PeerUnreachable, TransportError
 from planetserve.swarm import dht, multiaddr
 from planetserve.swarm.averages import PeerAverages
+from planetserve.swarm.buckets import TokenBuckets
 from planetserve.swarm.daemon import Daemon
 from planetserve.swarm.records import RecordChecker
 from planetserve.swarm.sockets import raise_file_limit
@@ -81,6 +82,10 @@ class NodeConfig:
     daemon_startup_timeout_s: float = 60.0
     connect_timeout_s: float = 10.0
     """Time for making one connection."""
+    max_peer_lookups: float = 1200.0
+    """Directory keys per minute that one peer may look up or store here in the long run."""
+    peer_lookup_burst: int = 600
+    """As many at once by a peer that has been quiet."""
 
     def __post_init__(self) -> None:
         for name in ("initial_peers", "host_maddrs", "announce_maddrs"):
@@ -101,6 +106,8 @@ class NodeConfig:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if not self.max_peer_lookups > 0 or self.peer_lookup_burst < 1:
+            raise ConfigError("--max_peer_lookups and --peer_lookup_burst must be positive")
         if self.port is not None and not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port} is not a TCP port")
         if self.port and self.host_maddrs:
@@ -139,6 +146,8 @@ class SwarmNode:
         self.peer_id: PeerId = identity.peer_id
         self.clock = clock
         self.records = RecordChecker(clock)
+        self.refused: Counter[str] = Counter()
+        """How often what was turned away: `lookup`, requests to the directory; `stream`."""
         self.taps: list[FrameTap] = []
         self.send_rates = PeerAverages(max_peers=_MAX_MEASURED_PEERS, clock=clock)
         """Bytes per second that peers took from this node, where it had to wait for them."""
@@ -264,6 +273,7 @@ class SwarmNode:
         def accept(remote: PeerId, sock: socket.socket, head: bytes) -> None:
             if not self._may_accept(remote):
                 sock.close()
+                self.refused["stream"] += 1
                 logger.debug("refused a stream from %s: too many, or closing", short(remote))
                 return
             stream = FrameStream(self, sock, remote, head)
@@ -312,8 +322,12 @@ class SwarmNode:
             raise PeerUnreachable(
                 f"no initial peer answered ({', '.join(self.config.initial_peers)}): {tried}"
             )
+        buckets = TokenBuckets(
+            self.config.max_peer_lookups / 60.0, self.config.peer_lookup_burst, self.clock
+        )
+        door = dht.Door(buckets, self.refused)
         self._dht = await dht.create(
-            self._daemon.p2p, self.peer_id, self.records, self.config.client_mode
+            self._daemon.p2p, self.peer_id, self.records, door, self.config.client_mode
         )
         await dht.bootstrap(self._dht, places, required=bool(places))
         if places:
@@ -342,6 +356,9 @@ class SwarmNode:
 
     async def _close(self) -> None:
         self.stopped.set()
+        if self.refused:
+            named = ", ".join(f"{name} x{count}" for name, count in self.refused.most_common())
+            logger.info("turned away by this node since the start: %s", named)
         for stream in list(self.streams):
             stream.abort()
         tasks = [task for task in self._tasks if task is not self._closing]

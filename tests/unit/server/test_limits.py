@@ -11,7 +11,7 @@ from planetserve.errors import ConfigError, QueueFull
 from planetserve.server import counters, limits
 from planetserve.server.counters import Refusals
 from planetserve.server.gate import StepGate
-from planetserve.server.limits import Admission, QueuedBytes, ServerLimits, TokenBuckets
+from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
 
 
 class ManualClock:
@@ -34,40 +34,6 @@ def asked(admission: Admission, peer: str) -> float:
     except QueueFull as refusal:
         return refusal.retry_after_s
     return 0.0
-
-
-def test_a_bucket_lets_a_burst_through_and_then_the_rate() -> None:
-    clock = ManualClock()
-    buckets = TokenBuckets(per_s=2.0, burst=3, clock=clock)
-    assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
-    assert buckets.take("b") == 0
-    clock.now_s += 0.25
-    assert buckets.take("a") == pytest.approx(0.25)
-    clock.now_s += 0.25
-    assert buckets.take("a") == 0
-    assert buckets.take("a") == pytest.approx(0.5)
-    clock.now_s += 1000
-    assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
-
-
-def test_buckets_of_quiet_peers_are_forgotten() -> None:
-    clock = ManualClock()
-    buckets = TokenBuckets(per_s=1.0, burst=5, clock=clock)
-    for number in range(100):
-        buckets.take(f"peer {number}")
-    assert len(buckets) == 100
-    clock.now_s += 1.0
-    buckets.take("another")
-    assert len(buckets) == 1
-
-
-def test_so_many_buckets_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_BUCKETS", 10)
-    buckets = TokenBuckets(per_s=0.001, burst=1, clock=ManualClock())
-    for number in range(50):
-        buckets.take(f"peer {number}")
-    assert len(buckets) == 10
-    assert buckets.take("peer 49") > 0
 
 
 def test_refused_attempts_count_and_say_when_to_come_back() -> None:

@@ -27,9 +27,14 @@ from hostile import ANSWER_TIMEOUT_S, Stranger, Target
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planetserve.clock import SystemClock
 from planetserve.errors import PlanetServeError, RemoteProtocolError
 from planetserve.model.checkpoint import Checkpoint
+from planetserve.swarm.directory import Directory
+from planetserve.swarm.node import MAX_STREAMS, STREAMS_SHARE_PER_PEER
 from planetserve.swarm.ping import PROTOCOL as PING_PROTOCOL
+from planetserve.swarm.ping import ping
+from planetserve.swarm.sockets import raise_file_limit
 from planetserve.wire.frame import HEADER_BYTES, MAX_STEP_BYTES, FrameHeader, FrameType
 from planetserve.wire.protocols import PUSH_PROTOCOL, SESSION_PROTOCOL
 
@@ -233,6 +238,71 @@ async def settled(victim: Command) -> Held:
         if held.files >= last.files and held.memory >= last.memory - 4096:
             break
     return held
+
+
+DHT_PROTOCOL = "PlanetServeDHT.rpc_store"
+HALF_HEADER = FrameHeader(FrameType.OPEN, session=bytes(16)).pack()[: HEADER_BYTES // 2]
+UNSAID = [
+    (protocol, data)
+    for protocol in (SESSION_PROTOCOL, PUSH_PROTOCOL, PING_PROTOCOL)
+    for data in (b"", HALF_HEADER)
+] + [
+    (DHT_PROTOCOL, b""),
+    # 4 MiB are announced.
+    (DHT_PROTOCOL, b"\xff\xff\xff\x01" + bytes(100)),
+]
+NUM_STREAMS = 2000
+MAX_DAEMON_GROWTH_BYTES = 400 << 20
+DEADLINE_S = 5.0
+
+
+async def test_thousands_of_streams_on_which_nothing_is_said(
+    victim: Command, stranger: Stranger
+) -> None:
+    """As many get in as one peer may have, others are served meanwhile, and after a few seconds
+    they are gone, however long their owner would keep them."""
+    raise_file_limit()
+    (daemon,) = psutil.Process(victim.process.pid).children()
+    pids = (victim.process.pid, daemon.pid)
+    async with contextlib.AsyncExitStack() as stack:
+        bystander = await Stranger.join(stranger.target.addresses, stranger.target)
+        await stack.enter_async_context(bystander.node)
+        before = [Held.by(pid) for pid in pids]
+        most = MAX_STREAMS // STREAMS_SHARE_PER_PEER
+        started_s = time.monotonic()
+        await open_streams(stranger, stack)
+        during = [Held.by(pid) for pid in pids]
+        await honest_request(bystander)
+        await ping(bystander.node, bystander.target.peer_id, bystander.target.addresses, 5.0)
+        await Directory(bystander.node, SystemClock()).lookup("any")
+        assert time.monotonic() - started_s < DEADLINE_S, "too slow to see who is served meanwhile"
+        await asyncio.sleep(DEADLINE_S + 2)
+        after = [Held.by(pid) for pid in pids]
+        logger.info("before %s; with the streams %s; after %s", before, during, after)
+        # Some are on their way to being refused.
+        assert most / 2 < during[0].files - before[0].files <= most + 128
+        assert during[0].memory - before[0].memory < MAX_GROWTH_BYTES
+        assert during[1].memory - before[1].memory < MAX_DAEMON_GROWTH_BYTES
+        for then, now in zip(before, after, strict=True):
+            assert now.files <= then.files + 8
+        await honest_request(stranger)
+
+
+async def open_streams(stranger: Stranger, stack: contextlib.AsyncExitStack) -> None:
+    """Open very many, with the beginning of something on each."""
+    loop = asyncio.get_running_loop()
+    kinds = iter(UNSAID * (NUM_STREAMS // len(UNSAID)))
+
+    async def worker() -> None:
+        for protocol, data in kinds:
+            sock = await stranger.node.open_socket(stranger.target.peer_id, protocol)
+            stack.enter_context(sock)
+            with contextlib.suppress(OSError):  # one too many, and closed already
+                await loop.sock_sendall(sock, data)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(NUM_AT_ONCE):
+            group.create_task(worker())
 
 
 HEADERS = st.builds(

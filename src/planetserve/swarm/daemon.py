@@ -38,6 +38,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import ConfigError, PeerUnreachable, RemoteProtocolError, TransportError
 from planetserve.swarm import multiaddr
+from planetserve.swarm.calls import varint
 from planetserve.swarm.sockets import read_exactly, send_all
 from planetserve.types import PeerId
 
@@ -226,7 +227,7 @@ class Daemon:
             sock.setblocking(False)
             await _connect_unix(sock, self.p2p._daemon_listen_maddr["unix"])
             message = request.SerializeToString()
-            await send_all(sock, _varint(len(message)) + message)
+            await send_all(sock, varint(len(message)) + message)
             answer = p2pd_pb2.Response.FromString(await _read_message(sock))
             if answer.type == p2pd_pb2.Response.ERROR:
                 raise P2PDaemonError(answer.error.msg)
@@ -311,14 +312,6 @@ async def _read_message(sock: socket.socket) -> bytes:
     if size > DEFAULT_MAX_MSG_SIZE:
         raise P2PDaemonError(f"an answer of {size} bytes")
     return await read_exactly(sock, size)
-
-
-def _varint(number: int) -> bytes:
-    data = bytearray()
-    while number >= 0x80:
-        data.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*data, number])
 
 
 async def _take_socket(

@@ -18,7 +18,7 @@ import heapq
 import logging
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import hivemind.dht.node
@@ -39,6 +39,7 @@ from planetserve.errors import (
     TransportError,
 )
 from planetserve.swarm.buckets import TokenBuckets
+from planetserve.swarm.calls import Call
 from planetserve.swarm.guards import MAX_RECORDS_PER_KEY
 from planetserve.swarm.records import MAX_RECORD_BYTES, RecordChecker
 from planetserve.types import PeerId
@@ -149,13 +150,13 @@ class Door:
         self._buckets = buckets
         self._refused = refused
 
-    def enter(self, peer_id: PeerID, request: Any) -> None:
+    def enter(self, peer_id: PeerId, request: Any) -> None:
         """Count a request.
 
         Raises:
             QueueFull: the peer has asked for too much lately.
         """
-        wait_s = self._buckets.take(peer_id.to_base58(), _num_keys(request))
+        wait_s = self._buckets.take(peer_id, _num_keys(request))
         if wait_s:
             self._refused["lookup"] += 1
             raise QueueFull("too many directory requests from one peer", retry_after_s=wait_s)
@@ -171,24 +172,6 @@ def _num_keys(request: Any) -> int:
             return 1 + len(request.keys)
 
 
-class _Servicer:
-    """The RPCs of a protocol, behind its door."""
-
-    def __init__(self, protocol: PlanetServeDHT, servicer: Any):
-        self._protocol = protocol
-        self._servicer = servicer
-
-    def __getattr__(self, name: str) -> Callable[[Any, P2PContext], Awaitable[Any]]:
-        rpc = getattr(self._servicer, name)
-
-        async def call(request: Any, context: P2PContext) -> Any:
-            if self._protocol.door is not None:
-                self._protocol.door.enter(context.remote_id, request)
-            return await rpc(request, context)
-
-        return call
-
-
 class PlanetServeDHT(DHTProtocol):
     """hivemind's DHT protocol with the limits above.
 
@@ -196,8 +179,6 @@ class PlanetServeDHT(DHTProtocol):
     """
 
     _rpc_handlers = None
-    door: Door | None = None
-    """Set as soon as hivemind has made the node."""
 
     @classmethod
     async def create(cls, p2p: P2P, *args: Any, **kwargs: Any) -> PlanetServeDHT:
@@ -205,9 +186,33 @@ class PlanetServeDHT(DHTProtocol):
         self.storage, self.cache = BoundedStorage(), BoundedStorage()
         return self
 
-    async def add_p2p_handlers(self, p2p: P2P, wrapper: Any = None, **kwargs: Any) -> None:
-        # Not in the methods: hivemind calls them for itself as well.
-        await super().add_p2p_handlers(p2p, _Servicer(self, wrapper or self), **kwargs)
+    async def add_p2p_handlers(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the daemon is not to serve them, the node does (`served`)."""
+
+    def served(self, door: Door) -> dict[str, Call]:
+        """What strangers may call, behind a door: protocol name -> call."""
+        self._collect_rpc_handlers()
+        handlers: Any = self._rpc_handlers
+        return {
+            self._get_handle_name(None, handler.method_name): self._served(handler, door)
+            for handler in handlers
+        }
+
+    def _served(self, handler: Any, door: Door) -> Call:
+        method = getattr(self, handler.method_name)
+
+        async def call(data: bytes, remote: PeerId) -> bytes:
+            request = handler.request_type.FromString(data)
+            door.enter(remote, request)
+            context = P2PContext(
+                handle_name=handler.method_name,
+                local_id=self.p2p.peer_id,
+                remote_id=PeerID.from_base58(remote),
+            )
+            response = await method(request, context)
+            return bytes(response.SerializeToString())
+
+        return call
 
     async def rpc_store(
         self, request: dht_pb2.StoreRequest, context: P2PContext
@@ -328,15 +333,13 @@ def _unwrap_text(data: bytes) -> str | None:
         return None
 
 
-async def create(
-    p2p: P2P, peer_id: PeerId, checker: RecordChecker, door: Door, client_mode: bool
-) -> DHTNode:
-    """A DHT node on a running daemon; `bootstrap` makes it known to others.
+async def create(p2p: P2P, peer_id: PeerId, checker: RecordChecker, client_mode: bool) -> DHTNode:
+    """A DHT node on a running daemon. It serves nobody yet; `bootstrap` makes it known to others.
 
     Raises:
         TransportError: the daemon does not answer.
     """
-    node = await DHTNode.create(
+    return await DHTNode.create(
         p2p=p2p,
         node_id=_place_of(peer_id_bytes(peer_id)),
         client_mode=client_mode,
@@ -349,8 +352,6 @@ async def create(
         cache_refresh_before_expiry=0,
         reuse_get_requests=False,
     )
-    node.protocol.door = door
-    return node
 
 
 async def bootstrap(dht: DHTNode, peers: Collection[PeerId], required: bool) -> None:

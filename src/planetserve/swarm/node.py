@@ -26,10 +26,16 @@ from hivemind.dht.node import DHTNode
 
 from planetserve.clock import Clock, SystemClock
 from planetserve.crypto.identity import Identity
-from planetserve.errors import ConfigError, PeerUnreachable, TransportError
+from planetserve.errors import (
+    ConfigError,
+    PeerUnreachable,
+    RemoteProtocolError,
+    TransportError,
+)
 from planetserve.swarm import dht, multiaddr
 from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.buckets import TokenBuckets
+from planetserve.swarm.calls import Call, answer
 from planetserve.swarm.daemon import Daemon
 from planetserve.swarm.records import RecordChecker
 from planetserve.swarm.sockets import raise_file_limit
@@ -51,6 +57,8 @@ _EVERYWHERE = ("/ip4/0.0.0.0/tcp/{port}", "/ip6/::/tcp/{port}")
 _REJOIN_PERIOD_S = 10.0
 _MAX_MEASURED_PEERS = 64
 
+Serve = Callable[[socket.socket, bytes, PeerId], Coroutine[Any, Any, None]]
+"""Serves an incoming stream: its socket, bytes of it that were read already, who opened it."""
 FrameTap = Callable[[str, PeerId, FrameHeader], None]
 """Called with "sent" or "received", the remote peer and the header of each frame."""
 
@@ -147,12 +155,15 @@ class SwarmNode:
         self.clock = clock
         self.records = RecordChecker(clock)
         self.refused: Counter[str] = Counter()
-        """How often what was turned away: `lookup`, requests to the directory; `stream`."""
+        """How often what was turned away: `stream`, one too many; `call`, without a request to the
+        directory in time; `lookup`, such a request too many."""
         self.taps: list[FrameTap] = []
         self.send_rates = PeerAverages(max_peers=_MAX_MEASURED_PEERS, clock=clock)
         """Bytes per second that peers took from this node, where it had to wait for them."""
         self.streams: set[FrameStream] = set()
         self.protocols: dict[str, StreamHandler] = {}
+        self.calls: dict[str, Call] = {}
+        """What others may call, by protocol name: the directory."""
         self.stopped = asyncio.Event()
         """Set once the node no longer works: it was closed, or its daemon died."""
         self._daemon = daemon
@@ -270,35 +281,54 @@ class SwarmNode:
             raise ConfigError(f"protocol {protocol} has a handler already")
         self.protocols[protocol] = handler
 
+        async def serve(sock: socket.socket, head: bytes, remote: PeerId) -> None:
+            stream = FrameStream(self, sock, remote, head)
+            try:
+                await handler(stream)
+            finally:
+                stream.abort()
+
+        try:
+            await self._accept(protocol, serve)
+        except BaseException:
+            del self.protocols[protocol]
+            raise
+
+    async def _serve_call(self, protocol: str) -> None:
+        async def serve(sock: socket.socket, head: bytes, remote: PeerId) -> None:
+            try:
+                await answer(sock, head, remote, self.calls[protocol])
+            except (OSError, EOFError, TimeoutError, RemoteProtocolError):
+                self.refused["call"] += 1
+
+        await self._accept(protocol, serve)
+
+    async def _accept(self, protocol: str, serve: Serve) -> None:
+        """Run `serve` in a task of this node for each incoming stream that there is room for."""
+
+        async def counted(sock: socket.socket, head: bytes, remote: PeerId) -> None:
+            try:
+                await serve(sock, head, remote)
+            finally:
+                self._num_incoming[remote] -= 1
+                if not self._num_incoming[remote]:
+                    del self._num_incoming[remote]
+
         def accept(remote: PeerId, sock: socket.socket, head: bytes) -> None:
             if not self._may_accept(remote):
                 sock.close()
                 self.refused["stream"] += 1
                 logger.debug("refused a stream from %s: too many, or closing", short(remote))
                 return
-            stream = FrameStream(self, sock, remote, head)
             self._num_incoming[remote] += 1
-            self.spawn(self._serve(handler, stream), f"{protocol} from {short(remote)}")
+            self.spawn(counted(sock, head, remote), f"{protocol} from {short(remote)}")
 
-        try:
-            await self._daemon.add_protocol(protocol, accept)
-        except BaseException:
-            del self.protocols[protocol]
-            raise
+        await self._daemon.add_protocol(protocol, accept)
 
     def _may_accept(self, remote: PeerId) -> bool:
         if self._closing is not None or self._num_incoming.total() >= self._max_streams:
             return False
         return self._num_incoming[remote] < max(1, self._max_streams // STREAMS_SHARE_PER_PEER)
-
-    async def _serve(self, handler: StreamHandler, stream: FrameStream) -> None:
-        try:
-            await handler(stream)
-        finally:
-            stream.abort()
-            self._num_incoming[stream.remote] -= 1
-            if not self._num_incoming[stream.remote]:
-                del self._num_incoming[stream.remote]
 
     async def _watch(self) -> None:
         code = await self._daemon.wait()
@@ -327,8 +357,11 @@ class SwarmNode:
         )
         door = dht.Door(buckets, self.refused)
         self._dht = await dht.create(
-            self._daemon.p2p, self.peer_id, self.records, door, self.config.client_mode
+            self._daemon.p2p, self.peer_id, self.records, self.config.client_mode
         )
+        if not self.config.client_mode:
+            self.calls.update(self._dht.protocol.served(door))
+            await asyncio.gather(*map(self._serve_call, self.calls))
         await dht.bootstrap(self._dht, places, required=bool(places))
         if places:
             self.spawn(self._keep_joined(places), "keep joined")

@@ -23,7 +23,7 @@ PROTOCOL = "/planetserve/ping/1"
 
 _NUM_SAMPLES = 3
 _MAX_PINGS_PER_STREAM = 64
-_IDLE_TIMEOUT_S = 30.0
+_IDLE_TIMEOUT_S = 5.0
 
 
 async def ping(

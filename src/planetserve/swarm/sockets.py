@@ -15,6 +15,8 @@ import socket
 _MAX_FILES = 65_536
 """Some systems say that there is no limit and mean less than they could count."""
 
+_READ_BYTES = 64 * 1024
+
 
 def raise_file_limit() -> int:
     """Let this process, and those that it starts, open as many files as the system allows it.
@@ -78,7 +80,7 @@ async def read_exactly(sock: socket.socket, size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
         try:
-            piece = sock.recv(size - len(data))
+            piece = sock.recv(min(size - len(data), _READ_BYTES))
         except BlockingIOError:
             await readable(sock)
             continue

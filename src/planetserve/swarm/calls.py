@@ -1,0 +1,91 @@
+"""hivemind's calls (one request, one answer), served by this process instead of the daemon.
+
+The daemon would hold half-sent requests for ever, as many as there are streams, and for each at
+once the 4 MiB that its first bytes may announce. Here a call is an incoming stream like any other:
+few per peer and in all (`node.py`), ended if its request takes too long, and memory grows with what
+arrives. What travels is what hivemind's daemons say to each other: a length and a
+`PersistentConnectionRequest` in either direction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
+from hivemind.proto import p2pd_pb2
+
+from planetserve.errors import RemoteProtocolError
+from planetserve.swarm.sockets import read_exactly, send_all
+from planetserve.types import PeerId
+
+REQUEST_TIMEOUT_S = 5.0
+"""For a whole request; hivemind's callers wait three seconds for the answer."""
+_ANSWER_TIMEOUT_S = 10.0
+_MAX_LENGTH_BYTES = 4
+
+Call = Callable[[bytes, PeerId], Awaitable[bytes]]
+"""Takes a request and who sent it; what it raises is told to the caller."""
+
+
+async def answer(sock: socket.socket, head: bytes, remote: PeerId, call: Call) -> None:
+    """Read one request from the stream, answer it and close the stream.
+
+    Args:
+        sock: the stream; what is left of it is closed here.
+        head: bytes of it that have been read.
+        remote: who opened it.
+        call: what to do.
+
+    Raises:
+        TimeoutError: the request or the answer took too long.
+        OSError: the stream broke.
+        EOFError: it ended before the request did.
+        RemoteProtocolError: not a request, or too long.
+    """
+    with sock:
+        sock.setblocking(False)
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            request = await _read_request(sock, head)
+        try:
+            result = p2pd_pb2.CallUnaryResponse(response=await call(request.callUnary.data, remote))
+        except Exception as error:  # noqa: BLE001  as hivemind does
+            result = p2pd_pb2.CallUnaryResponse(error=repr(error).encode())
+        message = p2pd_pb2.PersistentConnectionRequest(callId=request.callId, unaryResponse=result)
+        data = message.SerializeToString()
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            await send_all(sock, varint(len(data)) + data)
+
+
+async def _read_request(sock: socket.socket, head: bytes) -> p2pd_pb2.PersistentConnectionRequest:
+    size = shift = 0
+    for _ in range(_MAX_LENGTH_BYTES):
+        part, head = head[:1], head[1:]
+        (byte,) = part or await read_exactly(sock, 1)
+        size |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            break
+    else:
+        raise RemoteProtocolError("the length of a call is too long")
+    if size > DEFAULT_MAX_MSG_SIZE:
+        raise RemoteProtocolError(f"a call of {size} bytes")
+    data = head[:size] + await read_exactly(sock, max(0, size - len(head)))
+    try:
+        request = p2pd_pb2.PersistentConnectionRequest.FromString(data)
+    except DecodeError:
+        raise RemoteProtocolError("not a call") from None
+    if not request.HasField("callUnary"):
+        raise RemoteProtocolError("not a call")
+    return request
+
+
+def varint(number: int) -> bytes:
+    """A length as protobuf streams have it."""
+    data = bytearray()
+    while number >= 0x80:
+        data.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*data, number])

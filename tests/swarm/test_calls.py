@@ -1,0 +1,110 @@
+"""Requests to the directory that are cut short, slow, or none at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2, p2pd_pb2
+from swarm_helpers import StartNode, until
+
+from planetserve.swarm import calls
+from planetserve.swarm.calls import varint
+from planetserve.swarm.node import SwarmNode
+
+PING = "PlanetServeDHT.rpc_ping"
+CALL = p2pd_pb2.PersistentConnectionRequest(
+    callId=bytes(16), callUnary=p2pd_pb2.CallUnaryRequest(peer=b"", proto=PING, data=b"")
+).SerializeToString()
+
+Send = Callable[..., Awaitable[bytes]]
+
+
+@pytest.fixture
+async def server(start_node: StartNode) -> SwarmNode:
+    return await start_node()
+
+
+@pytest.fixture
+async def send(start_node: StartNode, server: SwarmNode) -> Send:
+    """`await send(pieces...)`: a stream with these bytes on it; what comes back until its end."""
+    client = await start_node(server, client_mode=True)
+
+    async def send(*pieces: bytes) -> bytes:
+        loop = asyncio.get_running_loop()
+        with await client.open_socket(server.peer_id, PING) as sock:
+            for piece in pieces:
+                await loop.sock_sendall(sock, piece)
+                await asyncio.sleep(0.01)
+            answer = bytearray()
+            async with asyncio.timeout(5):
+                while part := await loop.sock_recv(sock, 4096):
+                    answer += part
+            return bytes(answer)
+
+    return send
+
+
+async def test_a_request_may_come_in_pieces(send: Send, server: SwarmNode) -> None:
+    data = varint(len(CALL)) + CALL
+    for pieces in (
+        [data],
+        [data[:1], data[1:20], data[20:]],
+        [data[i : i + 1] for i in range(len(data))],
+    ):
+        answer = await send(*pieces)
+        message = p2pd_pb2.PersistentConnectionRequest.FromString(answer[1:])
+        assert len(answer) == 1 + answer[0]
+        assert message.callId == bytes(16)
+        pong = dht_pb2.PingResponse.FromString(message.unaryResponse.response)
+        assert pong.peer.node_id == server.dht.node_id.to_bytes()
+    assert not server.refused
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff" * 10,
+        b"\xff\xff\xff\x7f" + bytes(100),
+        varint(len(CALL)) + bytes(len(CALL)),
+        varint(18) + CALL[:18],
+        varint(0),
+    ],
+    ids=["long length", "too long", "not a message", "not a call", "empty"],
+)
+async def test_what_is_no_request_ends_the_stream(
+    send: Send, server: SwarmNode, data: bytes
+) -> None:
+    assert await send(data) == b""
+    assert server.refused == {"call": 1}
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"\xff\xff\xff\x01" + bytes(100)])
+async def test_half_a_request_is_waited_for_so_long(
+    send: Send, server: SwarmNode, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "REQUEST_TIMEOUT_S", 0.2)
+    assert await send(data) == b""
+    assert server.refused == {"call": 1}
+    await until(lambda: not server._num_incoming)
+
+
+async def test_streams_of_calls_count_with_the_others(
+    start_node: StartNode, server: SwarmNode, send: Send, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_max_streams", 8)
+    monkeypatch.setattr(calls, "REQUEST_TIMEOUT_S", 1.0)
+    assert await asyncio.gather(*(send(b"") for _ in range(5))) == [b""] * 5
+    assert server.refused == {"stream": 3, "call": 2}
+
+
+async def test_what_fails_is_told_to_the_caller_only(
+    start_node: StartNode, server: SwarmNode
+) -> None:
+    client = await start_node(server, client_mode=True)
+    stub = client.dht.protocol.get_stub(PeerID.from_base58(server.peer_id))
+    with pytest.raises(Exception, match="AssertionError|RemoteProtocolError"):
+        await stub.rpc_store(dht_pb2.StoreRequest(keys=[b"x"]), timeout=5.0)
+    assert await stub.rpc_ping(dht_pb2.PingRequest(), timeout=5.0)

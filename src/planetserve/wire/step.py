@@ -61,8 +61,10 @@ class HopLoad:
 
     @classmethod
     def of(cls, edge: int, ms_per_block: float) -> HopLoad:
-        """The load in the unit and range of the wire."""
-        return cls(edge, max(0, min(round(1000 * ms_per_block), 2**32 - 1)))
+        """The load in the unit and range of the wire; what is known is never sent as 0."""
+        if ms_per_block <= 0:
+            return cls(edge, 0)
+        return cls(edge, max(1, min(round(1000 * ms_per_block), 2**32 - 1)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,6 +168,8 @@ def test_bad_loads_are_refused(head: bytes) -> None:
 def test_a_load_fits_its_field_whatever_was_measured() -> None:
     assert HopLoad.of(1, 2.5).us_per_block == 2500
     assert HopLoad.of(1, 1e12).us_per_block == 2**32 - 1
+    assert HopLoad.of(1, 1e-6).us_per_block == 1  # 0 would say that it does not know
+    assert HopLoad.of(1, 0.0).us_per_block == 0
     assert HopLoad.of(1, -1.0).us_per_block == 0
     assert MAX_LOADS == MAX_EDGE + 1
     with pytest.raises(LocalProtocolError):

@@ -15,7 +15,7 @@ from planetserve.client.hop_link import HopLink, Inbox
 from planetserve.client.ring_ends import RingEnds
 from planetserve.client.ring_spec import RingSpec
 from planetserve.crypto.secrets import new_edge_secret, wipe
-from planetserve.errors import NoChainAvailable
+from planetserve.errors import NoChainAvailable, SessionClosed
 from planetserve.swarm.node import SwarmNode
 from planetserve.types import CLIENT, Hop, PeerId, ServerInfo
 from planetserve.wire.frame import MAX_EDGE
@@ -46,6 +46,7 @@ class RingHops:
         self._edge = -1
         self._epoch = -1
         self._retired: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def splice(
         self,
@@ -66,6 +67,7 @@ class RingHops:
 
         Raises:
             NoChainAvailable: this ring has had as many hops as it may.
+            SessionClosed: the ring was closed meanwhile.
             PlanetServeError: a hop refused or cannot be reached; `peer_id` names it.
         """
         if self._edge + len(hops) > MAX_EDGE:
@@ -85,6 +87,8 @@ class RingHops:
         try:
             await self._open_links(links, before, after, secrets, first_step)
             await self._deal(links, before, secrets, first_step)
+            if self._closed:
+                raise SessionClosed("the session was closed while hops were put in")
         except BaseException:
             for link in links:
                 self._retire(link)
@@ -100,7 +104,11 @@ class RingHops:
         return links
 
     async def close(self) -> None:
-        """Tell every hop that the session is over and release the streams. Never raises."""
+        """Tell every hop that the session is over and release the streams. Never raises.
+
+        None can be put in afterwards.
+        """
+        self._closed = True
         await asyncio.gather(*self._retired, *(link.close() for link in self.links))
         self.links = []
 

@@ -190,8 +190,7 @@ class InferenceSession:
             PlanetServeError: no chain could run the step within the bounded retries.
         """
         with self._lock:
-            if self._closed:
-                raise SessionClosed("this inference session is closed; open another")
+            self._check_open()
             self._check(num_rows, table)
             if self._history is None:
                 self._history = History(num_rows)
@@ -200,7 +199,7 @@ class InferenceSession:
                 return self._portal.call(self._run(num_rows, table, hidden_TD, keep_last))
             local = self._local_rows
             if local is None:  # closed meanwhile, from another thread
-                raise SessionClosed("this inference session is closed; open another")
+                raise _closed_error()
             return self._run_around(local, num_rows, table, hidden_TD, keep_last=keep_last)
 
     def close(self) -> None:
@@ -225,6 +224,10 @@ class InferenceSession:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _closed_error()
 
     def _check(self, num_rows: int, table: StepTable) -> None:
         known = len(self.lengths)
@@ -266,7 +269,7 @@ class InferenceSession:
     ) -> torch.Tensor:
         history = self._history
         if history is None:
-            raise SessionClosed("this inference session is closed; open another")
+            raise _closed_error()
         longest = max(piece.end for piece in table.rows)
         lease_tokens = max(longest, self._lease_tokens or 0)
         self._avoid_leaving(num_rows, lease_tokens)
@@ -288,6 +291,11 @@ class InferenceSession:
                 self._manager.report_success(ring.chain)
                 return output_TD.to(hidden_TD.dtype)
             except PlanetServeError as error:
+                if self._closed:
+                    # It may come of that, so no server is to blame; whoever closed the session
+                    # has not seen a ring that was just being opened.
+                    await self._leave()
+                    raise _closed_error() from error
                 attempt += 1
                 delay_s = await self._recover(error, attempt)
                 await asyncio.sleep(delay_s)
@@ -306,19 +314,25 @@ class InferenceSession:
             ring.condemn_leaving()
 
     async def _whole_ring(self, num_rows: int, lease_tokens: int, history: History) -> RingSession:
-        """The session's ring, mended where it was broken, or a new one."""
+        """The session's ring, mended where it was broken, or a new one.
+
+        Raises:
+            SessionClosed: the session has been closed; it must leave the ring that it may have.
+            PlanetServeError: as `ChainManager.open_ring` or `mend_ring`.
+        """
         ring = self._ring
         if ring is not None and ring.is_broken:
             try:
                 await self._manager.mend_ring(ring, num_rows, lease_tokens, history)
-                return ring
             except NoChainAvailable:
                 await self._leave()
                 ring = None
+        self._check_open()
         if ring is None:
             ring = self._ring = await self._manager.open_ring(
                 num_rows, lease_tokens, history, self._seed
             )
+            self._check_open()
         return ring
 
     def _after_step(
@@ -395,3 +409,7 @@ class InferenceSession:
         ring, self._ring = self._ring, None
         if ring is not None:
             await ring.close()
+
+
+def _closed_error() -> SessionClosed:
+    return SessionClosed("this inference session is closed; open another")

@@ -1,0 +1,166 @@
+"""A session that is closed while it works opens nothing any more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+import torch
+from written_swarm import server
+
+from planetserve.client import ring_hops
+from planetserve.client.ring_hops import RingHops
+from planetserve.client.session import InferenceSession
+from planetserve.config import ClientConfig
+from planetserve.errors import PlanetServeError, SessionClosed, StreamClosed
+from planetserve.types import Chain, Hop
+from planetserve.wire.step import RowSlice, StepTable
+
+TABLE = StepTable((RowSlice(0, 0, 3),))
+HIDDEN_TD = torch.zeros(3, 16)
+HOP = Hop("a", 0, 8)
+
+
+class LoopPortal:
+    """Runs what other threads ask for on the test's loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def call(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10.0)
+
+    def post(self, work: Coroutine[Any, Any, Any]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+class FailingRing:
+    """Its step fails when it is closed."""
+
+    is_broken = is_waiting = False
+    leaving: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self.chain = Chain((HOP,))
+        self.working = asyncio.Event()
+        self.closed = asyncio.Event()
+
+    async def step(self, *_: object, **__: object) -> torch.Tensor:
+        self.working.set()
+        await self.closed.wait()
+        raise StreamClosed("gone")
+
+    def condemn(self, *_: object) -> bool:
+        return False
+
+    async def close(self) -> None:
+        self.closed.set()
+
+
+class Manager:
+    """Opens failing rings as soon as it may, and wants every failure retried."""
+
+    config = ClientConfig()
+
+    def __init__(self) -> None:
+        self.may_open = asyncio.Event()
+        self.may_open.set()
+        self.asked = asyncio.Event()
+        self.rings: list[FailingRing] = []
+        self.failures: list[PlanetServeError] = []
+
+    async def open_ring(self, *_: object) -> FailingRing:
+        self.asked.set()
+        await self.may_open.wait()
+        self.rings.append(FailingRing())
+        return self.rings[-1]
+
+    async def report_failure(self, error: PlanetServeError, _chain: object) -> tuple[str, ...]:
+        self.failures.append(error)
+        return ()
+
+    def retry_delay_s(self, _error: PlanetServeError, _attempt: int) -> float:
+        return 0.0
+
+
+def session_of(manager: Manager) -> InferenceSession:
+    return InferenceSession(manager, LoopPortal())  # type: ignore[arg-type]
+
+
+async def test_a_step_whose_session_is_closed_is_not_tried_again() -> None:
+    manager = Manager()
+    session = session_of(manager)
+    step = asyncio.create_task(asyncio.to_thread(session.run, 1, TABLE, HIDDEN_TD))
+    await manager.asked.wait()
+    await asyncio.sleep(0)
+    await manager.rings[0].working.wait()
+    await session.release()
+    with pytest.raises(SessionClosed):
+        await step
+    assert len(manager.rings) == 1
+    assert not manager.failures  # the end of its own ring is nobody's fault
+    assert session.chain is None
+
+
+async def test_a_session_closed_between_two_attempts_makes_no_other() -> None:
+    manager = Manager()
+    session = session_of(manager)
+
+    async def closed_meanwhile(_error: PlanetServeError, _chain: object) -> tuple[str, ...]:
+        await session.release()
+        return ()
+
+    manager.report_failure = closed_meanwhile  # type: ignore[method-assign]
+    step = asyncio.create_task(asyncio.to_thread(session.run, 1, TABLE, HIDDEN_TD))
+    await manager.asked.wait()
+    await asyncio.sleep(0)
+    manager.rings[0].closed.set()  # the ring fails by itself
+    with pytest.raises(SessionClosed):
+        await step
+    assert len(manager.rings) == 1
+
+
+async def test_a_ring_that_opens_after_its_session_was_closed_is_closed() -> None:
+    manager = Manager()
+    manager.may_open.clear()
+    session = session_of(manager)
+    step = asyncio.create_task(asyncio.to_thread(session.run, 1, TABLE, HIDDEN_TD))
+    await manager.asked.wait()
+    await session.release()
+    manager.may_open.set()
+    with pytest.raises(SessionClosed):
+        await step
+    assert [ring.closed.is_set() for ring in manager.rings] == [True]
+    assert session.chain is None
+
+
+async def test_hops_that_are_put_in_while_a_ring_is_closed_are_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opening, may_open = asyncio.Event(), asyncio.Event()
+    closed: list[str] = []
+
+    class SlowLink(ring_hops.HopLink):
+        async def open(self, *_: object, **__: object) -> None:
+            opening.set()
+            await may_open.wait()
+
+        async def deal(self, *_: object) -> None:
+            pass
+
+        async def close(self) -> None:
+            closed.append(self.peer_id)
+
+    monkeypatch.setattr(ring_hops, "HopLink", SlowLink)
+    nobody: Any = None
+    hops = RingHops(nobody, nobody, bytes(16), asyncio.Queue(), nobody)
+    splice = asyncio.create_task(hops.splice(0, 0, [HOP], {"a": server("a")}, 0))
+    await opening.wait()
+    await hops.close()
+    may_open.set()
+    with pytest.raises(SessionClosed):
+        await splice
+    await asyncio.sleep(0)
+    assert (hops.links, closed) == ([], ["a"])

@@ -280,7 +280,7 @@ async def test_thousands_of_streams_on_which_nothing_is_said(
         after = [Held.by(pid) for pid in pids]
         logger.info("before %s; with the streams %s; after %s", before, during, after)
         # Some are on their way to being refused.
-        assert most / 2 < during[0].files - before[0].files <= most + 128
+        assert most / 2 < during[0].files - before[0].files <= 1.5 * most
         assert during[0].memory - before[0].memory < MAX_GROWTH_BYTES
         assert during[1].memory - before[1].memory < MAX_DAEMON_GROWTH_BYTES
         for then, now in zip(before, after, strict=True):

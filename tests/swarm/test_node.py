@@ -131,6 +131,22 @@ async def test_the_key_is_not_left_on_disk(start_node: StartNode) -> None:
     assert files == {"lock": b""}
 
 
+async def test_closing_ends_streams_that_the_daemon_has_said_nothing_of(
+    start_node: StartNode,
+) -> None:
+    node = await start_node()
+    await serve_ping(node)
+    assert node._daemon.p2p is not None
+    path = node._daemon.p2p._client_listen_maddr["unix"]
+    reader, writer = await asyncio.open_unix_connection(path)
+    await until(lambda: bool(node._daemon._incoming))
+    await node.close()
+    assert await reader.read() == b""
+    assert not node._daemon._incoming
+    writer.close()
+    await writer.wait_closed()
+
+
 async def test_closing_leaves_nothing(start_node: StartNode) -> None:
     del start_node  # this test closes its nodes itself
     before = (daemons(), folders(), threading.active_count(), len(asyncio.all_tasks()))

@@ -51,6 +51,8 @@ _ERRORS = (P2PDaemonError, P2PHandlerError, OSError, EOFError)
 _EXIT_TIMEOUT_S = 5.0
 _SETTLE_ROUNDS = 100
 _RETRY_S = 0.01
+_MAX_WAITING = 4096
+"""Streams that may wait until they are looked at; the daemon drops further ones, whose ever."""
 _CORES_PER_DAEMON_THREAD = 4
 
 Accept = Callable[[PeerId, socket.socket, bytes], None]
@@ -62,6 +64,7 @@ class Daemon:
 
     def __init__(self) -> None:
         self.p2p: P2P | None = None
+        self._incoming: set[asyncio.Task[Any]] = set()
         self._folder, self._lock = _make_folder()
 
     @classmethod
@@ -119,12 +122,36 @@ class Daemon:
                 # Known before the process is launched, so that a failed launch can be cleaned up.
                 daemon.p2p = self
 
+            def _start_listening(self) -> None:
+                self._listen_task = asyncio.create_task(daemon._listen(self))
+
             @staticmethod
             def _make_process_args(*args: object, **kwargs: object) -> list[str]:
                 command = P2P._make_process_args(*args, relayService=use_relay, **kwargs)
                 return [*_go_settings(), *command]
 
         return ContainedP2P
+
+    async def _listen(self, p2p: P2P) -> None:
+        """Take the streams that the daemon hands over, in hivemind's place: with room for many at
+        once, and leaving none open of which the daemon had said nothing yet."""
+
+        async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            if task is None or self.p2p is None:
+                writer.transport.abort()
+                return
+            self._incoming.add(task)
+            try:
+                with contextlib.suppress(OSError, EOFError):
+                    await p2p._client.control._handler(reader, writer)
+            finally:
+                self._incoming.discard(task)
+                writer.transport.abort()
+
+        path = p2p._client_listen_maddr["unix"]
+        async with await asyncio.start_unix_server(take, path=path, backlog=_MAX_WAITING):
+            await asyncio.Future()  # until this is cancelled
 
     async def addresses(self, peer_id: PeerId) -> tuple[str, ...]:
         """Multiaddresses at which others may reach this node."""
@@ -211,6 +238,9 @@ class Daemon:
                 if child.returncode is None:
                     child.kill()
                     await child.wait()
+            for task in self._incoming:
+                task.cancel()
+            await asyncio.gather(*self._incoming, return_exceptions=True)
             await _settle(p2p, control)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()

@@ -32,6 +32,7 @@ from planetserve.errors import PlanetServeError, RemoteProtocolError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import MAX_STREAMS, STREAMS_SHARE_PER_PEER
+from planetserve.swarm.peer_routing import PROTOCOL as ROUTING_PROTOCOL
 from planetserve.swarm.ping import PROTOCOL as PING_PROTOCOL
 from planetserve.swarm.ping import ping
 from planetserve.swarm.sockets import raise_file_limit
@@ -247,9 +248,10 @@ UNSAID = [
     for protocol in (SESSION_PROTOCOL, PUSH_PROTOCOL, PING_PROTOCOL)
     for data in (b"", HALF_HEADER)
 ] + [
-    (DHT_PROTOCOL, b""),
-    # 4 MiB are announced.
-    (DHT_PROTOCOL, b"\xff\xff\xff\x01" + bytes(100)),
+    (protocol, data)
+    for protocol in (DHT_PROTOCOL, ROUTING_PROTOCOL)
+    # Nothing, or the beginning of 4 MiB.
+    for data in (b"", b"\xff\xff\xff\x01" + bytes(100))
 ]
 NUM_STREAMS = 2000
 MAX_DAEMON_GROWTH_BYTES = 400 << 20

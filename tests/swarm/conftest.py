@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 from swarm_helpers import LOOPBACK, StartNode
 
+from planetserve.swarm import peer_routing
 from planetserve.swarm.node import NodeConfig, SwarmNode
+
+
+@pytest.fixture(autouse=True)
+def _daemons_are_hung_up_on_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of others' daemons count as incoming ones; some tests wait until there are none."""
+    monkeypatch.setattr(peer_routing, "IDLE_TIMEOUT_S", 0.2)
 
 
 @pytest.fixture

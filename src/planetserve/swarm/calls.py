@@ -18,13 +18,13 @@ from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
 from hivemind.proto import p2pd_pb2
 
 from planetserve.errors import RemoteProtocolError
-from planetserve.swarm.sockets import read_exactly, send_all
+from planetserve.swarm.delimited import read_message, varint
+from planetserve.swarm.sockets import send_all
 from planetserve.types import PeerId
 
 REQUEST_TIMEOUT_S = 5.0
 """For a whole request; hivemind's callers wait three seconds for the answer."""
 _ANSWER_TIMEOUT_S = 10.0
-_MAX_LENGTH_BYTES = 4
 
 Call = Callable[[bytes, PeerId], Awaitable[bytes]]
 """Takes a request and who sent it; what it raises is told to the caller."""
@@ -60,19 +60,7 @@ async def answer(sock: socket.socket, head: bytes, remote: PeerId, call: Call) -
 
 
 async def _read_request(sock: socket.socket, head: bytes) -> p2pd_pb2.PersistentConnectionRequest:
-    size = shift = 0
-    for _ in range(_MAX_LENGTH_BYTES):
-        part, head = head[:1], head[1:]
-        (byte,) = part or await read_exactly(sock, 1)
-        size |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            break
-    else:
-        raise RemoteProtocolError("the length of a call is too long")
-    if size > DEFAULT_MAX_MSG_SIZE:
-        raise RemoteProtocolError(f"a call of {size} bytes")
-    data = head[:size] + await read_exactly(sock, max(0, size - len(head)))
+    data, _ = await read_message(sock, head, DEFAULT_MAX_MSG_SIZE)
     try:
         request = p2pd_pb2.PersistentConnectionRequest.FromString(data)
     except DecodeError:
@@ -80,12 +68,3 @@ async def _read_request(sock: socket.socket, head: bytes) -> p2pd_pb2.Persistent
     if not request.HasField("callUnary"):
         raise RemoteProtocolError("not a call")
     return request
-
-
-def varint(number: int) -> bytes:
-    """A length as protobuf streams have it."""
-    data = bytearray()
-    while number >= 0x80:
-        data.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*data, number])

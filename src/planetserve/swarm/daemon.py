@@ -38,7 +38,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import ConfigError, PeerUnreachable, RemoteProtocolError, TransportError
 from planetserve.swarm import multiaddr
-from planetserve.swarm.calls import varint
+from planetserve.swarm.delimited import varint
 from planetserve.swarm.sockets import read_exactly, send_all
 from planetserve.types import PeerId
 
@@ -156,13 +156,36 @@ class Daemon:
     async def addresses(self, peer_id: PeerId) -> tuple[str, ...]:
         """Multiaddresses at which others may reach this node."""
         suffix = f"/p2p/{peer_id}"
-        try:
-            answer, sock = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
-        except _ERRORS as error:
-            raise TransportError(f"the libp2p daemon does not answer: {_reason(error)}") from None
-        sock.close()
-        places = [str(Multiaddr(data)) for data in answer.identify.addrs]
+        places = [str(Multiaddr(data)) for data in await self.own_addresses()]
         return tuple(f"{place.removesuffix(suffix)}{suffix}" for place in places)
+
+    async def own_addresses(self) -> list[bytes]:
+        """Multiaddresses of this node, as bytes.
+
+        Raises:
+            TransportError: the daemon does not answer.
+        """
+        answer = await self._told(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
+        return list(answer.identify.addrs)
+
+    async def connected(self) -> list[bytes]:
+        """Ids, as bytes, of the peers that there are connections to.
+
+        Raises:
+            TransportError: the daemon does not answer.
+        """
+        answer = await self._told(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
+        return [peer.id for peer in answer.peers]
+
+    async def addresses_of(self, peer: bytes) -> list[bytes]:
+        """Multiaddresses, as bytes, that a connected peer has given.
+
+        Raises:
+            TransportError: the daemon does not answer, or knows none.
+        """
+        question = p2pd_pb2.DHTRequest(type=p2pd_pb2.DHTRequest.FIND_PEER, peer=peer, timeout=1)
+        answer = await self._told(p2pd_pb2.Request(type=p2pd_pb2.Request.DHT, dht=question))
+        return list(answer.dht.peer.addrs)
 
     async def connect(self, peer_id: PeerId, addresses: Sequence[str], timeout_s: float) -> None:
         """Make sure there is a connection to a peer.
@@ -244,6 +267,14 @@ class Daemon:
             await _settle(p2p, control)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
+
+    async def _told(self, request: p2pd_pb2.Request) -> p2pd_pb2.Response:
+        try:
+            answer, sock = await self._ask(request)
+        except _ERRORS as error:
+            raise TransportError(f"the libp2p daemon does not answer: {_reason(error)}") from None
+        sock.close()
+        return answer
 
     async def _ask(self, request: p2pd_pb2.Request) -> tuple[p2pd_pb2.Response, socket.socket]:
         """Send one request on a connection of its own; the answer and the connection.

@@ -139,27 +139,29 @@ def _drop_ghosts(storage: Any) -> None:
 
 
 class Door:
-    """Lets in what peers ask of the DHT, and counts what they ask for too often.
+    """Lets in what peers ask for, and counts what they ask for too often.
 
     Args:
         buckets: a token for each key that is looked up or stored.
-        refused: `refused["lookup"]` is how many requests were turned away.
+        refused: `refused[name]` is how many requests were turned away.
+        name: see `refused`.
     """
 
-    def __init__(self, buckets: TokenBuckets, refused: Counter[str]):
+    def __init__(self, buckets: TokenBuckets, refused: Counter[str], name: str):
         self._buckets = buckets
         self._refused = refused
+        self._name = name
 
-    def enter(self, peer_id: PeerId, request: Any) -> None:
-        """Count a request.
+    def enter(self, peer_id: PeerId, num_keys: int) -> None:
+        """Count a request for so many keys.
 
         Raises:
             QueueFull: the peer has asked for too much lately.
         """
-        wait_s = self._buckets.take(peer_id, _num_keys(request))
+        wait_s = self._buckets.take(peer_id, num_keys)
         if wait_s:
-            self._refused["lookup"] += 1
-            raise QueueFull("too many directory requests from one peer", retry_after_s=wait_s)
+            self._refused[self._name] += 1
+            raise QueueFull("too many requests from one peer", retry_after_s=wait_s)
 
 
 def _num_keys(request: Any) -> int:
@@ -203,7 +205,7 @@ class PlanetServeDHT(DHTProtocol):
 
         async def call(data: bytes, remote: PeerId) -> bytes:
             request = handler.request_type.FromString(data)
-            door.enter(remote, request)
+            door.enter(remote, _num_keys(request))
             context = P2PContext(
                 handle_name=handler.method_name,
                 local_id=self.p2p.peer_id,
@@ -381,6 +383,11 @@ async def bootstrap(dht: DHTNode, peers: Collection[PeerId], required: bool) -> 
         await dht.find_nearest_nodes([dht.node_id])
     elif required:
         raise PeerUnreachable(f"no initial peer takes part in the DHT ({', '.join(peers)})")
+
+
+def known(dht: DHTNode) -> list[bytes]:
+    """Ids, as bytes, of the peers in the routing table."""
+    return [peer.to_bytes() for peer in dht.protocol.routing_table.uid_to_peer_id.values()]
 
 
 def knows(dht: DHTNode, peer_id: PeerId) -> bool:

@@ -29,14 +29,17 @@ from planetserve.crypto.identity import Identity
 from planetserve.errors import (
     ConfigError,
     PeerUnreachable,
+    PlanetServeError,
     RemoteProtocolError,
     TransportError,
 )
-from planetserve.swarm import dht, multiaddr
+from planetserve.swarm import dht, multiaddr, peer_routing
 from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.buckets import TokenBuckets
 from planetserve.swarm.calls import Call, answer
 from planetserve.swarm.daemon import Daemon
+from planetserve.swarm.dht import Door
+from planetserve.swarm.peer_routing import PeerRouting
 from planetserve.swarm.records import RecordChecker
 from planetserve.swarm.sockets import raise_file_limit
 from planetserve.swarm.streams import FrameStream, StreamHandler, short
@@ -156,7 +159,8 @@ class SwarmNode:
         self.records = RecordChecker(clock)
         self.refused: Counter[str] = Counter()
         """How often what was turned away: `stream`, one too many; `call`, without a request to the
-        directory in time; `lookup`, such a request too many."""
+        directory in time; `lookup`, such a request too many; `route`, a question too many where
+        another peer is."""
         self.taps: list[FrameTap] = []
         self.send_rates = PeerAverages(max_peers=_MAX_MEASURED_PEERS, clock=clock)
         """Bytes per second that peers took from this node, where it had to wait for them."""
@@ -303,6 +307,30 @@ class SwarmNode:
 
         await self._accept(protocol, serve)
 
+    def _door(self, name: str) -> Door:
+        buckets = TokenBuckets(
+            self.config.max_peer_lookups / 60.0, self.config.peer_lookup_burst, self.clock
+        )
+        return Door(buckets, self.refused, name)
+
+    async def _serve_peer_routing(self, dht_node: DHTNode) -> None:
+        door = self._door("route")
+        routing = PeerRouting(
+            self._daemon,
+            self.peer_id,
+            known=lambda: dht.known(dht_node),
+            enter=lambda remote: door.enter(remote, num_keys=1),
+            clock=self.clock,
+        )
+
+        async def serve(sock: socket.socket, head: bytes, remote: PeerId) -> None:
+            # How a daemon ends its streams, and what it wants of others that are no servers of
+            # this kind, is not worth a word.
+            with contextlib.suppress(PlanetServeError, OSError, EOFError, TimeoutError):
+                await routing.serve(sock, head, remote)
+
+        await self._accept(peer_routing.PROTOCOL, serve)
+
     async def _accept(self, protocol: str, serve: Serve) -> None:
         """Run `serve` in a task of this node for each incoming stream that there is room for."""
 
@@ -352,16 +380,13 @@ class SwarmNode:
             raise PeerUnreachable(
                 f"no initial peer answered ({', '.join(self.config.initial_peers)}): {tried}"
             )
-        buckets = TokenBuckets(
-            self.config.max_peer_lookups / 60.0, self.config.peer_lookup_burst, self.clock
-        )
-        door = dht.Door(buckets, self.refused)
         self._dht = await dht.create(
             self._daemon.p2p, self.peer_id, self.records, self.config.client_mode
         )
         if not self.config.client_mode:
-            self.calls.update(self._dht.protocol.served(door))
+            self.calls.update(self._dht.protocol.served(self._door("lookup")))
             await asyncio.gather(*map(self._serve_call, self.calls))
+            await self._serve_peer_routing(self._dht)
         await dht.bootstrap(self._dht, places, required=bool(places))
         if places:
             self.spawn(self._keep_joined(places), "keep joined")

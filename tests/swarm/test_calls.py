@@ -106,6 +106,6 @@ async def test_what_fails_is_told_to_the_caller_only(
 ) -> None:
     client = await start_node(server, client_mode=True)
     stub = client.dht.protocol.get_stub(PeerID.from_base58(server.peer_id))
-    with pytest.raises(Exception, match="AssertionError|RemoteProtocolError"):
+    with pytest.raises(Exception, match="protocol"):
         await stub.rpc_store(dht_pb2.StoreRequest(keys=[b"x"]), timeout=5.0)
     assert await stub.rpc_ping(dht_pb2.PingRequest(), timeout=5.0)

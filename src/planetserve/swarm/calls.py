@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
 from hivemind.proto import p2pd_pb2
 
-from planetserve.errors import RemoteProtocolError
+from planetserve.errors import PlanetServeError, RemoteProtocolError
 from planetserve.swarm.delimited import read_message, varint
 from planetserve.swarm.sockets import send_all
 from planetserve.types import PeerId
@@ -27,7 +27,7 @@ REQUEST_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 10.0
 
 Call = Callable[[bytes, PeerId], Awaitable[bytes]]
-"""Takes a request and who sent it; what it raises is told to the caller."""
+"""Takes a request and who sent it; of what it raises, the caller is told no more than a code."""
 
 
 async def answer(sock: socket.socket, head: bytes, remote: PeerId, call: Call) -> None:
@@ -51,8 +51,9 @@ async def answer(sock: socket.socket, head: bytes, remote: PeerId, call: Call) -
             request = await _read_request(sock, head)
         try:
             result = p2pd_pb2.CallUnaryResponse(response=await call(request.callUnary.data, remote))
-        except Exception as error:  # noqa: BLE001  as hivemind does
-            result = p2pd_pb2.CallUnaryResponse(error=repr(error).encode())
+        except Exception as error:  # noqa: BLE001  the caller is told, whatever it was
+            code = error.code if isinstance(error, PlanetServeError) else "failed"
+            result = p2pd_pb2.CallUnaryResponse(error=code.encode())
         message = p2pd_pb2.PersistentConnectionRequest(callId=request.callId, unaryResponse=result)
         data = message.SerializeToString()
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):

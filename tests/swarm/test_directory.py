@@ -219,7 +219,7 @@ class TestHostileStores:
         identity = Identity.generate()
         body, envelope = signed(identity)
         subkey, value = bytes(msgpack.packb(identity.peer_id)), wrapped(envelope)
-        with pytest.raises(Exception, match="cache"):
+        with pytest.raises(Exception, match="protocol"):
             await self.store(
                 attacker, victim, body.dht_key(), subkey, value, body.expires_at_s, in_cache=True
             )
@@ -257,7 +257,7 @@ class TestHostileStores:
         for number in range(dht.MAX_RECORDS_PER_KEY + 1):
             wide.store(str(number), wrapped(envelope), body.expires_at_s)
         data = attacker.dht.protocol.serializer.dumps(wide)
-        with pytest.raises(P2PHandlerError, match="too large"):
+        with pytest.raises(P2PHandlerError, match="protocol"):
             await self.store(attacker, victim, body.dht_key(), b"", data, body.expires_at_s)
         assert not Directory(victim, CLOCK).rejected
 
@@ -277,7 +277,7 @@ class TestHostileStores:
 
     async def test_a_long_request_is_refused(self, attacker: SwarmNode, victim: SwarmNode) -> None:
         stub = attacker.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))
-        with pytest.raises(Exception, match="too many keys"):
+        with pytest.raises(Exception, match="protocol"):
             await stub.rpc_find(dht_pb2.FindRequest(keys=[bytes(20)] * 17), timeout=5.0)
 
     async def test_nobody_chooses_a_place(self, attacker: SwarmNode, victim: SwarmNode) -> None:
@@ -318,7 +318,7 @@ class TestManyRequests:
         # Ten a piece; a few of a hundred have gone for joining, one comes back every second.
         assert 5 <= num_served <= 12
         assert victim.refused["lookup"] == len(first) - num_served
-        assert all("QueueFull" in str(item) for item in first if isinstance(item, Exception))
+        assert all("queue_full" in str(item) for item in first if isinstance(item, Exception))
         await Directory(victim, CLOCK).announce(make_info(victim.identity), ttl_s=60)
         (found,) = await Directory(modest, CLOCK).lookup(MODEL)
         assert found.peer_id == victim.peer_id
@@ -338,7 +338,7 @@ class TestManyRequests:
             stub = attacker.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))
             with contextlib.suppress(P2PHandlerError):  # what it holds is no record
                 await stub.rpc_store(request, timeout=10.0)
-            with pytest.raises(P2PHandlerError, match="QueueFull"):
+            with pytest.raises(P2PHandlerError, match="queue_full"):
                 await stub.rpc_store(request, timeout=10.0)
         assert victim.refused["lookup"] == 2
 

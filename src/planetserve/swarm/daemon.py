@@ -150,8 +150,20 @@ class Daemon:
                 writer.transport.abort()
 
         path = p2p._client_listen_maddr["unix"]
-        async with await asyncio.start_unix_server(take, path=path, backlog=_MAX_WAITING):
+        server = await asyncio.start_unix_server(take, path=path, backlog=_MAX_WAITING)
+        try:
             await asyncio.Future()  # until this is cancelled
+        finally:
+            # asyncio leaves a connection open whose server was closed in the moment between its
+            # arrival and its first turn (python/cpython#109564).
+            loop = asyncio.get_running_loop()
+            for listener in server.sockets:
+                loop.remove_reader(listener.fileno())
+            try:
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            finally:
+                server.close()
 
     async def addresses(self, peer_id: PeerId) -> tuple[str, ...]:
         """Multiaddresses at which others may reach this node."""

@@ -281,8 +281,8 @@ async def test_thousands_of_streams_on_which_nothing_is_said(
         await asyncio.sleep(DEADLINE_S + 2)
         after = [Held.by(pid) for pid in pids]
         logger.info("before %s; with the streams %s; after %s", before, during, after)
-        # Some are on their way to being refused.
-        assert most / 2 < during[0].files - before[0].files <= 1.5 * most
+        # Some are on their way to being refused; on a slow machine the first are gone already.
+        assert most / 8 < during[0].files - before[0].files <= 1.5 * most
         assert during[0].memory - before[0].memory < MAX_GROWTH_BYTES
         assert during[1].memory - before[1].memory < MAX_DAEMON_GROWTH_BYTES
         for then, now in zip(before, after, strict=True):

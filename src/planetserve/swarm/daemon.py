@@ -39,7 +39,7 @@ from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import ConfigError, PeerUnreachable, RemoteProtocolError, TransportError
 from planetserve.swarm import multiaddr
 from planetserve.swarm.delimited import varint
-from planetserve.swarm.sockets import read_exactly, send_all
+from planetserve.swarm.sockets import read_exactly, send_all, stop_serving
 from planetserve.types import PeerId
 
 if TYPE_CHECKING:
@@ -154,16 +154,7 @@ class Daemon:
         try:
             await asyncio.Future()  # until this is cancelled
         finally:
-            # asyncio leaves a connection open whose server was closed in the moment between its
-            # arrival and its first turn (python/cpython#109564).
-            loop = asyncio.get_running_loop()
-            for listener in server.sockets:
-                loop.remove_reader(listener.fileno())
-            try:
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
-            finally:
-                server.close()
+            await stop_serving(server)
 
     async def addresses(self, peer_id: PeerId) -> tuple[str, ...]:
         """Multiaddresses at which others may reach this node."""

@@ -93,3 +93,19 @@ async def read_exactly(sock: socket.socket, size: int) -> bytes:
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+async def stop_serving(server: asyncio.Server) -> None:
+    """Close a server after what has just arrived has had its first turn.
+
+    asyncio leaves a connection open whose server was closed between its arrival and that turn
+    (python/cpython#109564).
+    """
+    loop = asyncio.get_running_loop()
+    for listener in server.sockets:
+        loop.remove_reader(listener.fileno())
+    try:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    finally:
+        server.close()

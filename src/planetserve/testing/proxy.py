@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from planetserve.errors import ConfigError
+from planetserve.swarm.sockets import stop_serving
 
 _READ_BYTES = 16 * 1024
 _SOCKET_BYTES = 64 * 1024
@@ -143,7 +144,7 @@ class LinkProxy:
     async def close(self) -> None:
         """Stop listening and break every connection. Idempotent."""
         self._closed = True
-        self._server.close()
+        await stop_serving(self._server)
         await self.cut()
         await self._server.wait_closed()
 

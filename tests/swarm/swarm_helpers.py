@@ -36,6 +36,22 @@ def make_info(identity: Identity, **fields: Any) -> ServerInfo:
     return ServerInfo(**{**values, **fields})
 
 
+async def exchange(
+    client: SwarmNode, server: SwarmNode, protocol: str, pieces: tuple[bytes, ...]
+) -> bytes:
+    """Send these bytes on a stream; what comes back until its end."""
+    loop = asyncio.get_running_loop()
+    with await client.open_socket(server.peer_id, protocol) as sock:
+        for piece in pieces:
+            await loop.sock_sendall(sock, piece)
+            await asyncio.sleep(0.01)
+        answer = bytearray()
+        async with asyncio.timeout(5):
+            while part := await loop.sock_recv(sock, 4096):
+                answer += part
+        return bytes(answer)
+
+
 async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait for something that nobody signals."""
     async with asyncio.timeout(timeout_s):

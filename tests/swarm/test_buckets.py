@@ -6,19 +6,7 @@ import pytest
 
 from planetserve.swarm import buckets as buckets_module
 from planetserve.swarm.buckets import TokenBuckets
-
-
-class ManualClock:
-    """Time passes when the test says so."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def unix(self) -> float:
-        return 0.0
+from planetserve.testing.clock import ManualClock
 
 
 def test_a_bucket_lets_a_burst_through_and_then_the_rate() -> None:

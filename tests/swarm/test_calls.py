@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2, p2pd_pb2
-from swarm_helpers import StartNode, until
+from swarm_helpers import StartNode, exchange, until
 
 from planetserve.swarm import calls
 from planetserve.swarm.delimited import varint
@@ -33,16 +33,7 @@ async def send(start_node: StartNode, server: SwarmNode) -> Send:
     client = await start_node(server, client_mode=True)
 
     async def send(*pieces: bytes) -> bytes:
-        loop = asyncio.get_running_loop()
-        with await client.open_socket(server.peer_id, PING) as sock:
-            for piece in pieces:
-                await loop.sock_sendall(sock, piece)
-                await asyncio.sleep(0.01)
-            answer = bytearray()
-            async with asyncio.timeout(5):
-                while part := await loop.sock_recv(sock, 4096):
-                    answer += part
-            return bytes(answer)
+        return await exchange(client, server, PING, pieces)
 
     return send
 

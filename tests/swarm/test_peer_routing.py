@@ -9,7 +9,7 @@ import pytest
 from hivemind.utils.multiaddr import Multiaddr
 from hypothesis import given
 from hypothesis import strategies as st
-from swarm_helpers import StartNode, until
+from swarm_helpers import StartNode, exchange, until
 
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import PeerUnreachable, RemoteProtocolError
@@ -60,16 +60,7 @@ async def send(client: SwarmNode, server: SwarmNode) -> Send:
     """`await send(pieces...)`: a stream with these bytes on it; what comes back until its end."""
 
     async def send(*pieces: bytes) -> bytes:
-        loop = asyncio.get_running_loop()
-        with await client.open_socket(server.peer_id, PROTOCOL) as sock:
-            for piece in pieces:
-                await loop.sock_sendall(sock, piece)
-                await asyncio.sleep(0.01)
-            answer = bytearray()
-            async with asyncio.timeout(5):
-                while part := await loop.sock_recv(sock, 4096):
-                    answer += part
-            return bytes(answer)
+        return await exchange(client, server, PROTOCOL, pieces)
 
     return send
 

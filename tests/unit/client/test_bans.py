@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from written_swarm import ManualClock
-
 from planetserve.client.bans import Bans
+from planetserve.testing.clock import ManualClock
 
 
 def test_a_ban_ends_by_itself() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from written_swarm import FACTS, Board, ManualClock, server
+from written_swarm import FACTS, Board, server
 
 from planetserve.client.chain_manager import ChainManager
 from planetserve.client.swarm_view import SwarmView
@@ -22,6 +22,7 @@ from planetserve.errors import (
     SessionLengthError,
     StreamClosed,
 )
+from planetserve.testing.clock import ManualClock
 from planetserve.types import Chain, Hop, ServerInfo
 
 BOTH = Chain((Hop("a", 0, 4), Hop("b", 4, 8)))

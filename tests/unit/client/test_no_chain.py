@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from written_swarm import FACTS, Board, ManualClock, server
+from written_swarm import FACTS, Board, server
 
 from planetserve.client.no_chain import explain, other_revision
 from planetserve.client.planning import ChainPlanner
 from planetserve.client.swarm_view import SwarmView
 from planetserve.config import ClientConfig
 from planetserve.errors import MissingBlocksError, ModelMismatchError, NoChainAvailable
+from planetserve.testing.clock import ManualClock
 
 MISSING = MissingBlocksError("no usable server holds blocks 2:4", [(2, 4)])
 

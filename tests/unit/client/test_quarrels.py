@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from written_swarm import ManualClock
 
 from planetserve.client import quarrels as quarrels_module
 from planetserve.client.quarrels import Quarrels
+from planetserve.testing.clock import ManualClock
 from planetserve.types import CLIENT
 
 AVOID_S = 15.0

@@ -6,13 +6,14 @@ import asyncio
 from typing import Any
 
 import pytest
-from written_swarm import FACTS, Board, ManualClock, server
+from written_swarm import FACTS, Board, server
 
 from planetserve.client import swarm_view
 from planetserve.client.swarm_view import SwarmView
 from planetserve.config import ClientConfig
 from planetserve.errors import NoChainAvailable, PeerUnreachable
 from planetserve.swarm.averages import PeerAverages
+from planetserve.testing.clock import ManualClock
 from planetserve.types import BlockSpan, PeerId, ServerState
 
 

@@ -33,17 +33,6 @@ def server(name: str, start: int = 0, end: int = 8, **fields: Any) -> ServerInfo
     return ServerInfo(**known | fields)
 
 
-class ManualClock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def unix(self) -> float:
-        return self.now_s
-
-
 class Board:
     """A directory whose answers the test writes."""
 

@@ -6,17 +6,7 @@ import pytest
 
 from planetserve.errors import CacheExhausted, ConfigError, SessionError
 from planetserve.scheduler.leases import Leases
-
-
-class ManualClock:
-    def __init__(self):
-        self.now_s = 0.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def unix(self) -> float:
-        return self.now_s
+from planetserve.testing.clock import ManualClock
 
 
 def test_a_session_leases_whole_pages_per_row():

@@ -12,19 +12,7 @@ from planetserve.server import counters, limits
 from planetserve.server.counters import Refusals
 from planetserve.server.gate import StepGate
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
-
-
-class ManualClock:
-    """Time passes when the test says so."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def monotonic(self) -> float:
-        return self.now_s
-
-    def unix(self) -> float:
-        return 0.0
+from planetserve.testing.clock import ManualClock
 
 
 def asked(admission: Admission, peer: str) -> float:

@@ -1,9 +1,9 @@
 """Gives the linear layers of a served span, and a client's head, the backend of a name.
 
 Called once after loading, before anything runs. Names of modules stay; a layer whose weight the
-family's own code reads elsewhere than in its product (found in a short trial pass) stays plain, and
-so do fused experts, which are no linear layers. If the converted span fails its trial pass, all of
-it goes back to plain layers.
+family's own code reads elsewhere than in its product (found in a short trial pass) stays plain.
+Experts of mixture layers are converted by `experts`. If the converted span fails its trial pass,
+all of it goes back to plain layers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from planetserve.model import experts
 from planetserve.model.converted_linear import unpack
 from planetserve.model.linear_backends import BACKENDS, PLAIN, TIMED_ROWS, why_not_convertible
 from planetserve.model.skeleton import SpanBlocks
@@ -31,25 +32,30 @@ _MAX_TIED_COPY_BYTES = 512 << 20
 
 @torch.inference_mode()
 def convert_span(blocks: SpanBlocks, backend_name: str) -> Counter[str]:
-    """Give the span's linear layers a backend in place; returns how many became what.
+    """Give the span's linear layers and experts a backend in place; returns how many became what.
 
     Raises:
         ConfigError: no backend of this name.
     """
     backend = BACKENDS.create(backend_name)
     layers = [m for m in blocks.layers.modules() if why_not_convertible(m) is None]
-    if backend_name == PLAIN or not layers:
-        return Counter({PLAIN: len(layers)})
+    mixtures = [m for m in blocks.layers.modules() if experts.why_not_convertible(m) is None]
+    all_plain = Counter({PLAIN: len(layers) + len(mixtures)})
+    if backend_name == PLAIN or not (layers or mixtures):
+        return all_plain
     run = _trial(blocks)
     read = _read_outside(layers, run)
     became = Counter(PLAIN if layer in read else backend.convert(layer) for layer in layers)
+    became.update(experts.convert(mixture, backend.convert, PLAIN) for mixture in mixtures)
     try:
         run()
     except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
         logger.warning("linear layers stay plain: the span fails with packed ones (%s)", error)
         for layer in layers:
             unpack(layer)
-        return Counter({PLAIN: len(layers)})
+        for mixture in mixtures:
+            experts.unpack(mixture)
+        return all_plain
     summary = ", ".join(f"{count} {name}" for name, count in sorted(became.items()))
     _log(f"blocks {blocks.span}", summary, backend.reasons())
     return became

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from planetserve.errors import ConfigError
-from planetserve.model import converted_linear, onednn_linear
+from planetserve.model import converted_linear, experts, onednn_linear
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.client_half import load_client_half
 from planetserve.model.converted_linear import unpack
@@ -217,11 +217,12 @@ def test_a_packed_span_is_the_plain_one(backend: str, family: str, tmp_path: Pat
     checkpoint = Checkpoint.open(str(make_tiny_checkpoint(tmp_path, family)))
     span = BlockSpan(0, min(2, checkpoint.num_blocks))
     plain, packed = (SpanBlocks.load(checkpoint, span, torch.float32) for _ in range(2))
-    names = [name for name, _ in packed.layers.named_modules()]
+    names = {name for name, _ in packed.layers.named_modules()}
     became = convert_span(packed, backend)
-    assert [name for name, _ in packed.layers.named_modules()] == names
+    assert names <= {name for name, _ in packed.layers.named_modules()}
     assert sum(became.values()) == sum(
-        type(module) in converted_linear.LAYER_TYPES for module in plain.layers.modules()
+        type(module) in converted_linear.LAYER_TYPES or experts.why_not_convertible(module) is None
+        for module in plain.layers.modules()
     )
     inputs = torch.randn(1, 9, checkpoint.hidden_size).split([5, 1, 1, 2], dim=1)
     outputs = []

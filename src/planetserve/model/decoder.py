@@ -7,6 +7,7 @@ holds those few lines. Nothing is changed here.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from planetserve.errors import ModelError
 from planetserve.model.families import family_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decoder:
     """Where a model keeps its layers. Modules are the model's own, not copies."""
 
@@ -49,7 +50,7 @@ class Decoder:
             return None
         return int(parameter_name[len(prefix) :].split(".", 1)[0])
 
-    @property
+    @functools.cached_property
     def parameter_names(self) -> tuple[str, ...]:
         """Parameters of `base.forward`, seen through the decorators around it."""
         return tuple(inspect.signature(self.base.forward).parameters)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,36 +75,38 @@ def why_not_convertible(module: nn.Module) -> str | None:
 
 
 def convert(module: Any, convert_layer: Callable[[nn.Module], str], plain: str) -> str:
-    """Give every expert a linear backend in place; returns what they are now.
+    """Give every expert a linear backend in place; returns what the last one is now.
 
     Args:
         module: one for which `why_not_convertible` gives None.
         convert_layer: a backend's `convert`.
         plain: what that returns for a layer that it leaves alone; one such leaves all alone.
     """
-    names = _weight_names(module)
-    products: list[nn.ModuleList] = []
-    became = plain
-    for name in names:
-        products.append(nn.ModuleList())
-        for expert in range(len(getattr(module, name))):
-            layer = _linear(module, name, expert)
-            became = convert_layer(layer)
-            if became == plain:
-                return plain
-            products[-1].append(layer)
-    weights = {name: getattr(module, name) for name in names}
     try:
         inputs = _trial_inputs(module)
         expected = [module(*arguments) for arguments in inputs]
-        _install(module, products)
+    except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
+        logger.warning("experts stay plain: they fail in a trial (%s)", error)
+        return plain
+    products: list[nn.ModuleList] = []
+    became = plain
+    for name in _weight_names(module):
+        layers, became = _converted(module, name, convert_layer, plain)
+        if became == plain:
+            _restore(module, products)
+            return plain
+        products.append(layers)
+        # Before the next is converted: experts can be most of a model.
+        del module._parameters[name]  # noqa: SLF001 - the class will have a property of this name
+    module.__class__ = _type(type(module))
+    module.entering, module.leaving = products
+    try:
         if all(map(_is_close, (module(*arguments) for arguments in inputs), expected)):
             return became
         logger.warning("experts stay plain: their converted form gives something else")
-    except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
+    except Exception as error:  # noqa: BLE001 - as above
         logger.warning("experts stay plain: their converted form fails (%s)", error)
-    if is_converted(module):
-        _restore(module, weights)
+    unpack(module)
     return plain
 
 
@@ -116,8 +118,10 @@ def is_converted(module: nn.Module) -> bool:
 def unpack(module: Any) -> None:
     """Give converted experts their own weights and code back; others are left alone."""
     if is_converted(module):
-        weights = {name: getattr(module, name) for name in _weight_names(module)}
-        _restore(module, weights)
+        products = module.entering, module.leaving
+        del module.entering, module.leaving
+        module.__class__ = module.plain_type
+        _restore(module, products)
 
 
 def _weight_names(module: Any) -> tuple[str, ...]:
@@ -140,6 +144,20 @@ def _linear(module: Any, name: str, expert: int) -> nn.Linear:
     return layer
 
 
+def _converted(
+    module: Any, name: str, convert_layer: Callable[[nn.Module], str], plain: str
+) -> tuple[nn.ModuleList, str]:
+    """One of the weights expert by expert, and what the last one is; ends at one that is plain."""
+    layers, became = nn.ModuleList(), plain
+    for expert in range(len(getattr(module, name))):
+        layer = _linear(module, name, expert)
+        became = convert_layer(layer)
+        if became == plain:
+            break
+        layers.append(layer)
+    return layers, became
+
+
 def _multiply(layers: Iterable[Any], x_SD: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """Each layer's product with as many rows as it has, one after the other."""
     ends = itertools.accumulate(counts)
@@ -151,18 +169,16 @@ def _multiply(layers: Iterable[Any], x_SD: torch.Tensor, counts: Sequence[int]) 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _install(module: Any, products: Sequence[nn.ModuleList]) -> None:
-    for name in _weight_names(module):
-        del module._parameters[name]  # noqa: SLF001 - the class will have a property of this name
-    module.__class__ = _type(type(module))
-    module.entering, module.leaving = products
+def _restore(module: Any, products: Iterable[nn.ModuleList]) -> None:
+    """Give the module the weights that `products` were made of."""
+    for name, layers in zip(_weight_names(module), products, strict=False):
+        weight = _dense(layers, is_transposed=module.is_transposed)
+        module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
 
-def _restore(module: Any, weights: Mapping[str, torch.Tensor]) -> None:
-    del module.entering, module.leaving
-    module.__class__ = module.plain_type
-    for name, weight in weights.items():
-        module.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
+def _dense(layers: Iterable[Any], *, is_transposed: bool) -> torch.Tensor:
+    weights = [layer.dense() for layer in layers]
+    return torch.stack([weight_OI.t() if is_transposed else weight_OI for weight_OI in weights])
 
 
 def _type(own: type[nn.Module]) -> type[Any]:
@@ -170,8 +186,7 @@ def _type(own: type[nn.Module]) -> type[Any]:
 
     def dense(layers: str) -> property:
         def read(module: Any) -> torch.Tensor:
-            weights = [layer.dense() for layer in getattr(module, layers)]
-            return torch.stack([w.t() if module.is_transposed else w for w in weights])
+            return _dense(getattr(module, layers), is_transposed=module.is_transposed)
 
         return property(read)
 

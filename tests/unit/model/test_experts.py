@@ -114,8 +114,9 @@ def test_wrong_products_are_taken_back(tmp_path: Path, caplog: pytest.LogCapture
     backend = BACKENDS.create("native")
 
     def convert_wrongly(layer: Any) -> str:
-        layer.weight = nn.Parameter(2 * layer.weight, requires_grad=False)
-        return backend.convert(layer)
+        became = backend.convert(layer)
+        layer.bias = nn.Parameter(torch.ones(layer.num_outputs), requires_grad=False)
+        return became
 
     assert experts.convert(module, convert_wrongly, PLAIN) == PLAIN
     assert "something else" in caplog.text

@@ -48,7 +48,9 @@ def rounded_weight(layer: nn.Module) -> torch.Tensor:
             layer.weight.data, layer.weight.quant_state
         )
         return weight
-    return layer.weight.data.float() * layer.weight.SCB[:, None] / 127
+    # The scales move to the state with the first product.
+    scales_O = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    return layer.weight.data.float() * scales_O[:, None] / 127
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -1,10 +1,10 @@
-"""Experts of mixture layers as converted linear layers.
+"""Experts of mixture layers as linear layers.
 
 transformers keeps the weights of all experts of a layer in two parameters `[experts, ...]` and lets
 `config._experts_implementation` choose how they multiply. Here each expert's part becomes a linear
-layer of its own, which a linear backend converts like any other, and the tokens that chose an
-expert go through it together. What lies between the two products (gates, activations, norms) stays
-the family's own code. The result is compared with the family's before the old weights are freed.
+layer of its own, which a linear backend converts or bitsandbytes quantises like any other, and the
+tokens that chose an expert go through it together. What lies between the two products (gates,
+activations, norms) stays the family's own code.
 
 Legend: T tokens, K experts that a token chose, S = T * K choices, D hidden size.
 """
@@ -27,7 +27,7 @@ _TRIAL_TOKENS = (1, 5)
 _SEED = 5
 
 
-class _ConvertedExperts(nn.Module):
+class _SplitExperts(nn.Module):
     """Mixin of an experts module whose products are linear layers, in front of its own class."""
 
     entering: nn.ModuleList
@@ -61,11 +61,21 @@ class _ConvertedExperts(nn.Module):
         return sorted_back.view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden_TD.dtype)
 
 
+def has_experts(module: nn.Module) -> bool:
+    """Whether it is an experts module of transformers' interface, as it was loaded."""
+    weights = _weights(module)
+    return bool(weights) and all(weight.dim() == 3 for weight in weights)
+
+
+def num_weights(module: nn.Module) -> int:
+    """Elements of all experts' matrices; 0 for a module without experts."""
+    return sum(w.numel() for w in _weights(module)) if has_experts(module) else 0
+
+
 def why_not_convertible(module: nn.Module) -> str | None:
     """Why a module's experts must stay as they are, or None if it has experts that need not."""
-    names = _weight_names(module)
-    weights = [w for name in names if isinstance(w := getattr(module, name, None), nn.Parameter)]
-    if not names or len(weights) < len(names) or any(w.dim() != 3 for w in weights):
+    weights = _weights(module)
+    if not has_experts(module):
         return f"{type(module).__name__} is no experts module of transformers' interface"
     if any(w.device.type != "cpu" or w.dtype not in DTYPES for w in weights):
         return "its weights are not on the CPU, or of another dtype"
@@ -77,47 +87,70 @@ def why_not_convertible(module: nn.Module) -> str | None:
 def convert(module: Any, convert_layer: Callable[[nn.Module], str], plain: str) -> str:
     """Give every expert a linear backend in place; returns what the last one is now.
 
+    The result is compared with what the family's code gives; after any doubt all is as it was.
+
     Args:
         module: one for which `why_not_convertible` gives None.
         convert_layer: a backend's `convert`.
         plain: what that returns for a layer that it leaves alone; one such leaves all alone.
     """
+    became = plain
+
+    def convert_one(layer: nn.Module) -> nn.Module | None:
+        nonlocal became
+        became = convert_layer(layer)
+        return None if became == plain else layer
+
     try:
         inputs = _trial_inputs(module)
         expected = [module(*arguments) for arguments in inputs]
-    except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
-        logger.warning("experts stay plain: they fail in a trial (%s)", error)
-        return plain
-    products: list[nn.ModuleList] = []
-    became = plain
-    for name in _weight_names(module):
-        layers, became = _converted(module, name, convert_layer, plain)
-        if became == plain:
-            _restore(module, products)
+        if not split(module, convert_one):
             return plain
-        products.append(layers)
-        # Before the next is converted: experts can be most of a model.
-        del module._parameters[name]  # noqa: SLF001 - the class will have a property of this name
-    module.__class__ = _type(type(module))
-    module.entering, module.leaving = products
-    try:
         if all(map(_is_close, (module(*arguments) for arguments in inputs), expected)):
             return became
         logger.warning("experts stay plain: their converted form gives something else")
-    except Exception as error:  # noqa: BLE001 - as above
-        logger.warning("experts stay plain: their converted form fails (%s)", error)
+    except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
+        logger.warning("experts stay plain: a trial of them fails (%s)", error)
     unpack(module)
     return plain
 
 
-def is_converted(module: nn.Module) -> bool:
-    """Whether `convert` has changed it."""
-    return isinstance(module, _ConvertedExperts)
+def split(module: Any, make_layer: Callable[[nn.Module], nn.Module | None]) -> bool:
+    """Put layers made by `make_layer` in the place of the experts' weights.
+
+    Args:
+        module: with experts.
+        make_layer: gets an `nn.Linear` that shares the module's memory. Its result takes the place;
+            after None the module keeps its weights, and those that are replaced already must be
+            `Converted` layers.
+
+    Returns:
+        Whether all have been replaced.
+    """
+    products: list[nn.ModuleList] = []
+    for name in _weight_names(module):
+        products.append(nn.ModuleList())
+        for expert in range(len(getattr(module, name))):
+            layer = make_layer(_linear(module, name, expert))
+            if layer is None:
+                _restore(module, products[:-1])
+                return False
+            products[-1].append(layer)
+        # Before the next is replaced: experts can be most of a model.
+        del module._parameters[name]  # noqa: SLF001 - the class will have a property of this name
+    module.__class__ = _type(type(module))
+    module.entering, module.leaving = products
+    return True
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether its experts are linear layers."""
+    return isinstance(module, _SplitExperts)
 
 
 def unpack(module: Any) -> None:
-    """Give converted experts their own weights and code back; others are left alone."""
-    if is_converted(module):
+    """Give a module with converted experts its own weights and code back; others are left alone."""
+    if is_split(module):
         products = module.entering, module.leaving
         del module.entering, module.leaving
         module.__class__ = module.plain_type
@@ -131,8 +164,13 @@ def _weight_names(module: Any) -> tuple[str, ...]:
     return ("gate_up_proj" if has_gate else "up_proj", "down_proj")
 
 
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    parameters = dict(module.named_parameters(recurse=False))
+    return [parameters[name] for name in _weight_names(module) if name in parameters]
+
+
 def _linear(module: Any, name: str, expert: int) -> nn.Linear:
-    """One expert's product; shares the module's memory."""
+    """One expert's product, in the module's own memory."""
     weight = getattr(module, name).detach()[expert]
     weight_OI = weight.t() if module.is_transposed else weight
     with torch.device("meta"):
@@ -144,25 +182,11 @@ def _linear(module: Any, name: str, expert: int) -> nn.Linear:
     return layer
 
 
-def _converted(
-    module: Any, name: str, convert_layer: Callable[[nn.Module], str], plain: str
-) -> tuple[nn.ModuleList, str]:
-    """One of the weights expert by expert, and what the last one is; ends at one that is plain."""
-    layers, became = nn.ModuleList(), plain
-    for expert in range(len(getattr(module, name))):
-        layer = _linear(module, name, expert)
-        became = convert_layer(layer)
-        if became == plain:
-            break
-        layers.append(layer)
-    return layers, became
-
-
 def _multiply(layers: Iterable[Any], x_SD: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """Each layer's product with as many rows as it has, one after the other."""
     ends = itertools.accumulate(counts)
     parts = [
-        layer.multiply(x_SD[end - count : end])
+        layer(x_SD[end - count : end])
         for layer, count, end in zip(layers, counts, ends, strict=True)
         if count
     ]
@@ -182,7 +206,7 @@ def _dense(layers: Iterable[Any], *, is_transposed: bool) -> torch.Tensor:
 
 
 def _type(own: type[nn.Module]) -> type[Any]:
-    """The class of a converted module of class `own`."""
+    """The class of a split module of class `own`."""
 
     def dense(layers: str) -> property:
         def read(module: Any) -> torch.Tensor:
@@ -193,7 +217,7 @@ def _type(own: type[nn.Module]) -> type[Any]:
     # Copies of the old weights, for code that reads them elsewhere.
     copies = {"gate_up_proj": dense("entering"), "up_proj": dense("entering")}
     attributes = {"plain_type": own, "down_proj": dense("leaving"), **copies}
-    return type(f"Converted{own.__name__}", (_ConvertedExperts, own), attributes)
+    return type(f"Split{own.__name__}", (_SplitExperts, own), attributes)
 
 
 def _trial_inputs(module: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

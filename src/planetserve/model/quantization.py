@@ -1,9 +1,9 @@
 """Spans whose linear layers hold 8 or 4 bits per weight, by transformers' bitsandbytes integration.
 
 `int8` is LLM.int8 (Dettmers et al., 2022) with outliers kept, `nf4` the 4-bit NormalFloat of QLoRA
-(Dettmers et al., 2023) computing in the span's dtype. Everything that is no linear layer of a block
-keeps the span's dtype. Weights are quantised one tensor at a time while they are read, so memory
-never holds the whole span unquantised.
+(Dettmers et al., 2023) computing in the span's dtype. Everything in a block that is neither a
+linear layer nor an expert keeps the span's dtype. Weights are quantised one tensor at a time while
+they are read, experts block by block, so memory never holds the whole span unquantised.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
 from planetserve.errors import ConfigError, ModelError
+from planetserve.model import experts
 
 BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 """Of a quantised linear layer; nf4 has a float32 scale for each 64 weights."""
@@ -70,6 +71,34 @@ def prepare_for_quantization(
     return quantizer
 
 
+def quantize_experts(block: nn.Module, quantizer: HfQuantizer) -> None:
+    """Quantise a loaded block's experts, whose weights the integration leaves as they are.
+
+    Args:
+        block: one of a model that was prepared by `prepare_for_quantization`.
+        quantizer: what that returned.
+    """
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    def quantized(layer: nn.Module) -> nn.Module:
+        weight: torch.Tensor = layer.weight.data.contiguous()
+        holder = nn.ModuleList([layer])
+        replace_with_bnb_linear(holder, quantization_config=quantizer.quantization_config)
+        made: nn.Module = holder[0]
+        # bitsandbytes quantises when a weight is moved.
+        whole = type(made.weight)(weight, requires_grad=False, **vars(made.weight))
+        made.weight = whole.to(weight.device)
+        made.bias = layer.bias
+        return made
+
+    for module in list(block.modules()):
+        if experts.has_experts(module):
+            experts.split(module, quantized)
+            for part in module.modules():
+                # transformers' own mark, without which it would fill them with random numbers.
+                part._is_hf_initialized = True  # noqa: SLF001
+
+
 def block_bytes(layer: nn.Module, quant_type: str, itemsize: int) -> int:
     """Memory that one block's weights will take.
 
@@ -80,10 +109,10 @@ def block_bytes(layer: nn.Module, quant_type: str, itemsize: int) -> int:
     """
     total = 0.0
     for module in layer.modules():
-        is_quantised = quant_type != "none" and isinstance(module, nn.Linear | Conv1D)
-        for name, parameter in module.named_parameters(recurse=False):
-            per_weight = (
-                BYTES_PER_WEIGHT[quant_type] if is_quantised and name == "weight" else itemsize
-            )
-            total += parameter.numel() * per_weight
+        num_matrices = experts.num_weights(module)
+        if isinstance(module, nn.Linear | Conv1D):
+            num_matrices = module.weight.numel()
+        num_all = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        per_weight = itemsize if quant_type == "none" else BYTES_PER_WEIGHT[quant_type]
+        total += num_matrices * per_weight + (num_all - num_matrices) * itemsize
     return int(total)

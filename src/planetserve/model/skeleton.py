@@ -36,7 +36,7 @@ from planetserve.model.loading import (
     load_parameters,
     materialize_buffers,
 )
-from planetserve.model.quantization import block_bytes, prepare_for_quantization
+from planetserve.model.quantization import block_bytes, prepare_for_quantization, quantize_experts
 from planetserve.types import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -181,12 +181,7 @@ class SpanBlocks:
             "blocks %s take about %.1f MiB each (%.1f MiB together), quant_type %s",
             span, per_block / 2**20, len(span) * per_block / 2**20, quant_type,
         )  # fmt: skip
-        quantizer = None
-        if quant_type != "none":
-            quantizer = prepare_for_quantization(model, quant_type, dtype)
-        load_parameters(
-            model, checkpoint, lambda name: decoder.layer_of(name) in span, dtype, device, quantizer
-        )
+        _load(model, decoder, checkpoint, span, dtype, device, quant_type)
         _drop_outside(decoder, device)
         blocks = cls(decoder.base, decoder, span, checkpoint.name)
         materialize_buffers(blocks.base, device)
@@ -322,6 +317,31 @@ class SpanBlocks:
             module.__dict__.update(attributes)
             for name, value in buffers.items():
                 setattr(module, name, value.clone())
+
+
+def _load(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    span: BlockSpan,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quant_type: str,
+) -> None:
+    """Read the weights of a span's layers into a skeleton."""
+    if quant_type == "none":
+        load_parameters(
+            model, checkpoint, lambda name: decoder.layer_of(name) in span, dtype, device
+        )
+        return
+    quantizer = prepare_for_quantization(model, quant_type, dtype)
+    for block in range(span.start, span.end):
+
+        def is_wanted(name: str, block: int = block) -> bool:
+            return decoder.layer_of(name) == block
+
+        load_parameters(model, checkpoint, is_wanted, dtype, device, quantizer)
+        quantize_experts(decoder.layers[block], quantizer)
 
 
 class _NoEmbedding(nn.Module):

@@ -54,7 +54,7 @@ def test_converted_experts_give_the_same(
         assert became == PLAIN
         return
     assert became == backend
-    assert experts.is_converted(converted)
+    assert experts.is_split(converted)
     assert converted.down_proj.equal(plain.down_proj)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for num_tokens in (1, 2, 7, 40):

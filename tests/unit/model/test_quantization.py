@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from planetserve.errors import ConfigError
 from planetserve.model import quantization
 from planetserve.model.checkpoint import Checkpoint
+from planetserve.model.experts import has_experts, is_split
 from planetserve.model.linear import convert_span
 from planetserve.model.quantization import block_bytes, require_quantizer
 from planetserve.model.skeleton import SpanBlocks
@@ -59,6 +60,19 @@ def rounded_weight(layer: nn.Module) -> torch.Tensor:
 def test_outputs_are_those_of_the_rounded_weights(
     checkpoint: Checkpoint, quant_type: str, dtype: torch.dtype
 ) -> None:
+    compare(checkpoint, quant_type, dtype)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("quant_type", ["int8", "nf4"])
+def test_experts_with_biases_are_quantised_too(quant_type: str, tmp_path: Path) -> None:
+    # In bfloat16 a near tie between experts can fall either way.
+    folder = make_tiny_checkpoint(tmp_path, "gpt_oss", num_hidden_layers=3)
+    compare(Checkpoint.open(str(folder)), quant_type, torch.float32)
+
+
+def compare(checkpoint: Checkpoint, quant_type: str, dtype: torch.dtype) -> None:
+    """A quantised span against one that has the same rounded weights."""
     generator = torch.Generator().manual_seed(0)
     hidden_1TD = torch.randn(1, 9, checkpoint.config.hidden_size, generator=generator)
     positions_1T = torch.arange(9)[None]
@@ -68,7 +82,15 @@ def test_outputs_are_those_of_the_rounded_weights(
         plain = SpanBlocks.load(checkpoint, SPAN, torch.float32)
         unrounded_1TD = plain.run(hidden_1TD, positions_1T)
         num_quantised = 0
-        for mine, other in zip(blocks.layers.modules(), plain.layers.modules(), strict=True):
+        quantised = dict(blocks.layers.named_modules())
+        for name, other in plain.layers.named_modules():
+            mine = quantised[name]
+            if has_experts(other):
+                assert is_split(mine)
+                parts = (other.gate_up_proj, mine.entering), (other.down_proj, mine.leaving)
+                for weights, layers in parts:
+                    rounded = torch.stack([rounded_weight(layer).float() for layer in layers])
+                    weights.data = rounded.mT.contiguous() if other.is_transposed else rounded
             if isinstance(other, nn.Linear | Conv1D):
                 assert isinstance(mine, bitsandbytes.nn.Linear4bit | bitsandbytes.nn.Linear8bitLt)
                 weight = rounded_weight(mine).float()
@@ -88,6 +110,16 @@ def test_memory_is_told_before_anything_is_loaded() -> None:
     assert block_bytes(block, "none", 2) == 2 * (weights + rest)
     assert block_bytes(block, "int8", 2) == weights + 2 * rest
     assert block_bytes(block, "nf4", 2) == weights * 9 // 16 + 2 * rest
+
+
+def test_memory_is_told_with_experts(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(str(make_tiny_checkpoint(tmp_path, "qwen3_moe")))
+    block = SpanBlocks.load(checkpoint, BlockSpan(0, 1), torch.float32).layers[0]
+    matrices = sum(p.numel() for p in block.mlp.experts.parameters())
+    matrices += sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+    rest = sum(p.numel() for p in block.parameters()) - matrices
+    assert block_bytes(block, "int8", 4) == matrices + 4 * rest
+    assert block_bytes(block, "none", 4) == 4 * (matrices + rest)
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ from processes import children, make_checkpoint, prepare, start_bootstrap, start
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 from planetserve import AutoDistributedModelForCausalLM
+from planetserve.model.checkpoint import Checkpoint
 
 LOCAL = "local"
 SHAPE = {
@@ -111,11 +112,12 @@ class Stopwatch(StoppingCriteria):
 class Bench:
     """The prompts, what they must become, and one way to run them."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, checkpoint: Path):
         self.options = options
         generator = torch.Generator().manual_seed(1)
         shape = (max(options.sessions), options.prompt_tokens)
-        self.prompts_BT = torch.randint(3, SHAPE["vocab_size"], shape, generator=generator)
+        vocab_size = Checkpoint.open(str(checkpoint)).config.vocab_size
+        self.prompts_BT = torch.randint(3, vocab_size, shape, generator=generator)
         self.expected: list[list[int]] = []
 
     def timed(self, run: Callable[[Any, int], Run], model: Any, sessions: int) -> Run:
@@ -207,6 +209,7 @@ class Swarm:
 def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterator[dict[str, Swarm]]:
     """Swarms by number of servers; they run for as long as the block does."""
     module = "stamps" if options.profile else "planetserve.run_server"
+    num_blocks = Checkpoint.open(str(checkpoint)).num_blocks
     with ExitStack() as stack:
         started = stack.enter_context(children())
         if options.profile:
@@ -217,7 +220,7 @@ def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterato
             progress(f"{dtype}: starting {num_servers} servers")
             prefix = f"bench-{num_servers}"
             servers = start_servers(
-                started, checkpoint, SHAPE["num_hidden_layers"], num_servers,
+                started, checkpoint, num_blocks, num_servers,
                 "--initial_peers", *peers, "--torch_dtype", dtype,
                 "--device", options.device, "--dht_prefix", prefix,
                 "--linear_backend", options.linear_backend,
@@ -235,7 +238,7 @@ def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterato
 
 def measure(checkpoint: Path, dtype: str, options: argparse.Namespace) -> list[Case]:
     """All cases of one dtype, in alternating rounds."""
-    bench = Bench(options)
+    bench = Bench(options, checkpoint)
     local = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
     local = local.to(options.device).eval()
     bench.expect(local)
@@ -265,7 +268,7 @@ def measure_profile(
     checkpoint: Path, dtype: str, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Where the time of one session's tokens goes, for every chain."""
-    bench = Bench(options)
+    bench = Bench(options, checkpoint)
     noted: stamps.Stamps = []
     stamps.note_client(noted)
     rows = []
@@ -310,7 +313,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", help="of the servers and of local transformers")
     add("--linear_backend", default="auto")
     add("--cache_tokens", type=int, default=8192)
-    add("--model", type=Path, help="a checkpoint of the same shape, instead of making one")
+    add("--model", type=Path, help="a folder with a checkpoint, instead of making one")
     add("--name", help="of the result file; default: engine or engine_profile")
     options = parser.parse_args(argv)
     options.name = options.name or ("engine_profile" if options.profile else "engine")
@@ -320,15 +323,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def report(rows: list[dict[str, Any]]) -> str:
-    """The table; ratios are to local transformers with as many sessions, in the same run."""
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Ratios to local transformers with as many sessions, in the same run."""
     local = {(row["dtype"], row["sessions"]): row for row in rows if row["target"] == LOCAL}
-    lines = []
     for row in rows:
         base = local[row["dtype"], row["sessions"]]
         row["ratio"] = row["tokens_per_s"] / base["tokens_per_s"]
         row["whole_ratio"] = row["whole_tokens_per_s"] / base["whole_tokens_per_s"]
         row["first_token_ratio"] = row["first_token_s"] / base["first_token_s"]
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table."""
+    add_ratios(rows)
+    lines = []
+    for row in rows:
         target = LOCAL if row["target"] == LOCAL else f"{row['target']} servers"
         equal = f"{row['equal_tokens']}/{row['tokens']}"
         lines.append(

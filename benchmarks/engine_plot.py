@@ -23,6 +23,7 @@ def main() -> None:
         "rates": _rates([rates]),
         "prompts": _rates([_read("engine_512"), _read("engine_2048")], whole=True),
         "profile": _profile(_read("engine_profile")["profiles"]),
+        "families": _families(_read("families")["cases"]),
         "patience": _patience(_read("batch_patience")["cases"]),
         "idle": _idle(_read("engine_profile")["profiles"]),
     }
@@ -100,6 +101,21 @@ def _idle(profiles: list[dict[str, Any]]) -> str:
         for sessions, shares in row["idle_shares"].items()
     ]
     return markdown(["time without a step to run, by server", "sessions", "share"], rows)
+
+
+def _families(cases: list[dict[str, Any]]) -> str:
+    """A row for each family; columns by number of sessions."""
+    rows: dict[str, list[Any]] = {}
+    for case in cases:
+        name, equal = case["family"], 100 * case["equal_tokens"] / case["tokens"]
+        row = rows.setdefault(name, [name, round(case["parameters"] / 1e6)])
+        row += [case["ratio"], case["first_token_ratio"], f"{equal:.1f} %"]
+    counts = sorted({case["sessions"] for case in cases})
+    header = ["family", "million parameters"]
+    for count in counts:
+        sessions = f"{count} session{'s' * (count > 1)}"
+        header += [f"{sessions}: tokens/s", "first token", "tokens equal"]
+    return markdown(header, list(rows.values()))
 
 
 def _patience(cases: list[dict[str, Any]]) -> str:

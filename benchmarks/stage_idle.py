@@ -132,10 +132,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ["--profile", "--chains", str(options.servers), "--sessions", str(options.sessions),
          "--new_tokens", str(options.new_tokens)]
     )  # fmt: skip
-    bench = engine.Bench(swarm_options)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as folder:
         checkpoint = make_checkpoint(Path(folder), engine.SHAPE)
+        bench = engine.Bench(swarm_options, checkpoint)
         with engine.swarms(checkpoint, options.dtype, swarm_options) as found:
             (swarm,) = found.values()
             bench.run_swarm(swarm.client, 1)

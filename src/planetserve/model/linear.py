@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -38,6 +39,8 @@ def convert_span(blocks: SpanBlocks, backend_name: str) -> Counter[str]:
         ConfigError: no backend of this name.
     """
     backend = BACKENDS.create(backend_name)
+    for module in blocks.layers.modules():
+        _make_plain(module)
     layers = [m for m in blocks.layers.modules() if why_not_convertible(m) is None]
     mixtures = [m for m in blocks.layers.modules() if experts.why_not_convertible(m) is None]
     all_plain = Counter({PLAIN: len(layers) + len(mixtures)})
@@ -75,6 +78,32 @@ def convert_head(model: PreTrainedModel) -> str:
     became = backend.convert(head)
     _log("head", became, backend.reasons())
     return became
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Make a layer of a subclass of `nn.Linear` one itself, if it multiplies as that does.
+
+    Falcon has such layers: they add the bias in a step of its own.
+    """
+    own = type(module)
+    if (
+        own is nn.Linear
+        or not isinstance(module, nn.Linear)
+        or not module.weight.is_floating_point()
+    ):
+        return
+    held = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    if not held <= {"weight", "bias"} or module.weight.dim() != 2:
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_TRIAL_TOKENS, module.in_features, generator=generator).to(module.weight)
+    expected = F.linear(x, module.weight, module.bias)
+    try:
+        error = (module(x) - expected).float().norm()
+    except Exception:  # noqa: BLE001 - whatever it is, it is no plain layer
+        return
+    if error <= 4 * torch.finfo(x.dtype).eps * expected.float().norm():
+        module.__class__ = nn.Linear
 
 
 def _log(what: str, became: str, reasons: str) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from planetserve.errors import ConfigError
@@ -221,7 +222,8 @@ def test_a_packed_span_is_the_plain_one(backend: str, family: str, tmp_path: Pat
     became = convert_span(packed, backend)
     assert names <= {name for name, _ in packed.layers.named_modules()}
     assert sum(became.values()) == sum(
-        type(module) in converted_linear.LAYER_TYPES or experts.why_not_convertible(module) is None
+        type(module) in (*converted_linear.LAYER_TYPES, FalconLinear)
+        or experts.why_not_convertible(module) is None
         for module in plain.layers.modules()
     )
     inputs = torch.randn(1, 9, checkpoint.hidden_size).split([5, 1, 1, 2], dim=1)
@@ -232,6 +234,30 @@ def test_a_packed_span_is_the_plain_one(backend: str, family: str, tmp_path: Pat
             outputs.append([blocks.run(hidden, past_key_values=cache) for hidden in inputs])
     for expected, actual in zip(*outputs, strict=True):
         assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
+def test_a_subclass_that_multiplies_as_a_linear_layer_does_becomes_one(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(str(make_tiny_checkpoint(tmp_path, "falcon_new")))
+    blocks = SpanBlocks.load(checkpoint, BlockSpan(0, 1), torch.float32)
+    assert not any(type(module) is nn.Linear for module in blocks.layers.modules())
+    became = convert_span(blocks, "native")
+    assert set(became) == {"native"}
+    assert any(type(module) is NativeLinear for module in blocks.layers.modules())
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@needs_kernels
+def test_a_subclass_that_means_something_else_stays(llama: Path) -> None:
+    blocks = SpanBlocks.load(Checkpoint.open(str(llama)), BlockSpan(0, 1), torch.float32)
+    blocks.layers[0].mlp.down_proj.__class__ = Doubling
+    convert_span(blocks, "native")
+    assert type(blocks.layers[0].mlp.down_proj) is Doubling
+    assert type(blocks.layers[0].mlp.up_proj) is NativeLinear
 
 
 @needs_packing

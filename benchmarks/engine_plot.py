@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from chain.output import fill_in, markdown, new_figure, save, say
-from common import RESULTS
+from common import RESULTS, median
 
 DOCS = RESULTS.parents[1] / "docs"
 LOCAL = "local"
@@ -26,6 +26,7 @@ def main() -> None:
         "families": _families(_read("families")["cases"]),
         "patience": _patience(_read("batch_patience")["cases"]),
         "idle": _idle(_read("engine_profile")["profiles"]),
+        "shares": _shares(_read("stage_idle")),
     }
     fill_in(DOCS / "engine.md", "engine", tables)
     for table in tables.values():
@@ -101,6 +102,28 @@ def _idle(profiles: list[dict[str, Any]]) -> str:
         for sessions, shares in row["idle_shares"].items()
     ]
     return markdown(["time without a step to run, by server", "sessions", "share"], rows)
+
+
+def _shares(result: dict[str, Any]) -> str:
+    """A row for each way of sharing cores: medians over the rounds."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in result["runs"]:
+        runs.setdefault(run["cores"], []).append(run)
+    rows = []
+    for name, own in runs.items():
+        rates = [median(run[key] for run in own) for key in ("single_tokens_per_s", "tokens_per_s")]
+        ratio = median(run["ratio"] for run in own)
+        idle = zip(*(run["idle_shares"] for run in own), strict=True)
+        used = zip(*(run["cores_used"] for run in own), strict=True)
+        rows.append(
+            [name, *rates, ratio, ", ".join(f"{median(each):.0%}" for each in idle),
+             ", ".join(f"{median(each):.2f}" for each in used)]
+        )  # fmt: skip
+    settings = result["settings"]
+    header = [f"{settings['servers']} servers", "1 session, tokens/s",
+              f"{settings['sessions']} sessions", "ratio", "servers without a step to run",
+              "cores used: client, servers"]  # fmt: skip
+    return markdown(header, rows)
 
 
 def _families(cases: list[dict[str, Any]]) -> str:

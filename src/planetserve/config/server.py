@@ -85,7 +85,7 @@ class ServerConfig:
     attention_backend: str = "auto"
     """How attention is computed: auto, native (CPU), varlen (CUDA) or sdpa."""
     linear_backend: str = "auto"
-    """How linear layers are stored and multiplied on a CPU: auto, packed or plain."""
+    """How linear layers are stored and multiplied on a CPU: auto, native, packed or plain."""
     num_threads: int | None = None
     """CPU threads for torch; by default torch's own choice."""
     throughput: float | Literal["auto"] = "auto"

@@ -69,7 +69,7 @@ class FusedLayers:
         rotary = getattr(blocks.base, "rotary_emb", None)
         if kernels is None or not isinstance(backend, NativeBackend) or rotary is None:
             return None
-        if blocks.rotary_depends_on_length:
+        if blocks.constant_rotary_length is not None:
             return None
         layers = [recognise(layer) for layer in blocks.layers]
         found = [layer for layer in layers if layer is not None]

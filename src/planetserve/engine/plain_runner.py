@@ -1,7 +1,7 @@
 """Runs one sequence per pass on a plain cache: for models that cannot share a pass.
 
-Slower than ragged batching and correct for every model whose cache can be cut: it uses the model's
-own attention, masks and cache arithmetic. It is also the reference that the ragged runner is
+Slower than the other runners and correct for every model whose cache can be cut: it uses the
+model's own attention, masks and cache arithmetic. It is also the reference that the others are
 checked against when a span is loaded. Pages are only accounted for, never touched.
 """
 

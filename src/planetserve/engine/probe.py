@@ -1,14 +1,16 @@
-"""Decides at load time whether a span may be batched raggedly, by trying it; never by a list.
+"""Decides at load time how the sessions of a span share passes, by trying it; never by a list.
 
-A few steps of two sessions (prompts of different lengths, single tokens, a rollback, a chunk) go
+A few steps of two sessions (prompts of different lengths, single tokens, rollbacks, a chunk) go
 through the ragged runner and, sequence by sequence, through the plain one, which uses the model's
 own attention. Only if every layer called the paged attention exactly once per pass and all outputs
 agree is the span served raggedly. What a short run cannot show (a window longer than the probe, an
-argument this project does not know) is refused in `attention` while the probe runs.
+argument this project does not know) is refused in `attention` while the probe runs. The padded
+runner, which leaves the attention to the model, goes through the same steps.
 """
 
 from __future__ import annotations
 
+import enum
 import itertools
 import logging
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ import torch
 
 from planetserve.engine import attention
 from planetserve.engine.fused import FusedLayers
+from planetserve.engine.padded import SharingLimits
+from planetserve.engine.padded_runner import PaddedRunner
+from planetserve.engine.passes import Runner, split_by_length
 from planetserve.engine.plain_runner import PlainRunner
 from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.errors import ModelError
@@ -32,6 +37,9 @@ _PAGE_SIZE = 4
 _NUM_TOKENS = 64
 _MAX_GROUPED_CONTEXT = 8
 """In the middle of the script's lengths, so that both grouped and single calls are tried."""
+_NUM_BEFORE_CHANGE = 8
+"""Tokens before rotary frequencies change with the length, where the script is run there."""
+_SHARES_ALL = SharingLimits(pass_tokens=1 << 30, max_copied=1 << 30)
 _SEED = 20240731
 
 _FLOAT32_TOLERANCE = 1e-4
@@ -46,19 +54,40 @@ _SCRIPT = (
     ((0, 9, 2), (1, 6, 1)),
     ((0, 11, 1), (1, 7, 6)),
     ((1, 13, 1), (0, 12, 1)),
+    ((0, 13, 2), (1, 8, 2)),
 )
+
+
+class Batching(enum.StrEnum):
+    """How sessions share passes, best first."""
+
+    RAGGED = "ragged"
+    """All tokens of a batch as one sequence; only our attention tells the sessions apart."""
+    PADDED = "padded"
+    """Steps of equal length as rows of a batch, padded to the longest context."""
+    PLAIN = "plain"
+    """Not at all."""
 
 
 class Verdict(NamedTuple):
     """What a span allows.
 
     Attributes:
-        why_not_ragged: why it must run one sequence per pass, or None if it can be batched.
-        fused: its layers as kernels, if it can be batched and they give the same.
+        why_not_ragged: why it cannot be batched raggedly, or None if it can.
+        why_not_padded: if not raggedly, why it cannot be padded either, or None if it can.
+        fused: its layers as kernels, if it can be batched raggedly and they give the same.
     """
 
     why_not_ragged: str | None
+    why_not_padded: str | None = None
     fused: FusedLayers | None = None
+
+    @property
+    def batching(self) -> Batching:
+        """The best way to run it."""
+        if self.why_not_ragged is None:
+            return Batching.RAGGED
+        return Batching.PADDED if self.why_not_padded is None else Batching.PLAIN
 
 
 class _Pages(NamedTuple):
@@ -86,15 +115,13 @@ def examine(
     device: torch.device,
     backend: attention.AttentionBackend,
 ) -> Verdict:
-    """Try out how the span can be run. Leaves its attention as it was.
+    """Try out whether the span can be run raggedly. Leaves its attention as it was.
 
     Raises:
         ModelError: passes over a cache do not give what one pass over everything gives, so the
             span cannot be served in steps at all.
     """
-    if blocks.rotary_depends_on_length:
-        return Verdict("its rotary embedding depends on the longest position in a pass")
-    steps = list(_steps(_inputs(hidden_size, dtype, device), _Pages.of(backend)))
+    steps = _steps(blocks, _inputs(hidden_size, dtype, device), _Pages.of(backend))
     own_attention: str = blocks.base.config._attn_implementation  # noqa: SLF001 - has no public name
     expected = _run_plain(blocks, steps)
     blocks.set_attention(attention.NAME)
@@ -102,6 +129,34 @@ def examine(
         return _try_ragged(blocks, steps, expected, backend)
     finally:
         blocks.set_attention(own_attention)
+
+
+def why_not_padded(
+    blocks: SpanBlocks, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Try out whether the span can be run as padded rows; None if it can.
+
+    Raises:
+        ModelError: as in `examine`.
+    """
+    pages = _Pages(_NUM_TOKENS // _PAGE_SIZE, _PAGE_SIZE)
+    steps = _steps(blocks, _inputs(hidden_size, dtype, device), pages)
+    expected = _run_plain(blocks, steps)
+    padded = split_by_length(
+        PaddedRunner(blocks, *pages, _SHARES_ALL), blocks.constant_rotary_length
+    )
+    actual = []
+    for step in steps:
+        padded.prepare(step.batch)
+        try:
+            actual.append(_run(padded, step, blocks))
+        except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
+            logger.debug("the probe's padded pass failed", exc_info=True)
+            return f"its code fails on padded rows ({type(error).__name__})"
+    hidden = torch.cat([step.hidden_TD for step in steps])
+    if not agree(torch.cat(actual), torch.cat(expected), hidden):
+        return "padded and single passes differ"
+    return None
 
 
 def agree(actual_TD: torch.Tensor, expected_TD: torch.Tensor, hidden_TD: torch.Tensor) -> bool:
@@ -126,12 +181,13 @@ def _try_ragged(
     backend: attention.AttentionBackend,
 ) -> Verdict:
     ragged = RaggedRunner(blocks, *_Pages.of(backend), backend, _MAX_GROUPED_CONTEXT)
+    runner = split_by_length(ragged, blocks.constant_rotary_length)
     actual: list[torch.Tensor] = []
     options: list[attention.AttentionOptions] = []
     for step in steps:
         try:
-            ragged.prepare(step.batch)
-            actual.append(_run(ragged, step, blocks))
+            runner.prepare(step.batch)
+            actual.append(_run(runner, step, blocks))
         except attention.UnsupportedAttention as error:
             return Verdict(str(error))
         except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
@@ -153,7 +209,7 @@ def _try_ragged(
     fused = FusedLayers.of(blocks, options, backend)
     if fused is not None and not _is_right(fused, blocks, steps, backend):
         fused = None
-    return Verdict(None, fused)
+    return Verdict(None, fused=fused)
 
 
 def _is_right(
@@ -192,17 +248,18 @@ def _run_plain(blocks: SpanBlocks, steps: list[_Step]) -> list[torch.Tensor]:
     """The steps' outputs one sequence at a time, checked against one whole pass per session."""
     plain = PlainRunner(blocks)
     outputs = []
-    tokens: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], []]
+    tokens: list[list[tuple[torch.Tensor, ...]]] = [[], []]
     for step in steps:
         plain.prepare(step.batch)
         outputs.append(_run(plain, step, blocks))
-        new = iter(zip(step.hidden_TD, outputs[-1], strict=True))
+        new = iter(zip(step.hidden_TD, step.positions_T, outputs[-1], strict=True))
         for piece in step.batch.pieces:
             del tokens[piece.item_id][piece.start :]
             tokens[piece.item_id] += itertools.islice(new, piece.num_tokens)
     for session in tokens:
-        hidden, output = (torch.stack(part) for part in zip(*session, strict=True))
-        positions = torch.arange(len(session), device=hidden.device)
+        if len(session) > (blocks.constant_rotary_length or len(session)):
+            continue  # one pass does embed positions differently, by its own length
+        hidden, positions, output = (torch.stack(part) for part in zip(*session, strict=True))
         if not agree(output, blocks.run(hidden[None], positions[None])[0], hidden):
             raise ModelError(
                 f"{blocks.model_name}: steps over a cache do not reproduce one whole pass, "
@@ -211,7 +268,7 @@ def _run_plain(blocks: SpanBlocks, steps: list[_Step]) -> list[torch.Tensor]:
     return outputs
 
 
-def _run(runner: PlainRunner | RaggedRunner, step: _Step, blocks: SpanBlocks) -> torch.Tensor:
+def _run(runner: Runner, step: _Step, blocks: SpanBlocks) -> torch.Tensor:
     return runner.forward(step.batch.pieces, step.hidden_TD, step.positions_T, blocks.span)
 
 
@@ -225,7 +282,17 @@ def _inputs(hidden_size: int, dtype: torch.dtype, device: torch.device) -> list[
     ]
 
 
-def _steps(inputs: list[torch.Tensor], pages: _Pages) -> Iterator[_Step]:
+def _steps(blocks: SpanBlocks, inputs: list[torch.Tensor], pages: _Pages) -> list[_Step]:
+    """The script; first where rotary frequencies begin to change, if they do, then from 0 on."""
+    steps = []
+    if blocks.constant_rotary_length is not None:
+        offset = max(0, blocks.constant_rotary_length - _NUM_BEFORE_CHANGE)
+        for step in _script(inputs, pages):
+            steps.append(step._replace(positions_T=step.positions_T + offset))
+    return [*steps, *_script(inputs, pages)]
+
+
+def _script(inputs: list[torch.Tensor], pages: _Pages) -> Iterator[_Step]:
     scheduler = Scheduler(SchedulerConfig(*pages))
     sessions = [bytes([0]), bytes([1])]
     for session_id in sessions:

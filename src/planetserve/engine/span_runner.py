@@ -1,8 +1,8 @@
-"""A span of a model that runs scheduled batches: ragged where the model allows it, else plain.
+"""A span of a model that runs scheduled batches: ragged where the model allows it, else padded.
 
-The mode is found by `probe` when the runner is made. Both modes take the same batches and give the
-same results; only speed and limits differ. Used by one thread, the engine's; every call happens
-under `torch.inference_mode`.
+How is found by `probe` when the runner is made; what can be run neither way is run one sequence per
+pass. All ways take the same batches and give the same results; only speed and limits differ. Used
+by one thread, the engine's; every call happens under `torch.inference_mode`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from collections.abc import Sequence
 import torch
 
 from planetserve.engine import attention
+from planetserve.engine.padded import SharingLimits
+from planetserve.engine.padded_runner import PaddedRunner
+from planetserve.engine.passes import Runner, split_by_length
 from planetserve.engine.plain_runner import PlainRunner
-from planetserve.engine.probe import Verdict, examine
+from planetserve.engine.probe import Batching, Verdict, examine, why_not_padded
 from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.engine.sdpa import SdpaBackend
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.skeleton import KvShape, SpanBlocks
 from planetserve.scheduler.batch import Piece, ScheduledBatch
 from planetserve.types import BlockSpan
 
@@ -32,7 +35,7 @@ class SpanRunner:
         num_pages: pages of the KV cache.
         page_size: tokens per page, rounded up (to fewer pages) to what the attention backend needs.
         attention_backend: name in `attention.BACKENDS`.
-        allow_ragged: False runs one sequence per pass without trying anything else.
+        best: what is better is not tried.
 
     Raises:
         ConfigError: unknown backend.
@@ -45,7 +48,7 @@ class SpanRunner:
         num_pages: int,
         page_size: int,
         attention_backend: str = "auto",
-        allow_ragged: bool = True,
+        best: Batching = Batching.RAGGED,
     ):
         attention.BACKENDS.check(attention_backend)
         self.device: torch.device = next(blocks.layers[0].parameters()).device
@@ -65,37 +68,62 @@ class SpanRunner:
             shape.num_heads * (shape.key_dim + shape.value_dim) for shape in shapes
         )
         """KV cache bytes of one token in all blocks."""
-        self.chunkable = not blocks.rotary_depends_on_length
+        self.chunkable = blocks.constant_rotary_length is None
         """Whether the new tokens of a row may be spread over several passes."""
-        verdict = Verdict("it is switched off")
-        if allow_ragged:
-            backend, verdict = self._try_out(blocks, backend)
-        self.is_ragged = verdict.why_not_ragged is None
-        multiple = backend.page_multiple if self.is_ragged else 1
+        backend, self.verdict = self._try_out(blocks, backend, best)
+        self.batching = self.verdict.batching
+        multiple = backend.page_multiple if self.batching is Batching.RAGGED else 1
         self.page_size = -(-page_size // multiple) * multiple
         self.num_pages = max(1, cache_tokens // self.page_size)
-        self.is_fused = verdict.fused is not None
+        self.is_fused = self.verdict.fused is not None
         """Whether the layers run as kernels instead of by their own code."""
-        self._runner: RaggedRunner | PlainRunner
-        if self.is_ragged:
+        self._runner = self._make_runner(blocks, backend, shapes)
+
+    def _make_runner(
+        self, blocks: SpanBlocks, backend: attention.AttentionBackend, shapes: Sequence[KvShape]
+    ) -> Runner:
+        name, why_not = f"{blocks.model_name} {blocks.span}", self.verdict.why_not_ragged
+        if self.batching is Batching.PLAIN:
+            logger.info(
+                "%s runs one sequence per pass: %s; %s", name, why_not, self.verdict.why_not_padded
+            )
+            return PlainRunner(blocks)
+        pages = (self.num_pages, self.page_size)
+        runner: Runner
+        if self.batching is Batching.PADDED:
+            logger.info("%s runs sessions as padded rows: %s", name, why_not)
+            kv_bytes = self.dtype.itemsize * max(
+                s.num_heads * (s.key_dim + s.value_dim) for s in shapes
+            )
+            limits = SharingLimits.of(blocks.layers[0], kv_bytes)
+            runner = PaddedRunner(blocks, *pages, limits)
+        else:
             blocks.set_attention(attention.NAME)
             key_bytes = self.dtype.itemsize * max(s.num_heads * s.key_dim for s in shapes)
             limit = backend.max_grouped_context(self.device, key_bytes)
-            self._runner = RaggedRunner(
-                blocks, self.num_pages, self.page_size, backend, limit, verdict.fused
-            )
-        else:
-            logger.info(
-                "%s %s runs one sequence per pass: %s",
-                blocks.model_name, blocks.span, verdict.why_not_ragged,
-            )  # fmt: skip
-            self._runner = PlainRunner(blocks)
+            runner = RaggedRunner(blocks, *pages, backend, limit, self.verdict.fused)
+        return split_by_length(runner, blocks.constant_rotary_length)
 
     @torch.inference_mode()
     def _try_out(
+        self, blocks: SpanBlocks, backend: attention.AttentionBackend, best: Batching
+    ) -> tuple[attention.AttentionBackend, Verdict]:
+        """How the span can be run, and with what attention if raggedly."""
+        off = "it is switched off"
+        if best is Batching.PLAIN:
+            return backend, Verdict(off, off)
+        verdict = Verdict(off)
+        if best is Batching.RAGGED:
+            backend, verdict = self._try_ragged(blocks, backend)
+        if verdict.why_not_ragged is not None:
+            reason = why_not_padded(blocks, self.hidden_size, self.dtype, self.device)
+            verdict = verdict._replace(why_not_padded=reason)
+        return backend, verdict
+
+    def _try_ragged(
         self, blocks: SpanBlocks, backend: attention.AttentionBackend
     ) -> tuple[attention.AttentionBackend, Verdict]:
-        """Whether the span can be batched, and with what: this backend, or else the reference."""
+        """Whether the span can be ragged, and with what: this backend, or else the reference."""
         verdict = examine(blocks, self.hidden_size, self.dtype, self.device, backend)
         if verdict.why_not_ragged is None or isinstance(backend, SdpaBackend):
             return backend, verdict
@@ -110,8 +138,13 @@ class SpanRunner:
 
     @property
     def can_preempt(self) -> bool:
-        """Whether a sequence's pages may be taken and filled again: plain caches are not paged."""
-        return self.is_ragged and self.chunkable
+        """Whether a sequence's pages may be taken and filled again."""
+        return self.is_paged and self.chunkable
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether keys and values lie in pages, so that sessions can share passes."""
+        return self.batching is not Batching.PLAIN
 
     def prepare(self, batch: ScheduledBatch) -> None:
         """Carry out what the batch says about sequences and pages; once, before `forward`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import queue
 import time
@@ -24,6 +23,7 @@ import torch
 from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig
 from planetserve.engine.inputs import KeptInputs
+from planetserve.engine.passes import token_rows
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.engine.transfers import integers, to_device, to_host
 from planetserve.errors import (
@@ -119,7 +119,7 @@ class Worker:
         self._is_stuck = False
         """Whether all steps wait for pages that only a command can free."""
         self._chunk_budget = ChunkBudget(config.max_batch_tokens, config.prefill_slowdown)
-        self._gathering = Gathering(config.batch_patience if runner.is_ragged else 0.0)
+        self._gathering = Gathering(config.batch_patience if runner.is_paged else 0.0)
         self._gather_s = 0.0
         """How long the next pass waits for decode steps that are about to come."""
         self._has_waited = False
@@ -322,7 +322,7 @@ class Worker:
         runner = self._runner
         spans = [self._spans[piece.session_id] for piece in pieces]
         # A plain cache belongs to one sequence and one span: nothing to share, nothing to cut.
-        passes = segments(spans) if runner.is_ragged else separate(spans)
+        passes = segments(spans) if runner.is_paged else separate(spans)
         started_s = self._clock.monotonic()
         hidden_TD = to_device(hidden_TD, runner.device).to(runner.dtype)
         positions_T = integers(positions, runner.device)
@@ -333,7 +333,7 @@ class Worker:
                 num_tokens = len(positions)
             else:
                 part = [pieces[index] for index in members]
-                rows = integers(array("q", _rows(pieces, members)), runner.device)
+                rows = integers(token_rows(pieces, members), runner.device)
                 num_tokens = len(rows)
                 # With more than one piece `hidden_TD` is a copy, so nobody's input is written.
                 hidden_TD[rows] = runner.forward(part, hidden_TD[rows], positions_T[rows], span)
@@ -432,16 +432,6 @@ class Worker:
                 loop.call_soon_threadsafe(_resolve, results)
             except RuntimeError:
                 logger.debug("%d results for an event loop that is closed", len(results))
-
-
-def _rows(pieces: Sequence[Piece], members: Sequence[int]) -> list[int]:
-    """Where the tokens of some pieces are when all are laid end to end."""
-    ends = list(itertools.accumulate(piece.num_tokens for piece in pieces))
-    return [
-        row
-        for index in members
-        for row in range(ends[index] - pieces[index].num_tokens, ends[index])
-    ]
 
 
 def _resolve(results: list[_Result]) -> None:

@@ -102,15 +102,17 @@ def _cache_kinds(config: PretrainedConfig) -> list[type] | None:
         return None
 
 
-def rotary_depends_on_length(config: PretrainedConfig) -> bool:
-    """Whether rotary frequencies depend on the longest position of a pass (dynamic, longrope)."""
-    return any(
-        "dynamic" in rope_type or rope_type == "longrope" for rope_type in _rope_types(config)
-    )
+def constant_rotary_length(config: PretrainedConfig) -> int | None:
+    """The length up to which rotary frequencies are the same for every pass, None if they always are.
 
-
-def _rope_types(config: PretrainedConfig) -> set[str]:
+    In longer passes they depend on the longest position (dynamic NTK, longrope).
+    """
     parameters: Any = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    found = {str(part.get("rope_type", "default")) for part in [parameters, *nested]}
-    return found
+    lengths: list[int] = []
+    for part in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        rope_type = str(part.get("rope_type", "default"))
+        if rope_type == "longrope":
+            lengths.append(part["original_max_position_embeddings"])
+        elif "dynamic" in rope_type:
+            lengths.append(config.max_position_embeddings)
+    return min(lengths, default=None)

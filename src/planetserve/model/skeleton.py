@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from planetserve.errors import ConfigError, ModelError
 from planetserve.model.capabilities import (
     check_servable,
-    rotary_depends_on_length,
+    constant_rotary_length,
     warn_if_untested,
 )
 from planetserve.model.checkpoint import Checkpoint
@@ -129,9 +129,9 @@ class SpanBlocks:
         self.model_name = name
         self.base = base
         """The base model without what the span does not need; its `forward` is the family's own."""
-        self.rotary_depends_on_length = rotary_depends_on_length(base.config)
-        """Whether positions are embedded by the length of the whole pass (dynamic NTK, longrope):
-        sequences must never share a pass, and a prompt must never be cut into chunks."""
+        self.constant_rotary_length = constant_rotary_length(base.config)
+        """If not None, passes that reach further embed positions by their own length: sequences
+        must not share such a pass, and a prompt must never be cut into chunks."""
         self.layers = nn.ModuleList(list(decoder.layers)[span.start : span.end])
         """The loaded layers, first one first."""
         self._decoder = decoder
@@ -185,7 +185,7 @@ class SpanBlocks:
         _drop_outside(decoder, device)
         blocks = cls(decoder.base, decoder, span, checkpoint.name)
         materialize_buffers(blocks.base, device)
-        if blocks.rotary_depends_on_length:
+        if blocks.constant_rotary_length is not None:
             blocks._rotary_state = _rotary_state(blocks.base)
         if attn_implementation != "sdpa":
             blocks.set_attention(attn_implementation)

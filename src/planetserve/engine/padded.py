@@ -1,0 +1,125 @@
+"""Which pieces share a padded pass, and where such a pass finds their keys and values.
+
+Sequences lie in the rows of a rectangle and end together, as in a batch that is padded on the left.
+The padding is read from the null page, whose zeros are finite, so that a mask can hide them.
+
+Legend: B rows of a pass, one per piece; T new tokens of each; S tokens of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from planetserve.engine.ragged import MAX_GROUPED_TOKENS
+from planetserve.engine.transfers import integers
+from planetserve.scheduler.batch import Piece
+
+_PASS_BYTES = 1 << 20
+"""What a layer takes in a pass besides reading its weights, in bytes that could be read instead."""
+_MAX_COPIED_BYTES = 256 << 20
+_TIMES_READ = 3
+"""Copied keys are read, written and read again; alone they are read once, where they lie."""
+
+
+class SharingLimits(NamedTuple):
+    """When it pays to pad and copy contexts, all in tokens of the layer that caches most.
+
+    Attributes:
+        pass_tokens: what can be read in the time that a layer takes in a pass of its own.
+        max_copied: padding included, the most that a pass may copy in a layer.
+    """
+
+    pass_tokens: int
+    max_copied: int
+
+    @classmethod
+    def of(cls, layer: nn.Module, kv_bytes: int) -> SharingLimits:
+        """For layers like this one, with `kv_bytes` of keys and values per token."""
+        weight_bytes = sum(p.numel() * p.dtype.itemsize for p in layer.parameters())
+        return cls((weight_bytes + _PASS_BYTES) // kv_bytes, _MAX_COPIED_BYTES // kv_bytes)
+
+    def allow(self, context: int, longest: int, num_rows: int) -> bool:
+        """Whether a sequence of `context` tokens should be the last of `num_rows` in a pass."""
+        extra = _TIMES_READ * longest - context
+        return extra <= self.pass_tokens and num_rows * longest <= self.max_copied
+
+
+def shared_passes(pieces: Sequence[Piece], limits: SharingLimits) -> list[list[int]]:
+    """The passes that serve all pieces, as lists of their indices in ascending order."""
+    passes = []
+    short: dict[int, list[int]] = {}
+    for index, piece in enumerate(pieces):
+        if piece.num_tokens <= MAX_GROUPED_TOKENS:
+            short.setdefault(piece.num_tokens, []).append(index)
+        else:
+            passes.append([index])
+    for sized in short.values():
+        sized.sort(key=lambda index: pieces[index].end, reverse=True)
+        while sized:
+            longest, count = pieces[sized[0]].end, 1
+            while count < len(sized) and limits.allow(
+                pieces[sized[count]].end, longest, count + 1
+            ):
+                count += 1
+            members, sized = sized[:count], sized[count:]
+            passes.append(sorted(members))
+    return passes
+
+
+class PaddedBatch:
+    """Pieces of equally many tokens as the rows of a rectangle.
+
+    Attributes:
+        num_rows: B.
+        num_tokens: T.
+        num_keys: S.
+        slots: where the `B * T` new tokens go.
+        keys: where all `B * S` tokens lie: consecutive slots, or an index; None if all are new.
+        mask_BS: 0 for padding and 1 for tokens; None if nothing is padded.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], page_size: int, null_page: int, device: torch.device
+    ):
+        self.num_rows = len(pieces)
+        self.num_tokens = pieces[0].num_tokens
+        self.num_keys = max(piece.end for piece in pieces)
+        slots = array("q")
+        for piece in pieces:
+            slots.extend(piece.slots)
+        self.slots = integers(slots, device)
+        self.keys: slice | torch.Tensor | None = None
+        self.mask_BS: torch.Tensor | None = None
+        pages = pieces[0].pages
+        if all(piece.start == 0 for piece in pieces):
+            return
+        if len(pieces) == 1 and pages == array("i", range(pages[0], pages[0] + len(pages))):
+            first = pages[0] * page_size
+            self.keys = slice(first, first + self.num_keys)
+            return
+        self._find_keys(pieces, page_size, null_page, device)
+
+    def _find_keys(
+        self, pieces: Sequence[Piece], page_size: int, null_page: int, device: torch.device
+    ) -> None:
+        width = max(len(piece.pages) for piece in pieces)
+        numbers = array("i")
+        for piece in pieces:
+            numbers.append(self.num_keys - piece.end)
+            numbers.extend(piece.pages)
+            numbers.extend([null_page] * (width - len(piece.pages)))
+        padding_B1, tables_BN = integers(numbers, device).view(-1, 1 + width).split((1, width), 1)
+        positions_BS = torch.arange(self.num_keys, device=device) - padding_B1
+        is_token_BS = positions_BS >= 0
+        positions_BS.clamp_(min=0)
+        slots_BS = tables_BN.gather(1, positions_BS // page_size) * page_size
+        slots_BS += positions_BS % page_size
+        if any(piece.end < self.num_keys for piece in pieces):
+            slots_BS.masked_fill_(~is_token_BS, null_page * page_size)
+            self.mask_BS = is_token_BS.long()
+        self.keys = slots_BS.flatten()

@@ -1,0 +1,110 @@
+"""Runs pieces of equally many tokens as one left-padded batch of the model's own code.
+
+For models whose attention cannot be exchanged. They see what they know from `generate`: rows, a
+mask of the padding, positions, and a cache that returns the keys and values of whole rows. Only
+that these lie in pages is new to them. Longer pieces run alone over the same pages. That a family
+treats padded rows as it does single sequences is established by `probe` before this runner is used.
+
+Legend: B rows, T new tokens of each, S tokens of the longest row, K heads of keys and values, D
+width of a head or of a hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from planetserve.engine.kv_cache import PagedKvCache
+from planetserve.engine.padded import PaddedBatch, SharingLimits, shared_passes
+from planetserve.engine.passes import run_in_passes
+from planetserve.model.skeleton import SpanBlocks
+from planetserve.scheduler.batch import Piece, ScheduledBatch
+from planetserve.types import BlockSpan
+
+
+class PaddedRunner:
+    """A span over `num_pages` pages, by its own attention."""
+
+    def __init__(self, blocks: SpanBlocks, num_pages: int, page_size: int, limits: SharingLimits):
+        self._blocks = blocks
+        self._limits = limits
+        self._cache = PagedKvCache(len(blocks.span), num_pages, page_size)
+
+    def prepare(self, batch: ScheduledBatch) -> None:
+        """Copy and clear pages as the batch says."""
+        self._cache.copy_pages(batch.copies)
+        self._cache.clear_pages(batch.cleared_pages)
+
+    def forward(
+        self,
+        pieces: Sequence[Piece],
+        hidden_TD: torch.Tensor,
+        positions_T: torch.Tensor,
+        span: BlockSpan,
+    ) -> torch.Tensor:
+        """Hidden states after the blocks of `span`, `[T, D]`. May be repeated for the same pieces."""
+
+        def run(part: Sequence[Piece], hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            batch = PaddedBatch(part, self._cache.page_size, self._cache.null_page, hidden.device)
+            output_BTD = self._blocks.run(
+                hidden.unflatten(0, (batch.num_rows, batch.num_tokens)),
+                at.unflatten(0, (batch.num_rows, batch.num_tokens)),
+                _PassCache(batch, self._cache, self._blocks.span.start),
+                batch.mask_BS,
+                span=span,
+            )
+            return output_BTD.flatten(0, 1)
+
+        passes = shared_passes(pieces, self._limits)
+        return run_in_passes(run, pieces, passes, hidden_TD, positions_T)
+
+
+class _PassCache(Cache):
+    """The pages as one pass sees them; layers are addressed by their true index.
+
+    Whole sequences, also for layers with a sliding window, as in `SpanCache`.
+    """
+
+    def __init__(self, batch: PaddedBatch, pages: PagedKvCache, first_layer: int):
+        super().__init__(layers=[])
+        self._batch = batch
+        self._pages = pages
+        self._first_layer = first_layer
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store one layer's keys and values `[B, K, T, D]`; all of them, `[B, K, S, D]`."""
+        batch = self._batch
+        pages = self._pages.write(
+            layer_idx - self._first_layer,
+            batch.slots,
+            key_states.transpose(1, 2).flatten(0, 1),
+            value_states.transpose(1, 2).flatten(0, 1),
+        )
+        if batch.keys is None:
+            return key_states, value_states
+        return self._rows(pages.keys_NKD), self._rows(pages.values_NKD)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before this pass, padding included."""
+        return self._batch.num_keys - self._batch.num_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Key length and offset of the mask."""
+        return self._batch.num_keys, 0
+
+    def _rows(self, tokens_NKD: torch.Tensor) -> torch.Tensor:
+        keys = self._batch.keys
+        if isinstance(keys, slice):
+            return tokens_NKD[keys].transpose(0, 1)[None]
+        rows = tokens_NKD.index_select(0, keys)
+        return rows.unflatten(0, (self._batch.num_rows, -1)).transpose(1, 2)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.errors import ModelError
-from planetserve.model.capabilities import rotary_depends_on_length
+from planetserve.model.capabilities import constant_rotary_length
 from planetserve.testing.checkpoints import (
     REFUSED_FAMILIES,
     SERVABLE_FAMILIES,
@@ -78,7 +78,7 @@ def test_family_equals_local(family: str, tmp_path: Path) -> None:
     mask = torch.ones_like(ids)
     ids[1, :4], mask[1, :4] = 0, 0
     ids[2, :2], mask[2, :2] = 0, 0
-    alone = rotary_depends_on_length(local.config)
+    alone = constant_rotary_length(local.config) is not None
     spans = _random_spans(seed, local.config.num_hidden_layers)
     with (
         LocalSwarm(str(tmp_path), spans) as swarm,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from planetserve.engine.probe import Batching
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.skeleton import SpanBlocks
@@ -32,7 +33,8 @@ FAMILIES = {
     "gemma2": {"attn_logit_softcapping": 2.0},
     "gemma3_text": {},
     "gpt_oss": {},  # sinks
-    "bloom": {},  # one sequence per pass
+    "bloom": {},  # padded rows
+    "falcon_mqa": {},
 }
 LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
@@ -92,7 +94,8 @@ def test_batches_give_what_transformers_gives(
     blocks = SpanBlocks.load(Checkpoint.open(str(folder)), SPAN, dtype, device)
     runner = SpanRunner(blocks, NUM_PAGES, PAGE_SIZE)
     assert runner.device.type == device.type
-    assert runner.is_ragged == (family != "bloom")
+    padded = family in ("bloom", "falcon_mqa")
+    assert runner.batching is (Batching.PADDED if padded else Batching.RAGGED)
     added = torch.cat(leaving) - torch.cat(entering)
     error = torch.cat(run(runner, entering)) - torch.cat(leaving)
     assert error.norm() < LARGEST_ERROR[dtype] * added.norm()
@@ -111,7 +114,8 @@ def test_large_pages_read_in_place_give_what_transformers_gives(
     runner = SpanRunner(blocks, num_pages=1024, page_size=16)
     if runner.page_size == 16:
         pytest.skip("this torch or this device does not have the kernel")
-    assert (runner.is_ragged, runner.num_pages, runner.page_size) == (True, 64, 256)
+    assert runner.batching is Batching.RAGGED
+    assert (runner.num_pages, runner.page_size) == (64, 256)
     added = torch.cat(leaving) - torch.cat(entering)
     for _ in range(2):  # the second time on pages that have been used
         error = torch.cat(run(runner, entering)) - torch.cat(leaving)

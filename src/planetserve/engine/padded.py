@@ -3,7 +3,8 @@
 Sequences lie in the rows of a rectangle and end together, as in a batch that is padded on the left.
 The padding is read from the null page, whose zeros are finite, so that a mask can hide them.
 
-Legend: B rows of a pass, one per piece; T new tokens of each; S tokens of the longest sequence.
+Legend: B rows of a pass, one per piece; T new tokens of each; S tokens of the longest sequence; N
+slots; K heads of keys and values; D width of a head.
 """
 
 from __future__ import annotations
@@ -79,7 +80,6 @@ class PaddedBatch:
         num_tokens: T.
         num_keys: S.
         slots: where the `B * T` new tokens go.
-        keys: where all `B * S` tokens lie: consecutive slots, or an index; None if all are new.
         mask_BS: 0 for padding and 1 for tokens; None if nothing is padded.
     """
 
@@ -93,20 +93,39 @@ class PaddedBatch:
         for piece in pieces:
             slots.extend(piece.slots)
         self.slots = integers(slots, device)
-        self.keys: slice | torch.Tensor | None = None
         self.mask_BS: torch.Tensor | None = None
+        self._is_fresh = all(piece.start == 0 for piece in pieces)
+        self._slice: slice | None = None
+        self._slots_BS: torch.Tensor | None = None
+        self._index: dict[int, torch.Tensor] = {}
         pages = pieces[0].pages
-        if all(piece.start == 0 for piece in pieces):
-            return
         if len(pieces) == 1 and pages == array("i", range(pages[0], pages[0] + len(pages))):
             first = pages[0] * page_size
-            self.keys = slice(first, first + self.num_keys)
-            return
-        self._find_keys(pieces, page_size, null_page, device)
+            self._slice = slice(first, first + self.num_keys)
+        elif not self._is_fresh:
+            self._slots_BS = self._find_keys(pieces, page_size, null_page, device)
+
+    def all_tokens(self, new_BKTD: torch.Tensor, tokens_NKD: torch.Tensor) -> torch.Tensor:
+        """`[B, K, S, D]`: the new tokens and those before them, out of all slots of a layer."""
+        if self._is_fresh:
+            return new_BKTD
+        if self._slice is not None:
+            return tokens_NKD[self._slice].transpose(0, 1)[None]
+        num_heads = tokens_NKD.shape[1]
+        index = self._index.get(num_heads)
+        if index is None:
+            # By head and not by token: the result is contiguous, as families expect and as matrix
+            # products need it (measured: 7 to 10 times faster), and the copy takes no longer.
+            heads_K1 = torch.arange(num_heads, dtype=torch.int32, device=tokens_NKD.device)[:, None]
+            index = (self._slots_BS[:, None] * num_heads + heads_K1).flatten()
+            self._index[num_heads] = index
+        gathered = tokens_NKD.flatten(0, 1).index_select(0, index)
+        return gathered.view(self.num_rows, num_heads, self.num_keys, -1)
 
     def _find_keys(
         self, pieces: Sequence[Piece], page_size: int, null_page: int, device: torch.device
-    ) -> None:
+    ) -> torch.Tensor:
+        """Where all tokens lie, `[B, S]`."""
         width = max(len(piece.pages) for piece in pieces)
         numbers = array("i")
         for piece in pieces:
@@ -122,4 +141,4 @@ class PaddedBatch:
         if any(piece.end < self.num_keys for piece in pieces):
             slots_BS.masked_fill_(~is_token_BS, null_page * page_size)
             self.mask_BS = is_token_BS.long()
-        self.keys = slots_BS.flatten()
+        return slots_BS

@@ -90,9 +90,10 @@ class _PassCache(Cache):
             key_states.transpose(1, 2).flatten(0, 1),
             value_states.transpose(1, 2).flatten(0, 1),
         )
-        if batch.keys is None:
-            return key_states, value_states
-        return self._rows(pages.keys_NKD), self._rows(pages.values_NKD)
+        return (
+            batch.all_tokens(key_states, pages.keys_NKD),
+            batch.all_tokens(value_states, pages.values_NKD),
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens before this pass, padding included."""
@@ -101,10 +102,3 @@ class _PassCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Key length and offset of the mask."""
         return self._batch.num_keys, 0
-
-    def _rows(self, tokens_NKD: torch.Tensor) -> torch.Tensor:
-        keys = self._batch.keys
-        if isinstance(keys, slice):
-            return tokens_NKD[keys].transpose(0, 1)[None]
-        rows = tokens_NKD.index_select(0, keys)
-        return rows.unflatten(0, (self._batch.num_rows, -1)).transpose(1, 2)

@@ -14,6 +14,7 @@ from tiny_models import SPAN, Tiny
 from planetserve.clock import SystemClock
 from planetserve.engine.config import EngineConfig
 from planetserve.engine.engine import Engine
+from planetserve.engine.probe import Batching
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.errors import (
     CacheExhausted,
@@ -108,7 +109,7 @@ async def generate(engine: Engine, model: Tiny, rng: random.Random, num_steps: i
 
 
 @pytest.mark.parametrize(
-    ("family", "num_sessions"), [("llama", 16), ("gemma2", 6), ("stablelm", 6)]
+    ("family", "num_sessions"), [("llama", 16), ("gemma2", 6), ("stablelm", 6), ("bloom", 6)]
 )
 async def test_sessions_at_once_match_transformers(tiny, family, num_sessions):
     engine = make_engine(tiny, family, max_batch_tokens=32)
@@ -379,15 +380,17 @@ def make_overcommitted(tiny, **options) -> Engine:
     return make_engine(tiny, **{**limits, **options})
 
 
-@pytest.mark.parametrize("max_peer_share", [0.25, 1.0])
-async def test_sessions_that_lose_pages_match_transformers(tiny, max_peer_share):
-    engine = make_overcommitted(tiny, max_peer_share=max_peer_share)
+@pytest.mark.parametrize(
+    ("family", "max_peer_share"), [("llama", 0.25), ("llama", 1.0), ("falcon_mqa", 1.0)]
+)
+async def test_sessions_that_lose_pages_match_transformers(tiny, family, max_peer_share):
+    engine = make_overcommitted(tiny, family=family, max_peer_share=max_peer_share)
     try:
         all_open = threading.Event()  # afterwards pages are short, and nobody gets in
         engine._worker.post(all_open.wait)
         async with asyncio.TaskGroup() as group:
             for number in range(10):
-                group.create_task(generate(engine, tiny("llama"), random.Random(number), 12))
+                group.create_task(generate(engine, tiny(family), random.Random(number), 12))
             await asyncio.sleep(0)
             all_open.set()
         await settled(engine)
@@ -454,7 +457,7 @@ async def test_quiet_sessions_give_up_their_pages_to_newer_ones(tiny):
 
 async def test_plain_caches_are_not_promised_twice(tiny):
     config = EngineConfig(64, page_size=4, kv_overcommit=4.0)
-    runner = SpanRunner(tiny("llama").load_span(), config.num_pages, 4, allow_ragged=False)
+    runner = SpanRunner(tiny("llama").load_span(), config.num_pages, 4, best=Batching.PLAIN)
     engine = Engine(runner, config, SystemClock())
     assert engine.stats().free_cache_tokens == 64
     engine.open_session(b"a", "peer", 1, 64)

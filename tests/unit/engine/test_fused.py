@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import SPAN
 
-from planetserve.engine.probe import agree
+from planetserve.engine.probe import Batching, agree
 from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.model.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ def load(family: str, folder: Path, dtype: torch.dtype, backend: str = "native")
 @pytest.mark.parametrize("backend", ["native", "plain"])
 def test_only_the_common_shape_is_fused(family: str, backend: str, tmp_path: Path) -> None:
     runner = SpanRunner(load(family, tmp_path, torch.float32, backend), 8, 16)
-    assert runner.is_ragged
+    assert runner.batching is Batching.RAGGED
     assert runner.is_fused == FAMILIES[family]
 
 

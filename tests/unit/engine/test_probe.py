@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_models import SPAN
 
-from planetserve.engine import attention
-from planetserve.engine.probe import agree, examine
+from planetserve.engine import attention, padded_runner
+from planetserve.engine.padded import PaddedBatch
+from planetserve.engine.probe import Batching, agree, examine
 from planetserve.engine.ragged import Visibility
 from planetserve.engine.sdpa import SdpaBackend
 from planetserve.engine.span_runner import SpanRunner
@@ -65,15 +66,49 @@ def test_a_wrong_attention_is_found(tiny, family, backend, fits):
     [
         ("stablelm", "does not pass arguments on"),
         ("bloom", "0 calls of the paged attention from 2 layers"),
-        ("llama_dynamic_rope", "longest position"),
     ],
 )
-def test_the_log_says_why_a_span_runs_plainly(tiny, family, reason, caplog):
+def test_the_log_says_why_a_span_is_padded(tiny, family, reason, caplog):
     with caplog.at_level(logging.INFO, "planetserve.engine"):
         runner = SpanRunner(tiny(family).load_span(), 4, 16)
-    assert not runner.is_ragged
-    assert reason in caplog.text
-    assert runner.chunkable == (family != "llama_dynamic_rope")
+    assert runner.batching is Batching.PADDED
+    assert f"as padded rows: {reason}" in caplog.text.replace("StableLmAttention ", "")
+    assert runner.can_preempt
+
+
+class Leftmost(PaddedBatch):
+    """Says that the padding is on the right."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        if self.mask_BS is not None:
+            self.mask_BS = self.mask_BS.flip(1)
+
+
+class OtherRows(PaddedBatch):
+    """Gives rows the keys of other rows."""
+
+    def all_tokens(self, *args):
+        return super().all_tokens(*args).flip(0)
+
+
+@pytest.mark.parametrize("mistaken", [Leftmost, OtherRows])
+@pytest.mark.parametrize("family", ["falcon_mqa", "bloom"])
+def test_wrong_rows_are_found_and_the_log_says_why(tiny, family, mistaken, monkeypatch, caplog):
+    monkeypatch.setattr(padded_runner, "PaddedBatch", mistaken)
+    with caplog.at_level(logging.INFO, "planetserve.engine"):
+        runner = SpanRunner(tiny(family).load_span(), 4, 16)
+    assert runner.batching is Batching.PLAIN
+    assert not runner.can_preempt
+    assert "runs one sequence per pass" in caplog.text
+    assert "padded and single passes differ" in caplog.text
+
+
+def test_a_span_whose_rotary_follows_the_length_is_not_chunkable(tiny):
+    runner = SpanRunner(tiny("llama_dynamic_rope").load_span(), 4, 16)
+    assert runner.batching is Batching.RAGGED
+    assert not runner.chunkable
+    assert not runner.can_preempt
 
 
 def test_a_window_longer_than_the_probe_must_be_passed_as_an_argument(tiny):

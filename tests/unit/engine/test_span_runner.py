@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import SPAN, Tiny
 
+from planetserve.engine.probe import Batching, agree
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.scheduler.batch import WorkItem
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -17,9 +18,14 @@ from planetserve.wire.step import RowSlice
 
 RAGGED = (
     "llama llama_mha llama_mqa_tied llama_odd_heads mistral gemma2 gemma3_text gpt_oss mixtral "
-    "qwen2_moe deepseek_v3 llama4_text gpt2"
+    "qwen2_moe deepseek_v3 llama4_text gpt2 llama_dynamic_rope phi3_longrope"
 ).split()
-PLAIN = "bloom stablelm falcon_mqa llama_dynamic_rope".split()
+PADDED = (
+    "bloom codegen diffllama doge falcon_alibi falcon_mqa falcon_new gpt_neo gpt_neox_japanese "
+    "gptj mpt nemotron phimoe stablelm xglm"
+).split()
+# No family needs it; a family that is not listed may.
+PLAIN = "bloom falcon_mqa llama llama_dynamic_rope".split()
 
 NUM_PAGES = 64
 PAGE_SIZE = 4
@@ -106,11 +112,19 @@ class Harness:
             self.num_compared += 1
 
 
-@pytest.mark.parametrize("family", [*RAGGED, *PLAIN])
-def test_random_interleavings_match_transformers(tiny, family):
+@pytest.mark.parametrize(
+    ("family", "batching"),
+    [
+        *((family, Batching.RAGGED) for family in RAGGED),
+        *((family, Batching.PADDED) for family in (*PADDED, "mistral", "llama_dynamic_rope")),
+        *((family, Batching.PLAIN) for family in PLAIN),
+    ],
+)
+def test_random_interleavings_match_transformers(tiny, family, batching):
     model = tiny(family)
-    runner = SpanRunner(model.load_span(), NUM_PAGES, PAGE_SIZE)
-    assert runner.is_ragged == (family in RAGGED)
+    best = Batching.RAGGED if family in PADDED and batching is Batching.PADDED else batching
+    runner = SpanRunner(model.load_span(), NUM_PAGES, PAGE_SIZE, best=best)
+    assert runner.batching is batching
     rng = random.Random(family)
     harness = Harness(model, runner, rng)
     sessions = [harness.open(num_rows) for num_rows in (1, 1, 2)]
@@ -140,7 +154,7 @@ def test_random_interleavings_match_transformers(tiny, family):
     assert harness.scheduler.num_used_pages == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss", "falcon_mqa"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "falcon_mqa", "mpt"])
 def test_beams_that_share_pages_stay_apart(tiny, family):
     model = tiny(family)
     runner = SpanRunner(model.load_span(), NUM_PAGES, PAGE_SIZE)
@@ -155,7 +169,7 @@ def test_beams_that_share_pages_stay_apart(tiny, family):
     assert harness.num_compared == 13
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom", "gpt_neo"])
 def test_sessions_over_parts_of_the_span(tiny, family):
     model = tiny(family)
     runner = SpanRunner(model.load_span(), NUM_PAGES, PAGE_SIZE)
@@ -183,15 +197,51 @@ def test_sessions_over_parts_of_the_span(tiny, family):
             scheduler.commit(batch)
 
 
+@pytest.mark.parametrize("batching", [Batching.RAGGED, Batching.PADDED])
+@pytest.mark.parametrize("family", ["llama_dynamic_rope", "phi3_longrope"])
+@torch.inference_mode()
+def test_nobody_feels_how_long_others_are(tiny, family, batching):
+    """Rotary frequencies that follow the length of a pass follow each sequence's own."""
+    model = tiny(family)
+    runner = SpanRunner(model.load_span(), NUM_PAGES, PAGE_SIZE, best=batching)
+    alone = SpanRunner(model.load_span(), NUM_PAGES, PAGE_SIZE, best=Batching.PLAIN)
+    assert runner.batching is batching
+    assert not runner.can_preempt
+    constant = model.load_span().constant_rotary_length
+    # The frequencies of the second and the fourth session change after some steps.
+    first = [0, constant - 15, constant + 5, constant - 13, 2]
+    scheduler = Scheduler(SchedulerConfig(NUM_PAGES, PAGE_SIZE, chunkable=False))
+    generator = torch.Generator().manual_seed(3)
+    for number in range(len(first)):
+        scheduler.open(bytes([number]), 1)
+    for start, count in [(0, 10), *((10 + step, 1) for step in range(8)), (18, 2)]:
+        for number in range(len(first)):
+            row = RowSlice(0, start, count)
+            scheduler.add(WorkItem(number, bytes([number]), (row,)))
+        batch = scheduler.schedule()
+        assert len(batch.pieces) == len(first)
+        hidden = torch.randn(batch.num_tokens, 32, generator=generator)
+        positions = torch.cat(
+            [torch.arange(p.start, p.end) + first[p.item_id] for p in batch.pieces]
+        )
+        outputs = []
+        for one in (runner, alone):
+            one.prepare(batch)
+            outputs.append(one.forward(batch.pieces, hidden, positions))
+        assert agree(*outputs, hidden)
+        scheduler.commit(batch)
+
+
 # Rounding sends a token near a tie to another expert, on one kind of CPU and not on another.
 @pytest.mark.parametrize(
-    ("family", "largest_error"), [("llama", 0.05), ("gemma2", 0.05), ("deepseek_v3", 0.2)]
+    ("family", "largest_error"),
+    [("llama", 0.05), ("gemma2", 0.05), ("deepseek_v3", 0.2), ("bloom", 0.05), ("falcon_mqa", 0.05)],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_near_float32(tiny, family, largest_error, dtype):
     model = tiny(family)
     runner = SpanRunner(model.load_span(dtype), NUM_PAGES, PAGE_SIZE)
-    assert runner.is_ragged
+    assert runner.is_paged
     harness = Harness(model, runner, random.Random(5))
     entering, leaving = model.reference(list(range(3, 33)))
     session = harness.open(1)

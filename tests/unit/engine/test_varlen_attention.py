@@ -10,7 +10,7 @@ import torch
 
 from planetserve.engine.attention_choice import MIN_PAGES, TOLERANCE, best_backend, largest_error
 from planetserve.engine.native_attention import NativeBackend
-from planetserve.engine.probe import examine
+from planetserve.engine.probe import Batching, examine
 from planetserve.engine.sdpa import SdpaBackend
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.engine.varlen_attention import VarlenBackend
@@ -128,7 +128,7 @@ def test_a_backend_that_fails_is_replaced_by_the_reference(tiny, caplog):
     blocks = tiny("llama").load_span(torch.bfloat16)
     with caplog.at_level(logging.INFO, "planetserve.engine"):
         runner = SpanRunner(blocks, 4, 16, attention_backend="varlen")
-    assert runner.is_ragged
+    assert runner.batching is Batching.RAGGED
     assert (runner.num_pages, runner.page_size) == (4, 16)
     assert "attention backend sdpa: with VarlenBackend, its code fails" in caplog.text
 

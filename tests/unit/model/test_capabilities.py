@@ -9,9 +9,9 @@ import pytest
 from planetserve.errors import ModelError
 from planetserve.model.capabilities import (
     check_servable,
+    constant_rotary_length,
     has_recurrent_layers,
     refusal,
-    rotary_depends_on_length,
     warn_if_untested,
 )
 from planetserve.model.checkpoint import Checkpoint
@@ -28,7 +28,8 @@ def test_servable_families_are_not_refused(family: str) -> None:
     config = tiny_config(family)
     assert refusal(config) is None
     assert not has_recurrent_layers(config)
-    assert rotary_depends_on_length(config) == (family in {"llama_dynamic_rope", "phi3_longrope"})
+    lengths = {"llama_dynamic_rope": 8, "phi3_longrope": 4096}
+    assert constant_rotary_length(config) == lengths.get(family)
 
 
 def test_quantised_weights_are_refused(tmp_path: Path) -> None:

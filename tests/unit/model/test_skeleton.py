@@ -94,11 +94,11 @@ def test_a_layer_outside_the_span_is_answered_by_the_first(llama: Path) -> None:
 @torch.inference_mode()
 def test_rotary_state_of_one_session_does_not_reach_the_next(family: str, tmp_path: Path) -> None:
     blocks = load(make_tiny_checkpoint(tmp_path, family), 0, 2)
-    assert blocks.rotary_depends_on_length
+    assert blocks.constant_rotary_length is not None
     fresh = blocks.run(hidden(10), positions(0, 10))
     blocks.run(hidden(40), positions(0, 40))
     assert torch.equal(blocks.run(hidden(10), positions(0, 10)), fresh)
-    assert not load(make_tiny_checkpoint(tmp_path / "plain"), 0, 1).rotary_depends_on_length
+    assert load(make_tiny_checkpoint(tmp_path / "plain"), 0, 1).constant_rotary_length is None
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,7 @@ def shared_passes(pieces: Sequence[Piece], limits: SharingLimits) -> list[list[i
         sized.sort(key=lambda index: pieces[index].end, reverse=True)
         while sized:
             longest, count = pieces[sized[0]].end, 1
-            while count < len(sized) and limits.allow(
-                pieces[sized[count]].end, longest, count + 1
-            ):
+            while count < len(sized) and limits.allow(pieces[sized[count]].end, longest, count + 1):
                 count += 1
             members, sized = sized[:count], sized[count:]
             passes.append(sorted(members))
@@ -94,35 +92,37 @@ class PaddedBatch:
             slots.extend(piece.slots)
         self.slots = integers(slots, device)
         self.mask_BS: torch.Tensor | None = None
-        self._is_fresh = all(piece.start == 0 for piece in pieces)
-        self._slice: slice | None = None
-        self._slots_BS: torch.Tensor | None = None
+        self._where: slice | torch.Tensor | None = None
+        """The slots of all tokens, consecutive or `[B, S]`; None if all tokens are new."""
         self._index: dict[int, torch.Tensor] = {}
+        if all(piece.start == 0 for piece in pieces):
+            return
         pages = pieces[0].pages
         if len(pieces) == 1 and pages == array("i", range(pages[0], pages[0] + len(pages))):
             first = pages[0] * page_size
-            self._slice = slice(first, first + self.num_keys)
-        elif not self._is_fresh:
-            self._slots_BS = self._find_keys(pieces, page_size, null_page, device)
+            self._where = slice(first, first + self.num_keys)
+        else:
+            self._where = self._find_slots(pieces, page_size, null_page, device)
 
     def all_tokens(self, new_BKTD: torch.Tensor, tokens_NKD: torch.Tensor) -> torch.Tensor:
         """`[B, K, S, D]`: the new tokens and those before them, out of all slots of a layer."""
-        if self._is_fresh:
+        where = self._where
+        if where is None:
             return new_BKTD
-        if self._slice is not None:
-            return tokens_NKD[self._slice].transpose(0, 1)[None]
+        if isinstance(where, slice):
+            return tokens_NKD[where].transpose(0, 1)[None]
         num_heads = tokens_NKD.shape[1]
         index = self._index.get(num_heads)
         if index is None:
             # By head and not by token: the result is contiguous, as families expect and as matrix
             # products need it (measured: 7 to 10 times faster), and the copy takes no longer.
             heads_K1 = torch.arange(num_heads, dtype=torch.int32, device=tokens_NKD.device)[:, None]
-            index = (self._slots_BS[:, None] * num_heads + heads_K1).flatten()
+            index = (where[:, None] * num_heads + heads_K1).flatten()
             self._index[num_heads] = index
         gathered = tokens_NKD.flatten(0, 1).index_select(0, index)
         return gathered.view(self.num_rows, num_heads, self.num_keys, -1)
 
-    def _find_keys(
+    def _find_slots(
         self, pieces: Sequence[Piece], page_size: int, null_page: int, device: torch.device
     ) -> torch.Tensor:
         """Where all tokens lie, `[B, S]`."""

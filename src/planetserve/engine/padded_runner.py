@@ -45,7 +45,10 @@ class PaddedRunner:
         positions_T: torch.Tensor,
         span: BlockSpan,
     ) -> torch.Tensor:
-        """Hidden states after the blocks of `span`, `[T, D]`. May be repeated for the same pieces."""
+        """Hidden states after the blocks of `span`, `[T, D]`.
+
+        May be repeated for the same pieces.
+        """
 
         def run(part: Sequence[Piece], hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
             batch = PaddedBatch(part, self._cache.page_size, self._cache.null_page, hidden.device)

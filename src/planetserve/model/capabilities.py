@@ -103,7 +103,7 @@ def _cache_kinds(config: PretrainedConfig) -> list[type] | None:
 
 
 def constant_rotary_length(config: PretrainedConfig) -> int | None:
-    """The length up to which rotary frequencies are the same for every pass, None if they always are.
+    """The length up to which rotary frequencies are constant; None if they always are.
 
     In longer passes they depend on the longest position (dynamic NTK, longrope).
     """

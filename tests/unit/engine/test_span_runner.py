@@ -235,7 +235,13 @@ def test_nobody_feels_how_long_others_are(tiny, family, batching):
 # Rounding sends a token near a tie to another expert, on one kind of CPU and not on another.
 @pytest.mark.parametrize(
     ("family", "largest_error"),
-    [("llama", 0.05), ("gemma2", 0.05), ("deepseek_v3", 0.2), ("bloom", 0.05), ("falcon_mqa", 0.05)],
+    [
+        ("llama", 0.05),
+        ("gemma2", 0.05),
+        ("deepseek_v3", 0.2),
+        ("bloom", 0.05),
+        ("falcon_mqa", 0.05),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_near_float32(tiny, family, largest_error, dtype):

@@ -1,8 +1,8 @@
 """Write docs/families.md: what was tried with each model family, and what came of it.
 
 Makes a tiny random checkpoint of every family in `planetserve.testing.checkpoints`, spreads it over
-two servers in this process, compares the logits with the local model's, and asks the engine whether
-the family's sessions can share a pass. Takes a minute or two; needs no network.
+two servers in this process, compares the logits with the local model's, and asks the engine how the
+family's sessions can share a pass. Takes a minute or two; needs no network.
 
     python scripts/family_table.py            write docs/families.md
     python scripts/family_table.py llama opt  print the rows of these families
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from planetserve.engine import attention
-from planetserve.engine.probe import why_not_ragged
+from planetserve.engine.probe import Batching
+from planetserve.engine.span_runner import SpanRunner
 from planetserve.model.capabilities import refusal
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.skeleton import SpanBlocks
@@ -46,7 +46,11 @@ family, spread over several servers, must give the local model's logits (`tests/
 within 1e-4) for a prompt and for single tokens after it.
 
 - **ragged**: steps of many sessions run in one pass over the paged KV cache.
-- **plain**: correct, but one session per pass; the note says why.
+- **padded**: their steps run in one pass too, as rows of a batch of the family's own attention,
+  padded to the longest context; the note says why not raggedly. Longer pieces, such as those of
+  prompts, run one by one. Keys and values lie in the same pages.
+- **plain**: correct, but one session per pass, without pages. No family below needs it; one that is
+  not listed may.
 - **refused**: both ends say so in one line before they load anything.
 
 Not served, whatever the family: checkpoints without safetensors, checkpoints whose weights are
@@ -54,7 +58,7 @@ stored quantised (GPTQ, AWQ, MXFP4, FP8), models that need code from their repos
 encoder-decoder models, and models that take images or audio (their text-only checkpoints are
 served).
 
-{num_served} of the {num_all} rows can be served, {num_ragged} of them raggedly.
+{num_served} of the {num_all} rows can be served, {num_ragged} of them raggedly and {num_padded} padded.
 
 | family | model type | batching | note |
 |---|---|---|---|
@@ -90,15 +94,9 @@ def served_row(family: str, folder: Path) -> Row:
     if error > 1e-4:
         raise SystemExit(f"{family}: logits differ from the local model's by {error:.1e}")
     blocks = SpanBlocks.load(checkpoint, BlockSpan(0, checkpoint.num_blocks), torch.float32)
-    with torch.inference_mode():
-        reason = why_not_ragged(
-            blocks,
-            checkpoint.hidden_size,
-            torch.float32,
-            torch.device("cpu"),
-            attention.BACKENDS.create("sdpa"),
-        )
-    return Row(family, "ragged") if reason is None else Row(family, "plain", reason)
+    verdict = SpanRunner(blocks, num_pages=4, page_size=16, attention_backend="sdpa").verdict
+    reasons = [verdict.why_not_ragged, verdict.why_not_padded]
+    return Row(family, verdict.batching, "; ".join(filter(None, reasons)))
 
 
 @torch.inference_mode()
@@ -135,7 +133,8 @@ def main(families: list[str]) -> None:
             version=transformers.__version__,
             num_served=sum(row.batching != "refused" for row in rows),
             num_all=len(rows),
-            num_ragged=sum(row.batching == "ragged" for row in rows),
+            num_ragged=sum(row.batching == Batching.RAGGED for row in rows),
+            num_padded=sum(row.batching == Batching.PADDED for row in rows),
         )
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(head + "\n".join(str(row) for row in rows) + "\n")

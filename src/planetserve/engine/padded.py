@@ -4,7 +4,7 @@ Sequences lie in the rows of a rectangle and end together, as in a batch that is
 The padding is read from the null page, whose zeros are finite, so that a mask can hide them.
 
 Legend: B rows of a pass, one per piece; T new tokens of each; S tokens of the longest sequence; N
-slots; K heads of keys and values; D width of a head.
+slots; K heads of keys and values; D width of a head; R rows of single heads.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 
 from planetserve.engine.ragged import MAX_GROUPED_TOKENS
 from planetserve.engine.transfers import integers
+from planetserve.model.skeleton import KvShape
 from planetserve.scheduler.batch import Piece
 
 _PASS_BYTES = 1 << 20
@@ -39,8 +40,14 @@ class SharingLimits(NamedTuple):
     max_copied: int
 
     @classmethod
-    def of(cls, layer: nn.Module, kv_bytes: int) -> SharingLimits:
-        """For layers like this one, with `kv_bytes` of keys and values per token."""
+    def of(cls, layer: nn.Module, shape: KvShape, num_heads: int, itemsize: int) -> SharingLimits:
+        """For layers like this one that cache this, in numbers of `itemsize` bytes.
+
+        `num_heads` are the heads of queries: where several share keys, the family's own code copies
+        these for each of them before it multiplies.
+        """
+        copied_heads = shape.num_heads + (2 * num_heads if num_heads > shape.num_heads else 0)
+        kv_bytes = copied_heads * (shape.key_dim + shape.value_dim) * itemsize
         weight_bytes = sum(p.numel() * p.dtype.itemsize for p in layer.parameters())
         return cls((weight_bytes + _PASS_BYTES) // kv_bytes, _MAX_COPIED_BYTES // kv_bytes)
 
@@ -68,6 +75,26 @@ def shared_passes(pieces: Sequence[Piece], limits: SharingLimits) -> list[list[i
             members, sized = sized[:count], sized[count:]
             passes.append(sorted(members))
     return passes
+
+
+class Scratch:
+    """Memory for what one layer after the other gathers.
+
+    Taken anew in every layer, it would be mapped and cleared every time, which takes several times
+    as long as the copy (measured on a CPU: 8 to 16 times).
+    """
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def take(self, num_rows: int, like_RD: torch.Tensor) -> torch.Tensor:
+        """`[num_rows, D]` for rows like these; what was taken before is written over."""
+        width = like_RD.shape[1]
+        size, memory = num_rows * width, self._memory
+        if memory is None or memory.numel() < size or memory.dtype != like_RD.dtype:
+            # More than is needed, because contexts grow with every step.
+            memory = self._memory = like_RD.new_empty(size + size // 4)
+        return memory[:size].view(num_rows, width)
 
 
 class PaddedBatch:
@@ -104,8 +131,13 @@ class PaddedBatch:
         else:
             self._where = self._find_slots(pieces, page_size, null_page, device)
 
-    def all_tokens(self, new_BKTD: torch.Tensor, tokens_NKD: torch.Tensor) -> torch.Tensor:
-        """`[B, K, S, D]`: the new tokens and those before them, out of all slots of a layer."""
+    def all_tokens(
+        self, new_BKTD: torch.Tensor, tokens_NKD: torch.Tensor, scratch: Scratch
+    ) -> torch.Tensor:
+        """`[B, K, S, D]`: the new tokens and those before them, out of all slots of a layer.
+
+        Valid until the same `scratch` is used again.
+        """
         where = self._where
         if where is None:
             return new_BKTD
@@ -119,7 +151,9 @@ class PaddedBatch:
             heads_K1 = torch.arange(num_heads, dtype=torch.int32, device=tokens_NKD.device)[:, None]
             index = (where[:, None] * num_heads + heads_K1).flatten()
             self._index[num_heads] = index
-        gathered = tokens_NKD.flatten(0, 1).index_select(0, index)
+        heads_RD = tokens_NKD.flatten(0, 1)
+        gathered = scratch.take(len(index), heads_RD)
+        torch.index_select(heads_RD, 0, index, out=gathered)
         return gathered.view(self.num_rows, num_heads, self.num_keys, -1)
 
     def _find_slots(

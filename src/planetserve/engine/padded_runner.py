@@ -18,7 +18,7 @@ import torch
 from transformers import Cache
 
 from planetserve.engine.kv_cache import PagedKvCache
-from planetserve.engine.padded import PaddedBatch, SharingLimits, shared_passes
+from planetserve.engine.padded import PaddedBatch, Scratch, SharingLimits, shared_passes
 from planetserve.engine.passes import run_in_passes
 from planetserve.model.skeleton import SpanBlocks
 from planetserve.scheduler.batch import Piece, ScheduledBatch
@@ -32,6 +32,7 @@ class PaddedRunner:
         self._blocks = blocks
         self._limits = limits
         self._cache = PagedKvCache(len(blocks.span), num_pages, page_size)
+        self._scratch = (Scratch(), Scratch())
 
     def prepare(self, batch: ScheduledBatch) -> None:
         """Copy and clear pages as the batch says."""
@@ -55,7 +56,7 @@ class PaddedRunner:
             output_BTD = self._blocks.run(
                 hidden.unflatten(0, (batch.num_rows, batch.num_tokens)),
                 at.unflatten(0, (batch.num_rows, batch.num_tokens)),
-                _PassCache(batch, self._cache, self._blocks.span.start),
+                _PassCache(batch, self._cache, self._scratch, self._blocks.span.start),
                 batch.mask_BS,
                 span=span,
             )
@@ -68,13 +69,21 @@ class PaddedRunner:
 class _PassCache(Cache):
     """The pages as one pass sees them; layers are addressed by their true index.
 
-    Whole sequences, also for layers with a sliding window, as in `SpanCache`.
+    Whole sequences, also for layers with a sliding window, as in `SpanCache`. What a layer gets is
+    valid until the next one asks.
     """
 
-    def __init__(self, batch: PaddedBatch, pages: PagedKvCache, first_layer: int):
+    def __init__(
+        self,
+        batch: PaddedBatch,
+        pages: PagedKvCache,
+        scratch: tuple[Scratch, Scratch],
+        first_layer: int,
+    ):
         super().__init__(layers=[])
         self._batch = batch
         self._pages = pages
+        self._scratch = scratch
         self._first_layer = first_layer
 
     def update(
@@ -93,9 +102,10 @@ class _PassCache(Cache):
             key_states.transpose(1, 2).flatten(0, 1),
             value_states.transpose(1, 2).flatten(0, 1),
         )
+        for_keys, for_values = self._scratch
         return (
-            batch.all_tokens(key_states, pages.keys_NKD),
-            batch.all_tokens(value_states, pages.values_NKD),
+            batch.all_tokens(key_states, pages.keys_NKD, for_keys),
+            batch.all_tokens(value_states, pages.values_NKD, for_values),
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

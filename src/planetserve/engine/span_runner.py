@@ -92,10 +92,9 @@ class SpanRunner:
         runner: Runner
         if self.batching is Batching.PADDED:
             logger.info("%s runs sessions as padded rows: %s", name, why_not)
-            kv_bytes = self.dtype.itemsize * max(
-                s.num_heads * (s.key_dim + s.value_dim) for s in shapes
-            )
-            limits = SharingLimits.of(blocks.layers[0], kv_bytes)
+            widest = max(shapes, key=lambda s: s.num_heads * (s.key_dim + s.value_dim))
+            num_heads = getattr(blocks.config, "num_attention_heads", widest.num_heads)
+            limits = SharingLimits.of(blocks.layers[0], widest, num_heads, self.dtype.itemsize)
             runner = PaddedRunner(blocks, *pages, limits)
         else:
             blocks.set_attention(attention.NAME)

@@ -7,7 +7,8 @@ from array import array
 import torch
 from torch import nn
 
-from planetserve.engine.padded import PaddedBatch, SharingLimits, shared_passes
+from planetserve.engine.padded import PaddedBatch, Scratch, SharingLimits, shared_passes
+from planetserve.model.skeleton import KvShape
 from planetserve.scheduler.batch import Piece
 
 PAGE_SIZE = 4
@@ -49,10 +50,13 @@ def test_no_pass_copies_too_much():
 
 def test_limits_follow_the_weights():
     layer = nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16)
-    assert SharingLimits.of(layer, kv_bytes=1024) == (3072, 262144)
+    limits = SharingLimits.of(layer, KvShape(4, 64, 64), num_heads=4, itemsize=2)
+    assert limits == (3072, 262144)
     # A sequence may be as long as makes up for one more read of the weights.
-    assert SharingLimits.of(layer, 1024).allow(1536, 1536, 2)
-    assert not SharingLimits.of(layer, 1024).allow(1537, 1537, 2)
+    assert limits.allow(1536, 1536, 2)
+    assert not limits.allow(1537, 1537, 2)
+    # For heads of queries that share keys, these are written and read once more for each.
+    assert SharingLimits.of(layer, KvShape(4, 64, 64), num_heads=6, itemsize=2).pass_tokens == 768
 
 
 def numbered(num_heads: int) -> torch.Tensor:
@@ -73,22 +77,23 @@ def test_rows_end_together_and_begin_with_zeros():
     expected_BS = torch.tensor(
         [[20, 21, 22, 23, 8, 9, 10], [32] * 4 + [28, 29, 30], [32] * 2 + [0, 1, 2, 3, 4]]
     )
-    for num_heads in (1, 3):
+    scratch = Scratch()
+    for num_heads in (1, 3, 2):
         tokens_NKD = numbered(num_heads)
-        rows = batch.all_tokens(torch.empty(0), tokens_NKD)
+        rows = batch.all_tokens(torch.empty(0), tokens_NKD, scratch)
         assert torch.equal(rows, tokens_NKD[expected_BS].transpose(1, 2))
         assert rows.is_contiguous()
 
 
 def test_a_single_sequence_is_read_in_place_where_its_pages_allow():
-    tokens_NKD = numbered(2)
+    tokens_NKD, scratch = numbered(2), Scratch()
     batch = PaddedBatch([piece(10, 3, (3, 4, 5))], PAGE_SIZE, NULL_PAGE, CPU)
-    rows = batch.all_tokens(torch.empty(0), tokens_NKD)
+    rows = batch.all_tokens(torch.empty(0), tokens_NKD, scratch)
     assert batch.mask_BS is None
     assert torch.equal(rows[0], tokens_NKD[12:22].transpose(0, 1))
     assert rows.data_ptr() == tokens_NKD[12].data_ptr()
     scattered = PaddedBatch([piece(6, 3, (3, 1))], PAGE_SIZE, NULL_PAGE, CPU)
-    rows = scattered.all_tokens(torch.empty(0), tokens_NKD)
+    rows = scattered.all_tokens(torch.empty(0), tokens_NKD, scratch)
     assert scattered.mask_BS is None
     assert torch.equal(rows[0], tokens_NKD[[12, 13, 14, 15, 4, 5]].transpose(0, 1))
 
@@ -96,5 +101,5 @@ def test_a_single_sequence_is_read_in_place_where_its_pages_allow():
 def test_new_sequences_need_nothing_from_pages():
     new_BKTD = torch.randn(2, 2, 3, 2)
     batch = PaddedBatch([piece(3, 3, (3,)), piece(3, 3, (1,))], PAGE_SIZE, NULL_PAGE, CPU)
-    assert batch.all_tokens(new_BKTD, numbered(2)) is new_BKTD
+    assert batch.all_tokens(new_BKTD, numbered(2), Scratch()) is new_BKTD
     assert batch.mask_BS is None

@@ -72,7 +72,8 @@ def test_the_log_says_why_a_span_is_padded(tiny, family, reason, caplog):
     with caplog.at_level(logging.INFO, "planetserve.engine"):
         runner = SpanRunner(tiny(family).load_span(), 4, 16)
     assert runner.batching is Batching.PADDED
-    assert f"as padded rows: {reason}" in caplog.text.replace("StableLmAttention ", "")
+    assert "runs sessions as padded rows" in caplog.text
+    assert reason in caplog.text
     assert runner.can_preempt
 
 

@@ -58,7 +58,7 @@ stored quantised (GPTQ, AWQ, MXFP4, FP8), models that need code from their repos
 encoder-decoder models, and models that take images or audio (their text-only checkpoints are
 served).
 
-{num_served} of the {num_all} rows can be served, {num_ragged} of them raggedly and {num_padded} padded.
+{num_served} of the {num_all} rows can be served: {num_ragged} raggedly, {num_padded} padded.
 
 | family | model type | batching | note |
 |---|---|---|---|

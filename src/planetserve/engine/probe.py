@@ -20,9 +20,9 @@ import torch
 
 from planetserve.engine import attention
 from planetserve.engine.fused import FusedLayers
-from planetserve.engine.padded import SharingLimits
+from planetserve.engine.padded import SharingLimits, shared_passes
 from planetserve.engine.padded_runner import PaddedRunner
-from planetserve.engine.passes import Runner, split_by_length
+from planetserve.engine.passes import Runner, split_by_length, token_rows
 from planetserve.engine.plain_runner import PlainRunner
 from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.errors import ModelError
@@ -55,6 +55,8 @@ _SCRIPT = (
     ((0, 11, 1), (1, 7, 6)),
     ((1, 13, 1), (0, 12, 1)),
     ((0, 13, 2), (1, 8, 2)),
+    ((0, 15, 1), (1, 10, 1)),
+    ((0, 13, 3), (1, 8, 3)),
 )
 
 
@@ -153,10 +155,26 @@ def why_not_padded(
         except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
             logger.debug("the probe's padded pass failed", exc_info=True)
             return f"its code fails on padded rows ({type(error).__name__})"
-    hidden = torch.cat([step.hidden_TD for step in steps])
-    if not agree(torch.cat(actual), torch.cat(expected), hidden):
+    tensors = [torch.cat(part) for part in (actual, expected, [s.hidden_TD for s in steps])]
+    # Apart from the others, of which there are so many that they could outvote them.
+    padded_rows = [tensor[_padded_rows(steps)] for tensor in tensors]
+    if not agree(*tensors) or not agree(*padded_rows):
         return "padded and single passes differ"
     return None
+
+
+def _padded_rows(steps: list[_Step]) -> list[int]:
+    """Where the tokens of padded rows are when all steps are laid end to end."""
+    rows: list[int] = []
+    offset = 0
+    for step in steps:
+        pieces = step.batch.pieces
+        for members in shared_passes(pieces, _SHARES_ALL):
+            longest = max(pieces[index].end for index in members)
+            shorter = [index for index in members if pieces[index].end < longest]
+            rows.extend(offset + row for row in token_rows(pieces, shorter))
+        offset += step.batch.num_tokens
+    return rows
 
 
 def agree(actual_TD: torch.Tensor, expected_TD: torch.Tensor, hidden_TD: torch.Tensor) -> bool:

@@ -240,7 +240,7 @@ class SpanBlocks:
 
         Args:
             hidden_1TD: what the block before the first one put out, `[1, tokens, hidden]`; several
-                rows of equal length are fine with the plain cache.
+                rows of equal length are fine with a cache of as many rows.
             position_ids_1T: position of each token; by default they follow the cache.
             past_key_values: keys and values so far; None runs the tokens as a whole sequence.
             attention_mask: passed on as it is.

@@ -94,11 +94,14 @@ class OtherRows(PaddedBatch):
 
 
 @pytest.mark.parametrize("mistaken", [Leftmost, OtherRows])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["falcon_mqa", "bloom"])
-def test_wrong_rows_are_found_and_the_log_says_why(tiny, family, mistaken, monkeypatch, caplog):
+def test_wrong_rows_are_found_and_the_log_says_why(
+    tiny, family, dtype, mistaken, monkeypatch, caplog
+):
     monkeypatch.setattr(padded_runner, "PaddedBatch", mistaken)
     with caplog.at_level(logging.INFO, "planetserve.engine"):
-        runner = SpanRunner(tiny(family).load_span(), 4, 16)
+        runner = SpanRunner(tiny(family).load_span(dtype), 4, 16)
     assert runner.batching is Batching.PLAIN
     assert not runner.can_preempt
     assert "runs one sequence per pass" in caplog.text

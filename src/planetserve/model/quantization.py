@@ -81,13 +81,13 @@ def quantize_experts(block: nn.Module, quantizer: HfQuantizer) -> None:
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     def quantized(layer: nn.Module) -> nn.Module:
-        weight: torch.Tensor = layer.weight.data.contiguous()
+        device, weight = layer.weight.device, layer.weight.data.cpu().contiguous()
         holder = nn.ModuleList([layer])
         replace_with_bnb_linear(holder, quantization_config=quantizer.quantization_config)
         made: nn.Module = holder[0]
-        # bitsandbytes quantises when a weight is moved.
+        # Like the integration: from the CPU, because moving is what quantises 8 bits.
         whole = type(made.weight)(weight, requires_grad=False, **vars(made.weight))
-        made.weight = whole.to(weight.device)
+        made.weight = whole.to(device)
         made.bias = layer.bias
         return made
 

@@ -281,7 +281,7 @@ def measure_profile(
             servers = token_profile.collect(swarm.folder, swarm.pids)
             row = {"dtype": dtype, "target": target, **token_profile.profile(noted, servers)}
             row["idle_shares"] = {
-                sessions: idle_shares(bench, swarm, sessions)
+                sessions: run_and_idle_shares(bench, swarm, sessions)[1]
                 for sessions in options.sessions
                 if sessions > 1
             }
@@ -289,14 +289,15 @@ def measure_profile(
     return rows
 
 
-def idle_shares(bench: Bench, swarm: Swarm, sessions: int) -> list[float]:
-    """How much of the time each server of a chain has nothing to run while sessions write."""
+def run_and_idle_shares(bench: Bench, swarm: Swarm, sessions: int) -> tuple[Run, list[float]]:
+    """Sessions write at once; how much of the time each server of the chain has nothing to run."""
     token_profile.collect(swarm.folder, swarm.pids)
-    begin_s, end_s = bench.run_swarm(swarm.client, sessions).steady_s
+    run = bench.run_swarm(swarm.client, sessions)
+    begin_s, end_s = run.steady_s
     if end_s <= begin_s:
         raise SystemExit("some sessions ended before others began; give more --new_tokens")
     servers = token_profile.collect(swarm.folder, swarm.pids)
-    return [token_profile.idle_share(stamps, begin_s, end_s) for stamps in servers]
+    return run, [token_profile.idle_share(stamps, begin_s, end_s) for stamps in servers]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

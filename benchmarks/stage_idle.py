@@ -23,7 +23,6 @@ from typing import Any
 
 import engine
 import psutil
-import token_profile
 from common import environment, load, table, write_result
 from processes import make_checkpoint, prepare
 
@@ -83,20 +82,15 @@ def measure(
     """Rates of one and of several sessions; the servers' idle shares and the cores that each of
     `processes` uses while several write."""
     single = bench.run_swarm(swarm.client, 1).tokens_per_s
-    token_profile.collect(swarm.folder, swarm.pids)
     before_s, started_s = [cpu_seconds(pids) for pids in processes], time.monotonic()
-    run = bench.run_swarm(swarm.client, sessions)
+    run, idle_shares = engine.run_and_idle_shares(bench, swarm, sessions)
     elapsed_s = time.monotonic() - started_s
     used_s = [cpu_seconds(pids) - s for pids, s in zip(processes, before_s, strict=True)]
-    begin_s, end_s = run.steady_s
-    if end_s <= begin_s:
-        raise SystemExit("some sessions ended before others began; give more --new_tokens")
-    stamps = token_profile.collect(swarm.folder, swarm.pids)
     return {
         "single_tokens_per_s": single,
         "tokens_per_s": run.tokens_per_s,
         "ratio": run.tokens_per_s / single,
-        "idle_shares": [token_profile.idle_share(own, begin_s, end_s) for own in stamps],
+        "idle_shares": idle_shares,
         "cores_used": [own_s / elapsed_s for own_s in used_s],
     }
 

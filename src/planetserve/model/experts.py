@@ -104,13 +104,18 @@ def convert(module: Any, convert_layer: Callable[[nn.Module], str], plain: str) 
     try:
         inputs = _trial_inputs(module)
         expected = [module(*arguments) for arguments in inputs]
-        if not split(module, convert_one):
-            return plain
+    except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
+        logger.warning("experts stay plain: a trial of them fails (%s)", error)
+        return plain
+    # Not tried: what fails here has nothing to do with the family, and half of it may be done.
+    if not split(module, convert_one):
+        return plain
+    try:
         if all(map(_is_close, (module(*arguments) for arguments in inputs), expected)):
             return became
         logger.warning("experts stay plain: their converted form gives something else")
-    except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
-        logger.warning("experts stay plain: a trial of them fails (%s)", error)
+    except Exception as error:  # noqa: BLE001 - as above
+        logger.warning("experts stay plain: their converted form fails (%s)", error)
     unpack(module)
     return plain
 

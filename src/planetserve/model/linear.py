@@ -39,8 +39,9 @@ def convert_span(blocks: SpanBlocks, backend_name: str) -> Counter[str]:
         ConfigError: no backend of this name.
     """
     backend = BACKENDS.create(backend_name)
-    for module in blocks.layers.modules():
-        _make_plain(module)
+    if backend_name != PLAIN:
+        for module in blocks.layers.modules():
+            _make_plain(module)
     layers = [m for m in blocks.layers.modules() if why_not_convertible(m) is None]
     mixtures = [m for m in blocks.layers.modules() if experts.why_not_convertible(m) is None]
     all_plain = Counter({PLAIN: len(layers) + len(mixtures)})

@@ -21,7 +21,9 @@ from planetserve.types import BlockSpan
 WITH_EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "aria_text", "deepseek_v3", "flex_olmo"]
 """Among them transposed weights, biases, and gates that are interleaved."""
 
-pytestmark = pytest.mark.skipif(library.kernels() is None, reason="the kernels were not compiled")
+needs_kernels = pytest.mark.skipif(
+    library.kernels() is None, reason="the kernels were not compiled"
+)
 
 
 def load_experts(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -41,7 +43,7 @@ def route(module: Any, num_tokens: int, num_chosen: int) -> tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["native", "packed"])
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_kernels), "packed"])
 @pytest.mark.parametrize("family", WITH_EXPERTS)
 @torch.inference_mode()
 def test_converted_experts_give_the_same(
@@ -64,6 +66,7 @@ def test_converted_experts_give_the_same(
             assert (converted(*routed).float() - expected).norm() <= tolerance * expected.norm()
 
 
+@needs_kernels
 @torch.inference_mode()
 def test_one_expert_may_get_every_token(tmp_path: Path) -> None:
     plain = load_experts("mixtral", tmp_path)
@@ -76,6 +79,7 @@ def test_one_expert_may_get_every_token(tmp_path: Path) -> None:
     assert torch.allclose(converted(hidden_TD, chosen_T1, weights_T1), expected, atol=1e-5)
 
 
+@needs_kernels
 @torch.inference_mode()
 def test_unpacked_experts_are_the_old_ones(tmp_path: Path) -> None:
     plain = load_experts("gpt_oss", tmp_path)
@@ -92,6 +96,7 @@ def test_unpacked_experts_are_the_old_ones(tmp_path: Path) -> None:
     assert module(*routed).equal(plain(*routed))
 
 
+@needs_kernels
 @torch.inference_mode()
 def test_experts_stay_as_they_are_if_one_cannot_be_converted(tmp_path: Path) -> None:
     plain = load_experts("mixtral", tmp_path)
@@ -107,6 +112,7 @@ def test_experts_stay_as_they_are_if_one_cannot_be_converted(tmp_path: Path) -> 
     assert module.gate_up_proj.equal(plain.gate_up_proj)
 
 
+@needs_kernels
 @torch.inference_mode()
 def test_wrong_products_are_taken_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = load_experts("mixtral", tmp_path)
@@ -124,8 +130,18 @@ def test_wrong_products_are_taken_back(tmp_path: Path, caplog: pytest.LogCapture
     assert module.down_proj.equal(plain.down_proj)
 
 
+def test_a_failure_in_converting_is_not_taken_for_the_familys(tmp_path: Path) -> None:
+    module = load_experts("mixtral", tmp_path)
+
+    def fail(layer: nn.Module) -> str:
+        raise OSError("no memory")
+
+    with pytest.raises(OSError, match="no memory"):
+        experts.convert(module, fail, PLAIN)
+
+
 def test_other_modules_have_no_experts(tmp_path: Path) -> None:
-    assert experts.why_not_convertible(nn.Linear(2, 2)) is not None
+    assert "Linear is no experts module" in (experts.why_not_convertible(nn.Linear(2, 2)) or "")
     module = load_experts("mixtral", tmp_path)
     module.register_forward_hook(lambda *_: None)
     assert experts.why_not_convertible(module) == "something is hooked to it"

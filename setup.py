@@ -46,6 +46,7 @@ setup(
         "pydantic>=2.7,<3",
         "PyYAML>=6.0",
         "rich>=13.7",
+        "typing_extensions>=4.6",  # `override`, which Python has from 3.12
     ],
     extras_require={
         "nsga2": ["pymoo>=0.6.1"],

@@ -30,6 +30,8 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from typing_extensions import override
+
 import planetserve
 from planetserve.config import check_mapping, did_you_mean, field_docs, from_mapping, load_yaml
 from planetserve.errors import ConfigError, PlanetServeError
@@ -72,10 +74,12 @@ class Parser(argparse.ArgumentParser):
         options: dict[str, Any] = {} if num_values else {"action": "store_true"}
         self.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
 
+    @override
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
         raise ConfigError(message)
 
+    @override
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:

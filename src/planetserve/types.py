@@ -1,6 +1,7 @@
 """Plain values that every package shares: spans, hops, chains, what a server says of itself.
 
-Frozen and slotted; standard library only. Block spans are half-open, `[start, end)`, everywhere.
+Frozen and slotted; of other packages only `typing_extensions`. Block spans are half-open,
+`[start, end)`, everywhere.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
+from typing_extensions import override
 
 from planetserve.errors import ConfigError
 
@@ -39,6 +42,7 @@ class BlockSpan:
     def __len__(self) -> int:
         return self.end - self.start
 
+    @override
     def __str__(self) -> str:
         return f"{self.start}:{self.end}"
 
@@ -125,6 +129,7 @@ class Hop:
     def span(self) -> BlockSpan:
         return BlockSpan(self.start, self.end)
 
+    @override
     def __str__(self) -> str:
         return f"{self.start}:{self.end} via …{self.peer_id[-6:]}"
 
@@ -143,5 +148,6 @@ class Chain:
     def __len__(self) -> int:
         return len(self.hops)
 
+    @override
     def __str__(self) -> str:
         return " => ".join(str(hop) for hop in self.hops)

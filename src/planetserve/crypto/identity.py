@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from typing_extensions import override
 
 from planetserve.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from planetserve.types import PeerId
@@ -142,6 +143,7 @@ class Identity:
         """
         return self._key.sign(_signed_bytes(context, message))
 
+    @override
     def __repr__(self) -> str:
         return f"Identity({self.peer_id})"
 

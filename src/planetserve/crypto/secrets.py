@@ -24,6 +24,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from typing_extensions import override
 
 from planetserve.errors import DecryptionFailed, LocalProtocolError
 from planetserve.wire.frame import Direction
@@ -97,6 +98,7 @@ class ChannelSecret:
         self._outgoing.erase()
         self._incoming.erase()
 
+    @override
     def __repr__(self) -> str:
         return f"ChannelSecret({'erased' if self._outgoing.erased else 'live'})"
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from planetserve.model.converted_linear import Converted
 from planetserve.native import library
 
 
 class _Native(Converted):
+    @override
     def dense(self) -> torch.Tensor:
         return library.unpack(self.packed, self.num_outputs, self.num_inputs)
 
+    @override
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         kernels = library.kernels()
         if kernels is None or x.shape[-1] != self.num_inputs:

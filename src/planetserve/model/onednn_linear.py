@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from planetserve.model.converted_linear import Converted
 
@@ -26,9 +27,11 @@ class _Packed(Converted):
     padded_rows = 1
     """Inputs of fewer rows are padded to this many."""
 
+    @override
     def dense(self) -> torch.Tensor:
         return self.packed.to_dense()
 
+    @override
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
         if rows >= self.padded_rows:

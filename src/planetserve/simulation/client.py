@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from planetserve.config import ClientConfig
 from planetserve.errors import ConfigError, NoChainAvailable
@@ -51,6 +52,7 @@ class MatrixSnapshot(SwarmSnapshot):
     def half_rtt_ms(self) -> FloatArray:
         return self.half
 
+    @override
     def rtt(self, first: str, second: str) -> float:
         return 2.0 * float(self.half[self.index[first], self.index[second]])
 
@@ -87,6 +89,7 @@ class Policy:
             raise ConfigError(f"{text[:80]!r}: write +moves or +folded, not +{unknown[0]}")
         return cls(optimizer, "moves" in flags, "folded" in flags)
 
+    @override
     def __str__(self) -> str:
         return self.optimizer + "+moves" * self.moves + "+folded" * self.folded
 

@@ -13,12 +13,15 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from typing_extensions import override
+
 _NAME = "hivemind"
 
 
 class _Unread(ModuleType):
     """A package whose `__init__.py` runs when a name is missing."""
 
+    @override
     def __getattr__(self, name: str) -> object:
         # A subpackage is bound to its parent's name only once it has been imported to the end.
         under_way = sys.modules.get(f"{self.__name__}.{name}")

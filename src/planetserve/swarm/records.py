@@ -20,6 +20,7 @@ from collections import Counter, OrderedDict
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from typing_extensions import override
 
 from planetserve.clock import Clock
 from planetserve.config import MAX_RECORD_LIFETIME_S
@@ -109,6 +110,7 @@ class ServerBody(Body):
             raise ValueError("an address leads to another peer")
         return self
 
+    @override
     def dht_key(self) -> bytes:
         return server_key(self.model, shard_of(self.peer_id))
 
@@ -129,6 +131,7 @@ class ModelBody(Body):
     kind: Literal["model"] = "model"
     dtype: Dtype
 
+    @override
     def dht_key(self) -> bytes:
         return MODELS_KEY
 

@@ -21,6 +21,8 @@ import socket
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from planetserve.errors import (
     HopTimeout,
     LocalProtocolError,
@@ -295,6 +297,7 @@ class FrameStream:
             self._socket.close()
             self._node.streams.discard(self)
 
+    @override
     def __repr__(self) -> str:
         return f"FrameStream({short(self.remote)}, {'closed' if self.closed else 'open'})"
 

@@ -61,9 +61,24 @@ def test_client_with_another_revision(swarm: LocalSwarm, other_revision: Path) -
         _load(other_revision, swarm)
 
 
-def test_server_with_another_revision(swarm: LocalSwarm, other_revision: Path) -> None:
-    with pytest.raises(ModelMismatchError, match="another revision"):
-        swarm.add_server("0:3", model=str(other_revision))
+def test_server_with_another_revision(
+    llama_folder: Path,
+    other_revision: Path,
+    prompt: torch.Tensor,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It cannot know which of them is right: it serves its own clients and says what differs."""
+    with LocalSwarm(str(llama_folder), ["0:6"]) as swarm:
+        theirs = swarm.servers[0].checkpoint.fingerprint
+        caplog.clear()
+        ours = swarm.add_server("0:6", model=str(other_revision))
+        (warning,) = [r.getMessage() for r in caplog.records if "other files" in r.getMessage()]
+        assert theirs[:12] in warning
+        assert ours.checkpoint.fingerprint[:12] in warning
+        assert "--dht_prefix" in warning
+        for folder in (llama_folder, other_revision):
+            with _load(folder, swarm) as model:
+                assert model.generate(prompt, max_new_tokens=1).shape == (1, 13)
 
 
 def test_records_of_liars_keep_nobody_out(llama_folder: Path, prompt: torch.Tensor) -> None:

@@ -188,6 +188,17 @@ def test_a_record_seen_before_is_still_checked_for_owner_key_and_time() -> None:
         check(checker, GOOD)
 
 
+@pytest.mark.parametrize("moved", [-20, -1, 1, 20])
+def test_a_record_seen_before_is_not_known_with_its_bytes_split_elsewhere(moved: int) -> None:
+    """Where the key ends and the envelope begins is the sender's choice."""
+    checker = RecordChecker(StoppedClock())
+    check(checker, GOOD)
+    key = records.key_digest(body_of().dht_key())
+    split = len(key) + moved
+    with pytest.raises(RemoteProtocolError, match="wrong key"):
+        check(checker, (key + GOOD)[split:], key=(key + GOOD)[:split])
+
+
 def test_a_record_that_just_ended_still_passes() -> None:
     """Another node's answer may hold one by a moment, and must not be refused for it."""
     assert check(RecordChecker(StoppedClock(NOW + 61)), GOOD).peer_id == OWNER.peer_id

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
@@ -24,7 +24,6 @@ from planetserve.engine.engine import Engine
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.errors import (
     ConfigError,
-    ModelMismatchError,
     PlanetServeError,
     TransportError,
 )
@@ -90,7 +89,6 @@ class Server:
         Raises:
             ConfigError: a setting does not fit the model or the machine.
             PeerUnreachable: no initial peer answers.
-            ModelMismatchError: the swarm serves another revision of this model.
         """
         started_s = time.monotonic()
         checkpoint = await asyncio.to_thread(_open_checkpoint, config)
@@ -199,14 +197,7 @@ class Server:
             if info.peer_id != self.node.peer_id and info.state in _PRESENT
         ]
         ours = [info for info in others if info.fingerprint == self.checkpoint.fingerprint]
-        if others and not ours:
-            # A single record that says otherwise must not keep servers out of their own swarm.
-            raise ModelMismatchError(
-                f"this swarm already serves another revision of {self.checkpoint.name} "
-                f"({others[0].fingerprint[:12]}; yours is {self.checkpoint.fingerprint[:12]}); "
-                "serve the same files, or set --dht_prefix NAME on servers and clients of "
-                "yours"
-            )
+        self._warn_of_other_revisions([info for info in others if info not in ours])
         if self.config.block_indices is not None:
             return self.config.block_indices
         num_blocks = self.checkpoint.num_blocks
@@ -218,6 +209,20 @@ class Server:
         return placement.choose_span(
             points, self.checkpoint.num_blocks, self.config.num_blocks or 1, own_speed
         )
+
+    def _warn_of_other_revisions(self, strangers: Sequence[ServerInfo]) -> None:
+        """Not an error: anybody may announce anything, and clients go by their own files."""
+        if not strangers:
+            return
+        theirs = sorted({info.fingerprint[:12] for info in strangers})
+        more = f" and {len(theirs) - 3} more" if len(theirs) > 3 else ""
+        logger.warning(
+            "%d of the servers announced as %s have other files than this one (%s%s; here %s) and "
+            "serve none of its clients; if that is not meant, serve the same files and --revision, "
+            "or give servers and clients of yours a --dht_prefix",
+            len(strangers), self._prefix, ", ".join(theirs[:3]), more,
+            self.checkpoint.fingerprint[:12],
+        )  # fmt: skip
 
     async def _build(self, device: torch.device) -> None:
         """Load the span and measure it, with a JOINING record so that others plan around it."""

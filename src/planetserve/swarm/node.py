@@ -33,7 +33,7 @@ from planetserve.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from planetserve.swarm import dht, multiaddr, peer_routing
+from planetserve.swarm import dht, multiaddr, own_protocols, peer_routing
 from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.buckets import TokenBuckets
 from planetserve.swarm.calls import Call, answer
@@ -160,7 +160,7 @@ class SwarmNode:
         self.refused: Counter[str] = Counter()
         """How often what was turned away: `stream`, one too many; `call`, without a request to the
         directory in time; `lookup`, such a request too many; `route`, a question too many where
-        another peer is."""
+        another peer is; `libp2p`, a stream of a protocol that only the daemon would serve."""
         self.taps: list[FrameTap] = []
         self.send_rates = PeerAverages(max_peers=_MAX_MEASURED_PEERS, clock=clock)
         """Bytes per second that peers took from this node, where it had to wait for them."""
@@ -206,6 +206,7 @@ class SwarmNode:
             node._resources = resources.pop_all()
         try:
             node.spawn(node._watch(), "p2pd watch")
+            await own_protocols.refuse(daemon, use_relay=config.use_relay, refused=node.refused)
             node._addresses = await daemon.addresses(node.peer_id)
             await node._join()
         except BaseException:

@@ -32,6 +32,8 @@ MAX_RECORD_BYTES = 4096
 MAX_CLOCK_SKEW_S = 30.0
 MAX_ADDRESSES = 8
 MAX_NEXT_RTTS = 32
+KEY_BYTES = 20
+"""Of a DHT key as it appears on the wire."""
 NUM_SHARDS = 8
 """Keys over which the servers of one model are spread, so that one answer holds a shard."""
 
@@ -241,6 +243,8 @@ class RecordChecker:
     def _check(self, key: bytes, owner: PeerId, payload: bytes, expires_at_s: float) -> Body:
         if len(payload) > MAX_RECORD_BYTES:
             raise RemoteProtocolError("oversized")
+        if len(key) != KEY_BYTES:
+            raise RemoteProtocolError("wrong key")
         digest = hashlib.sha256(key + payload).digest()
         body = self._passed.get(digest)
         if body is None:

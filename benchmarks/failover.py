@@ -32,6 +32,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import psutil
 import torch
 from common import environment, load, median, table, write_result
 from processes import children, prepare, start_bootstrap
@@ -143,12 +144,14 @@ class Swarm:
 
     def hit(self, peer_id: str, number: int) -> None:
         """Signal a server and its libp2p daemon."""
-        os.killpg(self.servers[peer_id][1].process.pid, number)
+        process = psutil.Process(self.servers[peer_id][1].process.pid)
+        for each in (*process.children(), process):
+            each.send_signal(number)
 
     def replace(self, peer_id: str) -> None:
         """Put a new server in the place of one that was hit, under the same peer id."""
+        self.hit(peer_id, signal.SIGKILL)
         place, child = self.servers.pop(peer_id)
-        os.killpg(child.process.pid, signal.SIGKILL)
         child.process.wait()
         self.start([place])
 

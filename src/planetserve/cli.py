@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import importlib
 import json
 import logging
@@ -24,9 +25,10 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import types
 import typing
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -36,7 +38,13 @@ import planetserve
 from planetserve.config import check_mapping, did_you_mean, field_docs, from_mapping, load_yaml
 from planetserve.errors import ConfigError, PlanetServeError
 
+logger = logging.getLogger(__name__)
+
 C = TypeVar("C")
+
+_CANNOT_WRITE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_LAST_S = 0.8
+"""For what is released after a second signal."""
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("planetserve.run_server", "serve some blocks of a model"),
@@ -200,53 +208,132 @@ def write_ready_file(
         raise ConfigError(f"cannot write --ready_file {target}: {error.strerror}") from error
 
 
-def run_until_signalled(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
-    """Run `main(stop)` on a new event loop; SIGINT or SIGTERM sets `stop`.
+@contextlib.contextmanager
+def ended_by_interrupts() -> Iterator[None]:
+    """In this block Ctrl-C ends the process at once: for imports, when nothing is held yet.
 
-    `main` should drain and return once `stop` is set. A second signal cancels it.
-
-    Raises:
-        KeyboardInterrupt: a second signal came before `main` had returned.
+    A library that is being loaded may catch a KeyboardInterrupt or turn it into another error.
     """
 
+    def end(number: int, _frame: object) -> None:
+        sys.stderr.write("interrupted\n")
+        _end_process(128 + number)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run_until_signalled(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    """Run `main(stop)` on a new event loop; SIGINT, SIGTERM or SIGHUP sets `stop`.
+
+    `main` should drain and return once `stop` is set; then the process ends with 0. A second signal
+    cancels `main`, and the process ends with 128 + its number as soon as that has released what it
+    holds, or after a second. No thread is waited for: one that loads a model may take minutes.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    came: list[int] = []
+
     async def body() -> None:
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        task = asyncio.current_task()
+        loop, stop, task = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
 
-        def on_signal() -> None:
-            if stop.is_set() and task is not None:
-                task.cancel()
-            stop.set()
+        # Not the loop's own kind of handler: this one runs while the loop is busy, too.
+        def on_signal(number: int, _frame: object) -> None:
+            came.append(number)
+            if len(came) == 1:
+                loop.call_soon_threadsafe(stop.set)
+                return
+            if len(came) > 2 or task is None:
+                _end_process(128 + number)
+            last = threading.Timer(_LAST_S, _end_process, [128 + number])
+            last.daemon = True
+            last.start()
+            loop.call_soon_threadsafe(task.cancel)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal)
+        before = [signal.signal(number, on_signal) for number in numbers]
         try:
             await main(stop)
+        except asyncio.CancelledError:
+            if not came:
+                raise
+        except BaseException:
+            came.clear()
+            raise
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+            if came:
+                _end_process(128 + came[1] if len(came) > 1 else 0)
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
+    asyncio.run(body())
+
+
+def say(text: str) -> None:
+    """Print for a person. What cannot be printed, for a full disk, a pipe that nobody reads or a
+    closed window, goes to the log: no reason to stop serving."""
     try:
-        asyncio.run(body())
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        _drop_stdout()
+        logger.warning("cannot write to stdout (%s), which would say: %s", error.strerror, text)
 
 
 def run(prog: str, main: Callable[[], None]) -> NoReturn:
     """Call `main` and exit with its code; errors become one line on stderr."""
+    _open_standard_files()
+    code: str | int | None = 0
     try:
-        main()
+        try:
+            main()
+        except SystemExit as end:  # of argparse, after --help
+            code = end.code
+        sys.stdout.flush()
     except ConfigError as error:
         _exit(prog, error, 2)
     except PlanetServeError as error:
         _exit(prog, error, 1)
     except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted\n")
         sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read the output has seen enough. The interpreter would complain at its own flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    sys.exit(0)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        _drop_stdout()
+        if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+            sys.exit(141)
+        _exit(prog, PlanetServeError(f"cannot write the output: {error.strerror}"), 1)
+    sys.exit(code)
+
+
+def _drop_stdout() -> None:
+    """Let what is printed from here on go nowhere; the interpreter would complain at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _open_standard_files() -> None:
+    """Keep what is opened later, a socket say, from taking the place of a closed stdout."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _end_process(code: int) -> NoReturn:
+    """Exit without waiting for threads."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -100,11 +100,12 @@ def parse(argv: Sequence[str] | None = None) -> DhtConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until SIGINT, SIGTERM or SIGHUP."""
     config = parse(argv)
     cli.setup_logging(config.log_level)
 
-    from planetserve.swarm.node import NodeConfig, SwarmNode
+    with cli.ended_by_interrupts():
+        from planetserve.swarm.node import NodeConfig, SwarmNode
 
     node_config = NodeConfig(
         initial_peers=config.initial_peers,
@@ -147,8 +148,7 @@ async def _first_of(task: asyncio.Task[object], stop: asyncio.Event) -> None:
 
 
 def _report(node: SwarmNode, ready_file: str | None) -> None:
-    print("others join this swarm with:", flush=True)
-    print(f"--initial_peers {' '.join(node.addresses())}", flush=True)
+    cli.say(f"others join this swarm with:\n--initial_peers {' '.join(node.addresses())}")
     if ready_file is not None:
         cli.write_ready_file(ready_file, node.peer_id, node.addresses())
 

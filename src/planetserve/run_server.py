@@ -102,16 +102,17 @@ def _adjust(given: dict[str, object]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until SIGINT, SIGTERM or SIGHUP."""
     config = parse(argv)
     cli.setup_logging(config.log_level)
 
-    with _without(*_UNUSED, *(["accelerate"] if config.quant_type == "none" else [])):
+    unused = _without(*_UNUSED, *(["accelerate"] if config.quant_type == "none" else []))
+    with cli.ended_by_interrupts(), unused:
         from planetserve.server.server import Server, serve
 
     def on_ready(server: Server) -> None:
         addresses = server.node.addresses()
-        print(_join_text(config.model, server.span, addresses), flush=True)
+        cli.say(_join_text(config.model, server.span, addresses))
         if config.ready_file is not None:
             cli.write_ready_file(
                 config.ready_file,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -40,7 +43,10 @@ class Command:
 
     def signal_all(self, number: int) -> None:
         """Signal the process and its libp2p daemon alike."""
-        os.killpg(self.process.pid, number)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process.pid)
+            for each in (*process.children(), process):
+                each.send_signal(number)
 
     def end(self) -> None:
         """Leave nothing behind, whatever state it is in."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,7 +148,9 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(fail(CapacityError("full"))) == 1
     assert exit_code(fail(PlanetServeError("odd"))) == 1
     assert exit_code(fail(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == ("prog: error: a b\nprog: error: full\nprog: error: odd\n")
+    assert capsys.readouterr().err == (
+        "prog: error: a b\nprog: error: full\nprog: error: odd\nprog: interrupted\n"
+    )
     with pytest.raises(ZeroDivisionError):
         cli.run("prog", fail(ZeroDivisionError()))  # type: ignore[arg-type]
 
@@ -229,29 +232,68 @@ def test_a_ready_file_that_cannot_be_written(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["folder"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_asks_main_to_stop(number: signal.Signals) -> None:
-    seen = []
+SIGNALLED = """
+import asyncio, os, signal, threading, time
+from planetserve import cli
 
-    async def main(stop: asyncio.Event) -> None:
-        os.kill(os.getpid(), number)
-        await stop.wait()
-        seen.append("drained")
+async def main(stop):
+    send(NUMBER)
+    await stop.wait()
+    print("drains", flush=True)
+    BODY
+    print("left", flush=True)
 
+def send(number):
+    os.kill(os.getpid(), number)
+
+def ends():
     cli.run_until_signalled(main)
-    assert seen == ["drained"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+cli.run("prog", ends)
+"""
 
 
-def test_a_second_signal_does_not_wait_for_the_drain() -> None:
-    async def main(stop: asyncio.Event) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        await stop.wait()
-        os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.Event().wait()
+def signalled(number: int, body: str = "pass", **options: Any) -> tuple[int, str, str]:
+    """A process whose `main` gets a signal, prints "drains", runs `body` and prints "left"."""
+    code = SIGNALLED.replace("NUMBER", str(int(number))).replace("BODY", body)
+    done = subprocess.run(
+        [sys.executable, "-c", code], text=True, timeout=50, check=False,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
 
-    with pytest.raises(KeyboardInterrupt):
-        cli.run_until_signalled(main)
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_asks_main_to_stop(number: signal.Signals) -> None:
+    assert signalled(number) == (0, "drains\nleft\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_does_not_wait_for_the_drain(number: signal.Signals) -> None:
+    body = f"send({int(number)}); await asyncio.Event().wait()"
+    assert signalled(signal.SIGTERM, body) == (128 + number, "drains\n", "")
+
+
+def test_a_second_signal_ends_a_release_that_hangs_and_a_loop_that_is_busy() -> None:
+    body = f"send({int(signal.SIGINT)}); [time.sleep(0.1) for _ in range(1000)]"
+    assert signalled(signal.SIGINT, body) == (130, "drains\n", "")
+
+
+def test_no_thread_is_waited_for_after_a_signal() -> None:
+    body = "threading.Thread(target=time.sleep, args=[1000]).start()"
+    body += "; asyncio.get_running_loop().run_in_executor(None, time.sleep, 1000)"
+    assert signalled(signal.SIGINT, body) == (0, "drains\nleft\n", "")
+
+
+def test_nohup_keeps_a_closed_window_from_stopping_it() -> None:
+    code = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\ndef ends"
+    body = "print(stop.is_set())"
+    script = SIGNALLED.replace("def ends", code).replace("await stop.wait()", body)
+    script = script.replace("NUMBER", str(int(signal.SIGHUP))).replace("BODY", "pass")
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "False\ndrains\nleft\n")
 
 
 def test_errors_of_main_come_through() -> None:
@@ -260,6 +302,42 @@ def test_errors_of_main_come_through() -> None:
 
     with pytest.raises(CapacityError, match="full"):
         cli.run_until_signalled(main)
+
+
+@pytest.mark.parametrize("place", ["/dev/full", "closed pipe"])
+def test_what_cannot_be_printed_goes_to_the_log(place: str) -> None:
+    """A server whose disk is full, or whose output nobody reads any more, goes on serving."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    body = "cli.say('join with this address'); await asyncio.sleep(0)"
+    with open(place if place.startswith("/") else writer, "w") as stdout:
+        code = SIGNALLED.replace('print("drains", flush=True)', "pass").replace("BODY", body)
+        code = code.replace("NUMBER", "2").replace('print("left", flush=True)', "cli.say('left')")
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True,
+            timeout=50, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cannot write to stdout" in done.stderr
+    assert "join with this address" in done.stderr
+
+
+def test_a_result_that_cannot_be_printed_is_an_error_of_one_line() -> None:
+    with open("/dev/full", "w") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-c", "from planetserve import cli; cli.run('x', lambda: print(1))"],
+            stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: cannot write the output: No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_closed_standard_files_are_not_taken_for_others() -> None:
+    code = "import os; from planetserve import cli; os.close(0); os.close(1); os.close(2); "
+    code += "cli.run('prog', lambda: os._exit(40 + os.open('/dev/null', 0)))"
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode >= 43
 
 
 def test_the_module_runs_as_a_program() -> None:

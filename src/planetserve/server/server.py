@@ -80,7 +80,7 @@ class Server:
             config.update_period,
             config.expiration_s,
         )
-        self._closed = False
+        self._releasing: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(cls, config: ServerConfig, clock: Clock | None = None) -> Server:
@@ -164,20 +164,33 @@ class Server:
             )  # fmt: skip
 
     async def close(self, drain_timeout_s: float = 0.0) -> None:
-        """Stop admitting, wait for open sessions, announce leaving, release everything."""
-        if self._closed:
-            return
-        self._closed = True
+        """Stop admitting, wait for open sessions, announce leaving, release everything.
+
+        Cancelled while it waits, it has released nothing; the next call does.
+        """
+        if self._releasing is None:
+            await self._drain(drain_timeout_s)
+        if self._releasing is None:
+            self._releasing = asyncio.create_task(self._release())
+        await asyncio.shield(self._releasing)
+
+    async def _drain(self, timeout_s: float) -> None:
         self.state = ServerState.DRAINING
-        if self.handler.num_sessions and drain_timeout_s > 0:
-            logger.info("draining %d sessions", self.handler.num_sessions)
+        if self.handler.num_sessions and timeout_s > 0:
+            logger.info(
+                "draining: waits up to %g s for %d sessions to move or end; interrupt again to "
+                "leave at once", timeout_s, self.handler.num_sessions,
+            )  # fmt: skip
             with contextlib.suppress(PlanetServeError):  # who is cut off has sessions all the same
                 await self._announcer.announce()
-        await self.handler.drain(drain_timeout_s)
+        await self.handler.drain(timeout_s)
+
+    async def _release(self) -> None:
         self.state = ServerState.OFFLINE
         await self._announcer.close()
         await self.node.close()
         self.engine.close()
+        logger.info("left the swarm")
 
     async def __aenter__(self) -> Server:
         return self
@@ -304,6 +317,7 @@ async def serve(
         if not starting.done():
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
+            logger.info("stopped before it was ready to serve")
             return
         server = starting.result()
         try:

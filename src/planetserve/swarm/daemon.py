@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import errno
 import fcntl
-import ipaddress
 import logging
 import os
 import shutil
@@ -39,6 +38,7 @@ from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import ConfigError, PeerUnreachable, RemoteProtocolError, TransportError
 from planetserve.swarm import multiaddr
 from planetserve.swarm.delimited import varint
+from planetserve.swarm.launch import ContainedP2P
 from planetserve.swarm.sockets import read_exactly, send_all, stop_serving
 from planetserve.types import PeerId
 
@@ -53,7 +53,6 @@ _SETTLE_ROUNDS = 100
 _RETRY_S = 0.01
 _MAX_WAITING = 4096
 """Streams that may wait until they are looked at; the daemon drops further ones, whose ever."""
-_CORES_PER_DAEMON_THREAD = 4
 
 Accept = Callable[[PeerId, socket.socket, bytes], None]
 """Takes over an incoming stream: who opened it, its socket, bytes that were read already."""
@@ -87,50 +86,18 @@ class Daemon:
     async def _launch(self, config: NodeConfig, identity: Identity) -> None:
         key_file = self._folder / "identity"
         identity.save(key_file)
-        is_local = all(map(_is_loopback, config.listens_on))
+        p2p = self.p2p = ContainedP2P(self._folder, self._listen)  # before it can fail
         try:
-            await self._p2p_class(config.use_relay).create(
-                host_maddrs=config.listens_on or None,
-                announce_maddrs=config.announced or None,
-                no_listen=config.client_mode,
-                dht_mode="client" if config.client_mode else "server",
-                identity_path=str(key_file),
-                check_if_identity_free=False,
-                startup_timeout=config.daemon_startup_timeout_s,
-                use_relay=config.use_relay,
-                use_auto_relay=config.use_relay and bool(config.initial_peers),
-                trusted_relays=config.initial_peers if config.use_relay else None,
-                auto_nat=config.use_relay,
-                nat_port_map=not (config.client_mode or config.announced or is_local),
-            )
+            async with asyncio.timeout(config.daemon_startup_timeout_s):
+                await p2p.launch(config, key_file)
+        except TimeoutError:
+            limit = f"{config.daemon_startup_timeout_s:g} s (--daemon_startup_timeout)"
+            raise _launch_error(f"it did not answer in {limit}") from None
         except _ERRORS as error:
             raise _launch_error(str(error)) from None
         finally:
             # The daemon has read it; a key that nobody keeps should not outlive a crash either.
             key_file.unlink()
-
-    def _p2p_class(self, use_relay: bool) -> type[P2P]:
-        daemon = self
-
-        class ContainedP2P(P2P):
-            """hivemind's P2P with its sockets in our folder and flags it has no argument for."""
-
-            _UNIX_SOCKET_PREFIX = f"/unix{daemon._folder}/"
-
-            def __init__(self) -> None:
-                super().__init__()
-                # Known before the process is launched, so that a failed launch can be cleaned up.
-                daemon.p2p = self
-
-            def _start_listening(self) -> None:
-                self._listen_task = asyncio.create_task(daemon._listen(self))
-
-            @staticmethod
-            def _make_process_args(*args: object, **kwargs: object) -> list[str]:
-                command = P2P._make_process_args(*args, relayService=use_relay, **kwargs)
-                return [*_go_settings(), *command]
-
-        return ContainedP2P
 
     async def _listen(self, p2p: P2P) -> None:
         """Take the streams that the daemon hands over, in hivemind's place: with room for many at
@@ -307,18 +274,6 @@ class Daemon:
         return self.p2p._child
 
 
-def _go_settings() -> list[str]:
-    """What to put in front of the daemon's command, so that it leaves cores to the model.
-
-    Go would spread its work over all of them. On two cores frames take about as long with one
-    (`benchmarks/daemon_threads.py`).
-    """
-    env = shutil.which("env")
-    if env is None or "GOMAXPROCS" in os.environ:
-        return []
-    return [env, f"GOMAXPROCS={max(1, (os.cpu_count() or 1) // _CORES_PER_DAEMON_THREAD)}"]
-
-
 def _make_folder() -> tuple[Path, BinaryIO]:
     """A private folder and the lock on it, after removing the folders of processes that died."""
     # Unix socket paths are short; TMPDIR need not be.
@@ -413,10 +368,6 @@ def check_ports(addresses: Sequence[str]) -> None:
             raise ConfigError(
                 f"cannot listen on {text}: {error.strerror}; choose another port or address"
             ) from None
-
-
-def _is_loopback(text: str) -> bool:
-    return ipaddress.ip_address(multiaddr.parse(text).host).is_loopback
 
 
 def _launch_error(text: str) -> TransportError | ConfigError:

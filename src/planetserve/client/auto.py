@@ -7,6 +7,7 @@ Loads the embedding, the final norm and the head; everything between runs on ser
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any, ClassVar
 
@@ -46,7 +47,7 @@ class AutoDistributedModelForCausalLM:
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         config: ClientConfig | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -106,7 +107,7 @@ class AutoDistributedConfig:
     """The only Hugging Face model type this class loads; None loads any."""
 
     @classmethod
-    def from_pretrained(cls, model: str, **options: Any) -> Any:
+    def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> Any:
         """The Hugging Face configuration of `model` (hub id, local folder, or "demo").
 
         Raises:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,18 +58,27 @@ class Checkpoint:
     @classmethod
     def open(
         cls,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> Checkpoint:
         """Open a local folder, a hub model id, or the packaged model `demo`.
 
         Raises:
             ModelError: the model cannot be found or its configuration cannot be read.
         """
-        return cls(open_source(model, revision=revision, token=token, cache_dir=cache_dir))
+        return cls(
+            open_source(
+                model,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        )
 
     @property
     def name(self) -> str:

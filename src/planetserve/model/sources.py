@@ -8,13 +8,19 @@ a model repository is never run.
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Protocol
 
 from planetserve.errors import ModelError
 from planetserve.model.shards import TensorEntry, read_header
 
+logger = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.json"
+DEMO = "demo"
+"""The name of the model that comes with the package, whatever folders there are."""
 
 
 class FileSource(Protocol):
@@ -87,9 +93,15 @@ class HubSource:
     """A model repository on the Hugging Face Hub, pinned to the commit resolved on opening."""
 
     def __init__(
-        self, model: str, revision: str | None, token: str | bool | None, cache_dir: str | None
+        self,
+        model: str,
+        revision: str | None,
+        token: str | bool | None,
+        cache_dir: str | None,
+        local_files_only: bool = False,
     ):
         self.name = model
+        self._local_files_only = local_files_only
         self._token = token
         self._cache_dir = cache_dir
         self.revision = revision
@@ -150,6 +162,7 @@ class HubSource:
             revision=self.revision,
             token=self._token,
             cache_dir=self._cache_dir,
+            local_files_only=self._local_files_only,
         )
         return Path(path)
 
@@ -174,7 +187,7 @@ class HubSource:
         if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
             return ModelError(
                 f"{filename} of {where} is not in the local cache and the hub cannot be reached; "
-                "check the network, or give a local model folder"
+                f"check the network, or give a local model folder (there is none at {self.name})"
             )
         if isinstance(error, errors.EntryNotFoundError):
             return ModelError(f"{where} has no {filename} on the hub")
@@ -185,27 +198,42 @@ class HubSource:
 
 
 def open_source(
-    model: str,
+    model: str | os.PathLike[str],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> FileSource:
-    """Find the files of `model`: the word `demo`, a folder, or a hub id.
+    """Find the files of `model`: the word `demo`, a folder, or a hub id. A path is a folder's.
 
     Raises:
         ModelError: nothing of that name can be read.
     """
-    path = Path(model).expanduser()
-    if model == "demo" and not path.exists():
-        return LocalSource(Path(__file__).resolve().parent.parent / "demo_model", name="demo")
-    if path.is_dir():
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+    if not isinstance(name, str) or not name.strip():
+        raise ModelError(f"a model is a folder, a repository name or demo, not {model!r}")
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # too long a name, a home folder of nobody
+        raise ModelError(f"{name[:80]!r} is neither a folder nor a model on the hub") from error
+    if model == DEMO:
+        if is_folder:
+            logger.warning(
+                "%s is the model that comes with planetserve; for the folder of that name here, "
+                "write ./%s", DEMO, DEMO,
+            )  # fmt: skip
+        return LocalSource(Path(__file__).resolve().parent.parent / "demo_model", name=DEMO)
+    if is_folder:
         return LocalSource(path)
-    if path.exists():
-        raise ModelError(f"{model} is a file; give the folder that holds config.json")
-    if path.is_absolute() or model.startswith((".", "~")):
-        raise ModelError(f"the model folder {model} does not exist")
-    return HubSource(model, revision, token, cache_dir)
+    if exists:
+        raise ModelError(f"{name} is a file; give the folder that holds config.json")
+    if path.is_absolute() or not isinstance(model, str) or name.startswith((".", "~")):
+        raise ModelError(f"the model folder {name} does not exist")
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    return HubSource(name, revision, token, cache, local_files_only)
 
 
 def _is_commit(name: str) -> bool:

@@ -36,7 +36,7 @@ from typing_extensions import override
 
 import planetserve
 from planetserve.config import check_mapping, did_you_mean, field_docs, from_mapping, load_yaml
-from planetserve.errors import ConfigError, PlanetServeError
+from planetserve.errors import ConfigError, PlanetServeError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -172,13 +172,25 @@ def parse_config(
 
 
 def setup_logging(level: str) -> None:
-    """Log to stderr, one line per event, from `level` ("debug", "info", ...) up."""
+    """Log to stderr, one line per event, from `level` ("debug", "info", ...) up.
+
+    Control characters are spelled out, whichever library logs them: names in a checkpoint or of a
+    peer are a stranger's text.
+    """
+    logging.setLogRecordFactory(_PrintableRecord)
     logging.basicConfig(
         level=level.upper(),
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+
+
+class _PrintableRecord(logging.LogRecord):
+    """A log record whose message a terminal cannot obey."""
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's name
+        return printable(super().getMessage())
 
 
 def write_ready_file(
@@ -364,8 +376,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 
 def _exit(prog: str, error: PlanetServeError, code: int) -> NoReturn:
-    line = " ".join(str(error).split())
-    sys.stderr.write(f"{prog}: error: {line}\n")
+    sys.stderr.write(f"{prog}: error: {error}\n")
     sys.exit(code)
 
 

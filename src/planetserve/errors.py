@@ -37,6 +37,21 @@ import enum
 from collections.abc import Sequence
 
 
+def one_line(text: object, most_chars: int = 2000) -> str:
+    """`text` for a terminal or a log: one line, control characters spelled out, not too long."""
+    line = printable(" ".join(str(text).split()))
+    return line if len(line) <= most_chars else f"{line[:most_chars]} ..."
+
+
+def printable(text: str) -> str:
+    """`text` with characters spelled out that a terminal would obey, lines as they are."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text
+    )
+
+
 class Blame(enum.Enum):
     """Whose fault a failure is."""
 
@@ -59,6 +74,10 @@ class PlanetServeError(Exception):
     is at fault, when it cannot be told which."""
     claimed_by: str | None = None
     """The end of `edge` by whose word the other is at fault, if it is a claim."""
+
+    def __str__(self) -> str:
+        """The message as one line that is safe on a terminal, whoever's words are in it."""
+        return one_line(super().__str__())
 
 
 class ConfigError(PlanetServeError, ValueError):

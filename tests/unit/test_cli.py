@@ -155,6 +155,21 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         cli.run("prog", fail(ZeroDivisionError()))  # type: ignore[arg-type]
 
 
+def test_strangers_text_reaches_a_log_spelled_out(capfd: pytest.CaptureFixture[str]) -> None:
+    """Whichever library logs it: each may have a handler of its own."""
+    factory = logging.getLogRecordFactory()
+    logger = logging.getLogger("somebody")
+    handler = logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    try:
+        cli.setup_logging("info")
+        logger.warning("model type %s\nsecond", "x\x1b]0;owned\x07")
+    finally:
+        logging.setLogRecordFactory(factory)
+        logger.removeHandler(handler)
+    assert capfd.readouterr().err == "model type x\\x1b]0;owned\\x07\nsecond\n"
+
+
 def test_help_names_every_flag_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse("--help")

@@ -72,3 +72,11 @@ def test_a_clients_own_fault_never_blames_a_server() -> None:
 
 def test_missing_blocks_are_listed() -> None:
     assert MissingBlocksError("gone", [(0, 3), (5, 8)]).missing == ((0, 3), (5, 8))
+
+
+@pytest.mark.parametrize("cls", [PlanetServeError, errors.ModelError, errors.CacheExhausted])
+def test_a_message_is_one_line_that_a_terminal_cannot_obey(cls: type[PlanetServeError]) -> None:
+    text = "a\x1b]0;owned\x07b\r\nc\u202ed\x9be\udc80"
+    assert str(cls(text)) == r"a\x1b]0;owned\x07b c\u202ed\x9be\udc80"
+    assert str(cls("Größe: 3 µs, 模型")) == "Größe: 3 µs, 模型"
+    assert len(str(cls("x" * 10**6))) < 3000

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig
 
 from planetserve.errors import ConfigError, ModelError
+from planetserve.model.configuration import read_config, read_generation_config
+from planetserve.model.json_files import read_json_object
 from planetserve.model.shards import TensorEntry, read_header, read_samples, read_tensor
 from planetserve.model.sources import CONFIG_FILE, FileSource, open_source
+from planetserve.model.weight_files import locate, weight_files, why_no_config
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
 SAMPLE_BYTES = 64
 
@@ -47,11 +47,10 @@ class Checkpoint:
     def __init__(self, source: FileSource):
         self._source = source
         if not source.has(CONFIG_FILE):
-            raise ModelError(
-                f"{source.folder} has no config.json; give a model folder saved by save_pretrained"
-            )
-        self._raw_config = _read_json(source.fetch(CONFIG_FILE))
-        self.config = _read_config(source, self._raw_config)
+            raise ModelError(f"{source.folder} has no config.json{why_no_config(source)}")
+        self._raw_config = read_json_object(source.fetch(CONFIG_FILE))
+        self.config = read_config(source.name, self._raw_config)
+        self.config.name_or_path = source.location[0]
         self._headers: dict[str, dict[str, TensorEntry]] = {}
         self._local_headers: dict[str, dict[str, TensorEntry]] = {}
 
@@ -103,11 +102,9 @@ class Checkpoint:
         """
         if not self._source.has(GENERATION_FILE):
             return None
-        values = _read_json(self._source.fetch(GENERATION_FILE))
-        try:
-            return GenerationConfig.from_dict(values)
-        except (TypeError, ValueError) as error:
-            raise ModelError(f"{self.name}: {GENERATION_FILE} is not usable: {error}") from error
+        return read_generation_config(
+            self.name, read_json_object(self._source.fetch(GENERATION_FILE))
+        )
 
     @property
     def num_blocks(self) -> int:
@@ -158,16 +155,18 @@ class Checkpoint:
         return self._index
 
     @functools.cached_property
+    def _files(self) -> tuple[list[str], Mapping[str, str]]:
+        return weight_files(self._source, self._raw_config.get("transformers_weights"))
+
+    @functools.cached_property
     def _index(self) -> dict[str, str]:
-        if self._source.has(INDEX_FILE):
-            return _check_index(self.name, _read_json(self._source.fetch(INDEX_FILE)))
-        if self._source.has(SINGLE_FILE):
-            return dict.fromkeys(self._header(SINGLE_FILE), SINGLE_FILE)
-        raise ModelError(
-            f"{self.name} has no {SINGLE_FILE}; .bin files are not read, as they can run code. "
-            "Convert them where you trust it: AutoModelForCausalLM.from_pretrained(MODEL)"
-            ".save_pretrained(FOLDER), then give FOLDER"
-        )
+        files, index = self._files
+        source = self._source
+        # A snapshot of the hub's cache need not be whole; the index saves looking into each file.
+        is_whole = source.is_folder and (source.revision is None or all(map(source.has, files)))
+        if index and not is_whole:
+            return dict(index)
+        return locate(files, self._header)
 
     def tensor_bytes(self, names: Iterable[str]) -> int:
         """Bytes the named tensors take in the checkpoint's own dtype.
@@ -184,6 +183,14 @@ class Checkpoint:
             ModelError: the name is unknown, or the dtype is one that is not read here.
         """
         return self._entry(name).dtype
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """The shape a tensor is stored in.
+
+        Raises:
+            ModelError: the name is unknown.
+        """
+        return self._entry(name).shape
 
     def fetch_shards(self, names: Iterable[str]) -> None:
         """Have the files that hold the named tensors on disk, with a progress bar per download.
@@ -215,9 +222,14 @@ class Checkpoint:
             raise ModelError(f"{self.name} has no tensor {name}")
         entry = self._header(filename, local=local).get(name)
         if entry is None:
-            raise ModelError(
-                f"{self.name}: {INDEX_FILE} says {name} is in {filename}, but it is not there"
-            )
+            # Like transformers, which takes an index for a list of files.
+            found = locate(self._files[0], self._header).get(name)
+            if found is None:
+                raise ModelError(
+                    f"{self.name}: the index says {name} is in {filename}, but it is not there"
+                )
+            self._index[name] = found
+            entry = self._header(found, local=local)[name]
         return entry
 
     def _header(self, filename: str, *, local: bool = False) -> dict[str, TensorEntry]:
@@ -288,50 +300,3 @@ def _computes(dtype: torch.dtype, device: torch.device) -> bool:
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return True
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} does not hold a JSON object; download it again")
-    return value
-
-
-def _read_config(source: FileSource, raw: Mapping[str, Any]) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        import transformers
-
-        model_type = raw.get("model_type")
-        if model_type is None:
-            raise ModelError(f"{source.name}: config.json names no model_type") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(
-            f"{source.name}: transformers {transformers.__version__} cannot read the configuration "
-            f"of model type {model_type!r}: {reason}"
-        ) from error
-
-
-def _check_index(name: str, index: Mapping[str, Any]) -> dict[str, str]:
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{name}: {INDEX_FILE} has no weight_map; download it again")
-    for tensor, filename in weight_map.items():
-        if not isinstance(filename, str) or Path(filename).name != filename:
-            raise ModelError(f"{name}: {INDEX_FILE} gives no plain file name for {tensor}")
-        if not filename.endswith(".safetensors"):
-            raise ModelError(f"{name}: {INDEX_FILE} points to {filename}, not to safetensors")
-    return dict(weight_map)

@@ -28,7 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 
-from planetserve.errors import ModelError
+from planetserve.errors import ModelError, one_line
 from planetserve.model.checkpoint import Checkpoint
 
 
@@ -44,14 +44,27 @@ def build_skeleton(
         ModelError: transformers has no causal-LM class for it, or cannot build it.
     """
     config = copy.deepcopy(checkpoint.config)
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with torch.device("meta"):
+            # Given in any case: what a configuration names may be a repository of kernels.
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False, **options
+                config,
+                dtype=dtype,
+                trust_remote_code=False,
+                attn_implementation=attn_implementation,
+                experts_implementation=None,
             )
-    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except (
+        ValueError,
+        ImportError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
+        reason = one_line(error, 300) or type(error).__name__
         raise ModelError(f"{checkpoint.name}: transformers cannot build it: {reason}") from error
     model.eval()
     model.requires_grad_(False)
@@ -76,7 +89,7 @@ def load_parameters(
     Raises:
         ModelError: a wanted parameter is not in the checkpoint, or has another shape there.
     """
-    names = _source_names(model, checkpoint, wanted)
+    names = _source_names(model, checkpoint, wanted, quantizer)
     checkpoint.fetch_shards(names)
     state = {name: _LazyTensor(checkpoint, name) for name in names}
     load_config = LoadStateDictConfig(
@@ -132,23 +145,60 @@ class _LazyTensor:
 
 
 def _source_names(
-    model: PreTrainedModel, checkpoint: Checkpoint, wanted: Callable[[str], bool]
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    wanted: Callable[[str], bool],
+    quantizer: HfQuantizer | None,
 ) -> list[str]:
-    """Names of the checkpoint tensors that end up in wanted parameters."""
+    """Names of the checkpoint tensors that end up in wanted parameters.
+
+    What headers alone show to be wrong is refused here, before anything is fetched or read.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
     targets = model.state_dict()
     found = []
+    filled = set()
     # The order is the one the loader uses: some renamings depend on what came before.
     for name in sorted(checkpoint.tensor_names(), key=dot_natural_key):
-        target, _ = rename_source_key(name, renamings, converters, prefix, targets)
+        target, converter = rename_source_key(name, renamings, converters, prefix, targets)
         if target not in targets and name in targets:
-            target, _ = rename_source_key(name, [], [], prefix, targets)
+            target, converter = rename_source_key(name, [], [], prefix, targets)
         if target in targets and wanted(target):
             found.append(name)
+            filled.add(target)
+            expected = targets[target] if converter is None and quantizer is None else None
+            _check_stored(checkpoint, name, target, expected)
+    # One source may become several parameters, of which only the first is named above.
+    if all(len(converter.target_patterns) == 1 for converter in converters):
+        tied = _tied_names(model)
+        _check_none_missing(
+            checkpoint, [n for n in targets if wanted(n) and n not in filled and n not in tied]
+        )
     return found
+
+
+def _check_stored(
+    checkpoint: Checkpoint, name: str, target: str, expected: torch.Tensor | None
+) -> None:
+    """Refuse a tensor that cannot become the parameter `target`, going by its header."""
+    dtype = checkpoint.tensor_dtype(name)
+    if expected is None:
+        return
+    if expected.is_floating_point() and not dtype.is_floating_point:
+        raise ModelError(
+            f"{checkpoint.name}: {name} is stored as {str(dtype).removeprefix('torch.')}, not as "
+            "floating point; give the bfloat16 or float16 checkpoint"
+        )
+    shape = checkpoint.tensor_shape(name)
+    if shape != tuple(expected.shape):
+        raise ModelError(
+            f"{checkpoint.name}: {target} has shape {shape} in the checkpoint, but the "
+            f"configuration asks for {tuple(expected.shape)}; config.json and weights are not of "
+            "one model"
+        )
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:
@@ -159,12 +209,18 @@ def _tied_names(model: PreTrainedModel) -> set[str]:
 def _check_complete(
     model: PreTrainedModel, checkpoint: Checkpoint, wanted: Callable[[str], bool]
 ) -> None:
-    missing = [name for name, value in model.state_dict().items() if value.is_meta and wanted(name)]
+    _check_none_missing(
+        checkpoint,
+        [name for name, value in model.state_dict().items() if value.is_meta and wanted(name)],
+    )
+
+
+def _check_none_missing(checkpoint: Checkpoint, missing: list[str]) -> None:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
             f"{checkpoint.name} lacks weights its configuration asks for: "
-            f"{', '.join(missing[:3])}{more}"
+            f"{', '.join(missing[:3])}{more}; download or copy the whole model folder again"
         )
 
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
-from planetserve.errors import ConfigError, ModelError
+from planetserve.errors import ConfigError, ModelError, one_line
 from planetserve.model import experts
 
 BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
@@ -66,7 +66,7 @@ def prepare_for_quantization(
         quantizer.validate_environment(device_map={"": "cpu"})
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=None)
     except (ImportError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, 300)
         raise ModelError(f"its weights cannot be quantised to {quant_type}: {reason}") from error
     return quantizer
 

@@ -9,19 +9,20 @@ interpreted here; which tensors a span needs is decided in `loading`, where file
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from planetserve.errors import ModelError
+from planetserve.model.json_files import LFS_POINTER, is_lfs_pointer, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit on the JSON header."""
+_LARGEST = 2**63 - 1
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -77,52 +78,89 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            header_bytes = int.from_bytes(start, "little")
+            if not size:
+                raise _damaged(path, "it is empty")
+            if is_lfs_pointer(start + file.read(64)):
+                raise ModelError(f"{path} {LFS_POINTER}")
             if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
                 raise _damaged(path, "it is shorter than its own header says")
-            header = json.loads(file.read(header_bytes))
+            file.seek(8)
+            header = parse_json(file.read(header_bytes))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
+        if isinstance(error, ModelError):
+            raise
         raise _damaged(path, "its header is not JSON") from error
-    return _entries(path, header, data_start=8 + header_bytes, file_size=size)
+    return check_header(path, header, data_start=8 + header_bytes, file_size=size)
 
 
-def _entries(path: Path, header: Any, data_start: int, file_size: int) -> dict[str, TensorEntry]:
+def check_header(
+    path: Path, header: Any, data_start: int = 0, file_size: int | None = None
+) -> dict[str, TensorEntry]:
+    """The tensors that a header describes, which must cover the file without gap or overlap.
+
+    Args:
+        path: of the file, for messages.
+        header: the parsed header.
+        data_start: where tensors begin; their offsets count from there.
+        file_size: None if the file is not here.
+
+    Raises:
+        ModelError: the header is not one of the format, contradicts itself or does not fit.
+    """
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     entries = {}
     for name, info in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            begin, end = info["data_offsets"]
-            entry = TensorEntry(
-                name=name,
-                dtype_name=str(info["dtype"]),
-                shape=tuple(int(length) for length in info["shape"]),
-                start=data_start + int(begin),
-                end=data_start + int(end),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, f"the header entry of {name} is malformed") from error
-        if not data_start <= entry.start <= entry.end or min(entry.shape, default=0) < 0:
-            raise _damaged(path, f"the header entry of {name} is malformed")
-        if entry.end > file_size:
-            raise _damaged(path, f"it ends at byte {file_size}, before tensor {name}")
-        entries[name] = entry
+        if name != "__metadata__":
+            entries[name] = _entry(path, name, info, data_start)
+    end = data_start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
+        if file_size is not None and entry.end > file_size:
+            raise _damaged(path, f"it ends at byte {file_size}, before tensor {entry.name}")
+        if entry.start != end:
+            raise _damaged(path, f"tensor {entry.name} does not begin where another ends")
+        end = entry.end
+    if file_size is not None and end != file_size:
+        raise _damaged(path, f"it has {file_size - end} bytes after its last tensor")
     return entries
+
+
+def _entry(path: Path, name: str, info: Any, data_start: int) -> TensorEntry:
+    values = info if isinstance(info, dict) else {}
+    dtype_name, shape, offsets = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if (
+        not isinstance(dtype_name, str)
+        or not _are_sizes(shape)
+        or not _are_sizes(offsets)
+        or len(offsets) != 2
+        or offsets[0] > offsets[1]
+    ):
+        raise _damaged(path, f"the header entry of {name} is malformed")
+    begin, end = offsets
+    entry = TensorEntry(name, dtype_name, tuple(shape), data_start + begin, data_start + end)
+    dtype = _DTYPES.get(dtype_name)
+    if dtype is not None and math.prod(shape) * dtype.itemsize != entry.num_bytes:
+        raise _damaged(path, f"the shape of {name} does not match its bytes")
+    return entry
+
+
+def _are_sizes(value: Any) -> TypeGuard[Sequence[int]]:
+    return isinstance(value, list | tuple) and all(
+        type(item) is int and 0 <= item <= _LARGEST for item in value
+    )
 
 
 def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     """Read one tensor into fresh CPU memory.
 
     Raises:
-        ModelError: the file cannot be read, ends early, or shape and bytes disagree.
+        ModelError: the file cannot be read or ends early.
     """
     dtype = entry.dtype
-    if math.prod(entry.shape) * dtype.itemsize != entry.num_bytes:
-        raise _damaged(path, f"the shape of {entry.name} does not match its bytes")
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
     try:
         with path.open("rb", buffering=0) as file:

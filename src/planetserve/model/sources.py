@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from planetserve.errors import ModelError
-from planetserve.model.shards import TensorEntry, read_header
+from planetserve.model.shards import TensorEntry, check_header, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class FileSource(Protocol):
     """Folder name or hub id: for people."""
     revision: str | None
     """Commit hash where the files come from the hub."""
+    is_folder: bool
+    """Whether somebody keeps the files in a folder, where each can be looked at for nothing."""
 
     @property
     def folder(self) -> Path:
@@ -53,6 +55,10 @@ class FileSource(Protocol):
         """
         ...
 
+    def listing(self) -> list[str]:
+        """Names of the files beside `config.json`, to tell what else there is."""
+        ...
+
     def header(self, filename: str) -> dict[str, TensorEntry]:
         """The safetensors header of a file, without its tensors.
 
@@ -66,6 +72,8 @@ class FileSource(Protocol):
 
 class LocalSource:
     """A folder in the layout of `save_pretrained`."""
+
+    is_folder = True
 
     def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
@@ -81,9 +89,18 @@ class LocalSource:
 
     def fetch(self, filename: str) -> Path:
         path = self.folder / filename
+        # The file itself may be a link, as in the hub's cache; the way to it may not lead out.
+        if not path.parent.resolve().is_relative_to(self.folder.resolve()):
+            raise ModelError(f"{path} is not within the model's folder, so it is not read")
         if not path.is_file():
             raise ModelError(f"{path} is missing; copy or download the whole model folder again")
         return path
+
+    def listing(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)
+        except OSError as error:
+            raise ModelError(f"cannot read {self.folder}: {error.strerror}") from error
 
     def header(self, filename: str) -> dict[str, TensorEntry]:
         return read_header(self.fetch(filename))
@@ -91,6 +108,8 @@ class LocalSource:
 
 class HubSource:
     """A model repository on the Hugging Face Hub, pinned to the commit resolved on opening."""
+
+    is_folder = False
 
     def __init__(
         self,
@@ -116,10 +135,10 @@ class HubSource:
         if (self.folder / filename).exists():
             return True
         try:
-            self._download(filename)
+            self._download(filename, dry_run=True)
         except LocalEntryNotFoundError as error:
             # Offline. With weights in the cache, what is not beside them was never there.
-            if not any(self.folder.glob("*.safetensors")):
+            if not any(self.folder.rglob("*.safetensors")):
                 raise self._error(filename, error) from error
             return False
         except EntryNotFoundError:
@@ -132,9 +151,17 @@ class HubSource:
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            return self._download(filename)
+            return Path(self._download(filename))
         except (OSError, ValueError, EntryNotFoundError) as error:
             raise self._error(filename, error) from error
+
+    def listing(self) -> list[str]:
+        from huggingface_hub import HfApi
+
+        try:
+            return HfApi().list_repo_files(self.name, revision=self.revision, token=self._token)
+        except (OSError, ValueError):
+            return os.listdir(self.folder)
 
     def header(self, filename: str) -> dict[str, TensorEntry]:
         from huggingface_hub import HfApi
@@ -148,23 +175,28 @@ class HubSource:
             )
         except (OSError, ValueError, EntryNotFoundError, SafetensorsParsingError) as error:
             raise self._error(filename, error) from error
-        return {
-            name: TensorEntry(name, info.dtype, tuple(info.shape), *info.data_offsets)
+        except (RecursionError, LookupError, TypeError, AttributeError) as error:
+            raise ModelError(f"the header of {filename} of {self.name} is damaged") from error
+        described = {
+            name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.data_offsets}
             for name, info in remote.tensors.items()
         }
+        return check_header(self.folder / filename, described)
 
-    def _download(self, filename: str) -> Path:
+    def _download(self, filename: str, *, dry_run: bool = False) -> Any:
+        """The path of the file; with `dry_run`, only whether there is one."""
         from huggingface_hub import hf_hub_download
 
-        path = hf_hub_download(
+        options: dict[str, Any] = {"dry_run": True} if dry_run else {}
+        return hf_hub_download(
             self.name,
             filename,
             revision=self.revision,
             token=self._token,
             cache_dir=self._cache_dir,
             local_files_only=self._local_files_only,
+            **options,
         )
-        return Path(path)
 
     def _error(self, filename: str, error: Exception) -> ModelError:
         from huggingface_hub import errors

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from planetserve.errors import ConfigError, ModelError
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
@@ -132,21 +133,158 @@ def test_a_broken_index_says_why(llama: Path, tmp_path: Path, content: str, word
         Checkpoint.open(str(folder)).read_tensor("a")
 
 
-def test_an_index_that_points_to_the_wrong_shard_is_an_error(llama: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(llama, tmp_path / "copy")
+def sharded(folder: Path, seed: int = 0) -> Path:
+    return make_tiny_checkpoint(folder, seed=seed, max_shard_size="40KB")
+
+
+def local_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights as transformers reads them."""
+    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+def assert_reads_like_transformers(folder: Path) -> None:
+    expected = local_tensors(folder)
+    read = dict(Checkpoint.open(str(folder)).read_tensors(expected))
+    for name, value in expected.items():
+        assert torch.equal(read[name], value), name
+
+
+@pytest.mark.parametrize("keep", ["both", "index only of the old one", "config points to it"])
+def test_among_several_files_transformers_choice_is_read(tmp_path: Path, keep: str) -> None:
+    """Shards of an older save, and what else may lie beside the file that counts."""
+    folder = sharded(tmp_path / "old")
+    new = make_tiny_checkpoint(tmp_path / "new", seed=1)
+    shutil.copy(new / "model.safetensors", folder)
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    (folder / "consolidated.safetensors").write_bytes(b"")
+    if keep == "index only of the old one":
+        for shard in folder.glob("model-*"):
+            shard.unlink()
+    elif keep == "config points to it":
+        edit_json(folder / "config.json", transformers_weights="model.safetensors.index.json")
+    assert_reads_like_transformers(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "refused"),
+    [("{", False), ('{"weight_map": 3}', False), ('{"weight_map": {"a": "/etc/passwd"}}', True)],
+)
+def test_an_index_that_is_not_followed_is_said_and_refused_if_hostile(
+    tmp_path: Path, index: str, refused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(index)
+    if refused:
+        with pytest.raises(ModelError, match="below the model's folder"):
+            Checkpoint.open(str(folder)).tensor_names()
+    else:
+        assert_reads_like_transformers(folder)
+        assert "index.json beside it is not" in caplog.text
+
+
+def test_a_file_named_by_the_configuration_is_read(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model")
+    (folder / "parts").mkdir()
+    (folder / "model.safetensors").rename(folder / "parts" / "weights.safetensors")
+    shutil.copy(make_tiny_checkpoint(tmp_path / "b", seed=1) / "model.safetensors", folder)
+    edit_json(folder / "config.json", transformers_weights="parts/weights.safetensors")
+    assert_reads_like_transformers(folder)
+    edit_json(folder / "config.json", transformers_weights="../b/model.safetensors")
+    with pytest.raises(ModelError, match="below the model's folder"):
+        Checkpoint.open(str(folder)).tensor_names()
+
+
+def test_shards_in_sub_folders_are_read(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "model")
     index = folder / "model.safetensors.index.json"
     names = json.loads(index.read_text())["weight_map"]
-    wrong = dict.fromkeys(names, names["model.norm.weight"])
-    index.write_text(json.dumps({"weight_map": wrong}))
-    with pytest.raises(ModelError, match="but it is not there"):
-        Checkpoint.open(str(folder)).read_tensor("model.embed_tokens.weight")
+    (folder / "parts" / "a").mkdir(parents=True)
+    for shard in set(names.values()):
+        (folder / shard).rename(folder / "parts" / "a" / shard)
+    edit_json(index, weight_map={name: f"parts/a/{shard}" for name, shard in names.items()})
+    assert_reads_like_transformers(folder)
 
 
-def test_bin_checkpoints_are_refused_with_the_way_out(llama: Path, tmp_path: Path) -> None:
+def test_a_sub_folder_that_leads_out_is_not_followed(llama: Path, tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "parts").symlink_to(llama)
+    shard = next(llama.glob("*.safetensors")).name
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": f"parts/{shard}"}}))
+    with pytest.raises(ModelError, match="not within the model's folder"):
+        Checkpoint.open(str(folder)).tensor_names()
+
+
+@pytest.mark.parametrize("change", ["wrong shard", "too few names", "in two shards"])
+def test_an_index_is_a_list_of_files(tmp_path: Path, change: str) -> None:
+    """As for transformers: every tensor of every listed file counts, of twins the last one."""
+    folder = sharded(tmp_path)
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    shards = sorted(set(names.values()))
+    if change == "wrong shard":
+        names = {name: shards[0] for name in names} | {f"extra.{shard}": shard for shard in shards}
+    elif change == "too few names":
+        names = {shard: shard for shard in shards}
+    else:
+        first, last = (load_file(folder / shard) for shard in (shards[0], shards[-1]))
+        twin = next(iter(first))
+        save_file(last | {twin: first[twin] + 1}, folder / shards[-1], {"format": "pt"})
+    edit_json(index, weight_map=names)
+    assert_reads_like_transformers(folder)
+
+
+@pytest.mark.parametrize(
+    ("filename", "words"),
+    [
+        ("pytorch_model.bin", "can run code.*save_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "can run code"),
+        ("weights.pth", "can run code"),
+        ("tiny.Q4_K_M.gguf", "llama.cpp"),
+        ("consolidated.safetensors", "maker's own layout"),
+        ("model.fp16.safetensors", "variant"),
+        ("weights.npz", "another framework"),
+        ("model-00001-of-00002.safetensors", "whole folder again"),
+        ("adapter_config.json", "adapters are not served"),
+        ("shard-00000-model-00000-of-00001.safetensors", "distributed checkpoint"),
+        ("README.md", "whole folder again"),
+    ],
+)
+def test_weights_that_are_not_read_are_refused_with_the_way_out(
+    llama: Path, tmp_path: Path, filename: str, words: str
+) -> None:
     shutil.copy(llama / "config.json", tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ModelError, match="save_pretrained"):
+    (tmp_path / filename).write_bytes(b"x")
+    with pytest.raises(ModelError, match=words):
         Checkpoint.open(str(tmp_path)).tensor_names()
+
+
+@pytest.mark.parametrize(
+    ("filename", "words"),
+    [
+        ("adapter_config.json", "adapters are not served"),
+        ("model_index.json", "diffusers"),
+        ("tiny.gguf", "llama.cpp"),
+        ("consolidated.00.pth", "can run code"),
+        ("checkpoint-500/config.json", "folder checkpoint-500 has one"),
+    ],
+)
+def test_a_folder_without_a_configuration_is_told_by_what_it_holds(
+    tmp_path: Path, filename: str, words: str
+) -> None:
+    (tmp_path / filename).parent.mkdir(exist_ok=True)
+    (tmp_path / filename).write_text("{}")
+    with pytest.raises(ModelError, match=words):
+        Checkpoint.open(str(tmp_path))
+
+
+def test_a_git_lfs_pointer_is_told_from_a_file(llama: Path, tmp_path: Path) -> None:
+    shutil.copy(llama / "config.json", tmp_path)
+    for filename in ("model.safetensors", "config.json"):
+        (tmp_path / filename).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:")
+        with pytest.raises(ModelError, match="git lfs pull"):
+            Checkpoint.open(str(tmp_path)).tensor_names()
 
 
 def fake_hub_cache(model: Path, cache: Path) -> None:

@@ -79,7 +79,18 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_an_error(tmp_path: Pat
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 400]}},
         {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
         {"a": {"dtype": "F32", "shape": "1", "data_offsets": [0]}},
+        {"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": ["2"], "data_offsets": ["0", "8"]}},
+        {"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+        {n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in "ab"},
         {"a": 3},
+        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"__metadata__": ' + b'{"a":' * 60 + b"1" + b"}" * 60 + b"}",
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}',
+        b"\xff\xfe",
     ],
 )
 def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, header: Any) -> None:

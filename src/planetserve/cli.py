@@ -189,6 +189,7 @@ def setup_logging(level: str) -> None:
 class _PrintableRecord(logging.LogRecord):
     """A log record whose message a terminal cannot obey."""
 
+    @override
     def getMessage(self) -> str:  # noqa: N802 - logging's name
         return printable(super().getMessage())
 

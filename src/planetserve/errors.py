@@ -36,10 +36,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 
 def one_line(text: object, most_chars: int = 2000) -> str:
     """`text` for a terminal or a log: one line, control characters spelled out, not too long."""
-    line = printable(" ".join(str(text).split()))
+    lines = (line.strip() for line in str(text).splitlines())
+    line = printable(" ".join(line for line in lines if line))
     return line if len(line) <= most_chars else f"{line[:most_chars]} ..."
 
 
@@ -75,6 +78,7 @@ class PlanetServeError(Exception):
     claimed_by: str | None = None
     """The end of `edge` by whose word the other is at fault, if it is a claim."""
 
+    @override
     def __str__(self) -> str:
         """The message as one line that is safe on a terminal, whoever's words are in it."""
         return one_line(super().__str__())

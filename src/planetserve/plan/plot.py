@@ -15,7 +15,8 @@ import numpy as np
 from planetserve.errors import ConfigError
 from planetserve.plan.report import short_name
 from planetserve.plan.solving import Plan
-from planetserve.routing.snapshot import FloatArray, SwarmSnapshot
+from planetserve.routing.arrays import FloatArray
+from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.types import CLIENT
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ def check_chain(snapshot: SwarmSnapshot, chain: Chain) -> None:
     """
     at, previous = 0, ""
     for number, hop in enumerate(chain, start=1):
-        server = _server(snapshot, hop.peer_id)
+        server = snapshot.server(hop.peer_id)
         if hop.start != at or hop.end <= hop.start:
             raise ConfigError(f"hop {number} is {hop.start}:{hop.end}; it must start at {at}")
         if hop.start < server.start or hop.end > server.end:
@@ -54,7 +54,7 @@ def latency_ms(snapshot: SwarmSnapshot, chain: Chain) -> float:
     ring = [CLIENT, *(hop.peer_id for hop in chain), CLIENT]
     terms = [snapshot.rtt(a, b) / 2 for a, b in zip(ring, ring[1:], strict=False)]
     for hop in chain:
-        server = _server(snapshot, hop.peer_id)
+        server = snapshot.server(hop.peer_id)
         terms.append((hop.end - hop.start) * server.decode_ms_per_block)
         terms.append(hop_ms(snapshot, server))
     return math.fsum(terms)
@@ -75,7 +75,7 @@ def throughput_tokens_per_s(snapshot: SwarmSnapshot, chain: Chain) -> float:
         hops[hop.peer_id] += 1
     slowest = math.inf
     for server_id, num_blocks in blocks.items():
-        server = _server(snapshot, server_id)
+        server = snapshot.server(server_id)
         slowest = min(slowest, server.tokens_per_s_per_block / num_blocks)
         sent = snapshot.activation_bytes_per_token * hops[server_id]
         if sent > 0:
@@ -86,16 +86,9 @@ def throughput_tokens_per_s(snapshot: SwarmSnapshot, chain: Chain) -> float:
 def reputation(snapshot: SwarmSnapshot, chain: Chain) -> float:
     """Product of the reputations of the servers used, each counted once and as at most 1."""
     used = {hop.peer_id for hop in chain}
-    return math.prod(min(1.0, _server(snapshot, name).reputation) for name in sorted(used))
+    return math.prod(min(1.0, snapshot.server(name).reputation) for name in sorted(used))
 
 
 def price(snapshot: SwarmSnapshot, chain: Chain) -> float:
     """Price of one token through all blocks."""
-    return math.fsum((hop.end - hop.start) * _server(snapshot, hop.peer_id).price for hop in chain)
-
-
-def _server(snapshot: SwarmSnapshot, server_id: str) -> ServerPoint:
-    position = snapshot.index.get(server_id, len(snapshot.servers))
-    if position == len(snapshot.servers):
-        raise ConfigError(f"{server_id!r} is no server of the snapshot")
-    return snapshot.servers[position]
+    return math.fsum((hop.end - hop.start) * snapshot.server(hop.peer_id).price for hop in chain)

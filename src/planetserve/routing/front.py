@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from planetserve.errors import ConfigError
-from planetserve.routing.problem import BoolArray
+from planetserve.routing.arrays import BoolArray, FloatArray, IntArray
 from planetserve.routing.request import ChainRequest
-from planetserve.routing.snapshot import FloatArray, IntArray
 from planetserve.types import Chain
 
 

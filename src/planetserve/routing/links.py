@@ -1,4 +1,4 @@
-"""Half round-trip times between the servers of a problem.
+"""Half round-trip times between the servers of a problem, as the methods of planning read them.
 
 Small swarms, and those that know most of their pairs, have a table of all pairs. A large swarm
 knows few pairs, a server some dozens of others, and all other pairs have the default. It keeps only
@@ -12,11 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from planetserve.routing.snapshot import FloatArray, IntArray, SwarmSnapshot
-
-_MAX_CELLS = 2000**2
-"""Of a table of which less than `_FULL` is known."""
-_FULL = 0.2
+from planetserve.routing.arrays import FloatArray, IntArray
 
 
 class Links(Protocol):
@@ -45,29 +41,15 @@ class Links(Protocol):
         ...
 
 
-def build_links(snapshot: SwarmSnapshot, members: IntArray) -> Links:
-    """The links between `members`, given as positions in `snapshot.servers`."""
-    first, second, half_ms = snapshot.known_links
-    place = np.full(len(snapshot.servers) + 1, -1, dtype=np.intp)
-    place[members] = np.arange(len(members))
-    inside = (place[first] >= 0) & (place[second] >= 0)
-    first, second, half_ms = place[first[inside]], place[second[inside]], half_ms[inside]
-    n, default = len(members), snapshot.default_rtt_ms / 2
-    if n * n <= max(_MAX_CELLS, 2 * len(first) / _FULL):
-        return LinkTable(n, first, second, half_ms, default)
-    return KnownLinks(n, first, second, half_ms, default)
-
-
 class LinkTable:
-    """All pairs."""
+    """All pairs.
 
-    def __init__(
-        self, n: int, first: IntArray, second: IntArray, half_ms: FloatArray, default: float
-    ):
-        self._table = np.full((n, n), default)
-        self._table[first, second] = half_ms
-        self._table[second, first] = half_ms
-        np.fill_diagonal(self._table, 0.0)
+    Args:
+        half_ms: `[n, n]`, symmetric, 0 on its diagonal; kept, not copied.
+    """
+
+    def __init__(self, half_ms: FloatArray):
+        self._table = half_ms
 
     def row(self, server: int) -> FloatArray:
         times: FloatArray = self._table[server].copy()

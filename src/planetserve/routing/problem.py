@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from numpy.typing import NDArray
 
 from planetserve.errors import MissingBlocksError, NoChainAvailable
+from planetserve.routing.arrays import BoolArray, FloatArray, IntArray
 from planetserve.routing.cost import hop_ms, latency_ms, throughput_tokens_per_s
-from planetserve.routing.links import Links, build_links
+from planetserve.routing.links import Links
 from planetserve.routing.request import ChainRequest
-from planetserve.routing.snapshot import FloatArray, IntArray, SwarmSnapshot, uncovered_spans
-from planetserve.types import Chain, Hop
-
-BoolArray = NDArray[np.bool_]
+from planetserve.routing.snapshot import SwarmSnapshot, uncovered_spans
+from planetserve.types import CLIENT, Chain, Hop
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +79,8 @@ class RoutingProblem:
             legal=legal[:, members],
             decode_ms=np.array([s.decode_ms_per_block for s in servers]),
             hop_ms=np.array([hop_ms(snapshot, s) for s in servers]),
-            links=build_links(snapshot, members),
-            client_half_ms=_client_half_ms(snapshot)[members],
+            links=snapshot.round_trips.links(members),
+            client_half_ms=snapshot.round_trips.half_from(snapshot.index[CLIENT])[members],
             block_rate=np.array([s.tokens_per_s_per_block for s in servers]),
             hop_rate=hop_rate,
         )
@@ -118,16 +116,6 @@ class RoutingProblem:
             latency_ms=latency_ms(self.snapshot, chain),
             throughput_tokens_per_s=throughput_tokens_per_s(self.snapshot, chain),
         )
-
-
-def _client_half_ms(snapshot: SwarmSnapshot) -> FloatArray:
-    """`[servers]` half round-trip times between the client and all servers."""
-    client = len(snapshot.servers)
-    first, second, half_ms = snapshot.known_links
-    times = np.full(client + 1, snapshot.default_rtt_ms / 2)
-    times[second[first == client]] = half_ms[first == client]
-    times[first[second == client]] = half_ms[second == client]
-    return times[:client]
 
 
 def _legal_hosts(snapshot: SwarmSnapshot, request: ChainRequest) -> BoolArray:

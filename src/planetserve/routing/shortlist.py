@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from planetserve.routing.snapshot import FloatArray
+from planetserve.routing.arrays import FloatArray
 
 
 def best_holders(

@@ -5,8 +5,9 @@ client can save the one it planned on and anybody can replay it. Values are chec
 is built, whether it comes from the directory or from a file; the file format is strict JSON,
 in the shape that `from_json` checks.
 
-The RTT table is symmetric. A pair it does not hold has `default_rtt_ms`; `"client"` names the
-client's end of the ring. Nothing here measures or fetches.
+Round-trip times are symmetric; `"client"` names the client's end of the ring. They come as a table
+by names, in which pairs may be missing, or as a matrix, and are read as `round_trips` whatever they
+came as. Nothing here measures or fetches.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from planetserve.errors import ConfigError
+from planetserve.routing.arrays import BoolArray
+from planetserve.routing.round_trips import RoundTrips, RttMatrix, RttTable
 from planetserve.types import CLIENT, BlockSpan
 
 SNAPSHOT_VERSION = 1
@@ -33,9 +34,6 @@ MAX_BLOCKS = 4096
 MAX_ID_CHARS = 128
 _MAX_NUMBER = 1e15
 _MIN_RATE = 1e-9
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,21 +87,25 @@ class ServerPoint:
         return BlockSpan(self.start, self.end)
 
 
+@final
 @dataclass(frozen=True)
 class SwarmSnapshot:
     """A swarm at one moment. No slots: what is made of the RTT table is made once, on first use.
 
     Raises:
-        ConfigError: a value is out of range, an id is used twice, a span leaves the model, or the
-            RTT table names an unknown server or contradicts itself.
+        ConfigError: a value is out of range, an id is used twice, a span leaves the model, the RTT
+            table names an unknown server or contradicts itself, or an RTT matrix is of others.
     """
 
     num_blocks: int
     activation_bytes_per_token: float
     hop_overhead_ms: float
     default_rtt_ms: float
+    """Of pairs that `rtt_ms` does not hold; a matrix holds all."""
     servers: tuple[ServerPoint, ...]
-    rtt_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rtt_ms: Mapping[str, Mapping[str, float]] | RttMatrix = field(default_factory=dict)
+    """By names; or a matrix in the order of `servers`, the client last, where a table of all pairs
+    would have to be made and checked for every plan."""
     version: int = SNAPSHOT_VERSION
 
     def __post_init__(self) -> None:
@@ -126,28 +128,14 @@ class SwarmSnapshot:
                     f"which has {self.num_blocks} blocks"
                 )
             seen.add(server.id)
-        self._check_rtts(seen | {CLIENT})
-
-    def _check_rtts(self, known: set[str]) -> None:
-        for first, row in self.rtt_ms.items():
-            if first not in known:
+        if isinstance(self.rtt_ms, RttMatrix):
+            if len(self.rtt_ms) != len(self.servers) + 1:
                 raise ConfigError(
-                    f"rtt_ms names {_show(first)}, which is no server of the snapshot"
+                    f"a matrix of {len(self.rtt_ms)} ends is not of {len(self.servers)} servers "
+                    "and their client"
                 )
-            for second, value in row.items():
-                if second not in known:
-                    raise ConfigError(
-                        f"rtt_ms of {first!r} names {_show(second)}, "
-                        "which is no server of the snapshot"
-                    )
-                _check_number(value, f"rtt_ms of {first!r} and {second!r}")
-                if first == second and value != 0:
-                    raise ConfigError(f"rtt_ms of {first!r} to itself must be 0 or left out")
-                other = self.rtt_ms.get(second, {}).get(first, value)
-                if other != value:
-                    raise ConfigError(
-                        f"rtt_ms of {first!r} and {second!r} is given twice with unequal values"
-                    )
+        else:
+            _check_rtts(self.rtt_ms, seen | {CLIENT})
 
     @cached_property
     def index(self) -> Mapping[str, int]:
@@ -156,25 +144,35 @@ class SwarmSnapshot:
         return {server_id: position for position, server_id in enumerate(ids)}
 
     @cached_property
-    def known_links(self) -> tuple[IntArray, IntArray, FloatArray]:
-        """The pairs in `rtt_ms` by their positions in `index`, and half their round-trip times."""
-        rows, index = self.rtt_ms.values(), self.index
-        count = sum(map(len, rows))
-        owners = [index[first] for first in self.rtt_ms]
-        first = np.repeat(np.array(owners, dtype=np.intp), [len(row) for row in rows])
-        names = chain.from_iterable(rows)
-        second = np.fromiter((index[name] for name in names), dtype=np.intp, count=count)
-        times = chain.from_iterable(row.values() for row in rows)
-        return first, second, np.fromiter(times, dtype=np.float64, count=count) / 2
+    def round_trips(self) -> RoundTrips:
+        """Every round-trip time, by positions in `index`."""
+        if isinstance(self.rtt_ms, RttMatrix):
+            return self.rtt_ms
+        return RttTable(self.index, self.rtt_ms, self.default_rtt_ms)
 
     def rtt(self, first: str, second: str) -> float:
-        """Round-trip time between two of the servers or the client, in milliseconds."""
-        if first == second:
-            return 0.0
-        found = self.rtt_ms.get(first, {}).get(second)
-        if found is None:
-            found = self.rtt_ms.get(second, {}).get(first)
-        return self.default_rtt_ms if found is None else found
+        """Round-trip time between two of the servers or the client, in milliseconds.
+
+        Raises:
+            ConfigError: one of them is neither.
+        """
+        return self.round_trips.between(self._position(first), self._position(second))
+
+    def server(self, server_id: str) -> ServerPoint:
+        """The server of that id.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if server_id == CLIENT:
+            raise ConfigError(f"{CLIENT!r} is no server of the snapshot")
+        return self.servers[self._position(server_id)]
+
+    def _position(self, name: str) -> int:
+        position = self.index.get(name)
+        if position is None:
+            raise ConfigError(f"{_show(name)} is no server of the snapshot")
+        return position
 
     def missing_blocks(self) -> tuple[tuple[int, int], ...]:
         """Half-open spans of blocks that no server holds."""
@@ -194,9 +192,21 @@ class SwarmSnapshot:
             "servers": [
                 {name: getattr(server, name) for name in _SERVER_KEYS} for server in self.servers
             ],
-            "rtt_ms": {first: dict(row) for first, row in self.rtt_ms.items()},
+            "rtt_ms": self._rtt_rows(),
         }
         return json.dumps(document, allow_nan=False)
+
+    def _rtt_rows(self) -> dict[str, dict[str, float]]:
+        """The times as a table by names."""
+        if not isinstance(self.rtt_ms, RttMatrix):
+            return {first: dict(row) for first, row in self.rtt_ms.items()}
+        names = list(self.index)
+        rows = (2.0 * self.rtt_ms.half_ms).tolist()
+        return {
+            name: dict(zip(names[:place], rows[place], strict=False))
+            for place, name in enumerate(names)
+            if place
+        }
 
     @classmethod
     def from_json(cls, text: str) -> SwarmSnapshot:
@@ -248,7 +258,26 @@ class SwarmSnapshot:
             raise ConfigError(f"cannot write snapshot {str(path)!r}: {error.strerror}") from error
 
 
-def uncovered_spans(covered: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+def _check_rtts(table: Mapping[str, Mapping[str, float]], known: set[str]) -> None:
+    for first, row in table.items():
+        if first not in known:
+            raise ConfigError(f"rtt_ms names {_show(first)}, which is no server of the snapshot")
+        for second, value in row.items():
+            if second not in known:
+                raise ConfigError(
+                    f"rtt_ms of {first!r} names {_show(second)}, which is no server of the snapshot"
+                )
+            _check_number(value, f"rtt_ms of {first!r} and {second!r}")
+            if first == second and value != 0:
+                raise ConfigError(f"rtt_ms of {first!r} to itself must be 0 or left out")
+            other = table.get(second, {}).get(first, value)
+            if other != value:
+                raise ConfigError(
+                    f"rtt_ms of {first!r} and {second!r} is given twice with unequal values"
+                )
+
+
+def uncovered_spans(covered: BoolArray) -> tuple[tuple[int, int], ...]:
     """The maximal runs of False in `covered`, as half-open spans."""
     edges = np.flatnonzero(np.diff(np.concatenate(([True], covered, [True])).astype(np.int8)))
     return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

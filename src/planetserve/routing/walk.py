@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from planetserve.routing.arrays import IntArray
 from planetserve.routing.problem import RoutingProblem
-from planetserve.routing.snapshot import IntArray
 from planetserve.types import Chain
 
 

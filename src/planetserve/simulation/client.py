@@ -1,17 +1,17 @@
 """What clients know and how they plan: announcements, loads of servers in use, the real optimizer.
 
 A client reads the directory when it opens a session and before it moves one, unless it has just
-done so. Of servers that it uses it knows the present load, because every answer carries it.
-Round-trip times it knows as they are. In a swarm larger than `VIEW_SERVERS` it plans on the best
-holders of each block (`routing/shortlist.py`); optimizers that choose blindly get a sample of all
-servers instead, or the shortlist would do half of the routing for them.
+done so, and else once in `update_period`. Of servers that it uses it knows the present load,
+because every answer carries it. Round-trip times it knows as they are. In a swarm larger than
+`VIEW_SERVERS` it plans on the best holders of each block (`routing/shortlist.py`); optimizers that
+choose blindly get a sample of all servers instead, or the shortlist would do half of the routing
+for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,10 +20,12 @@ from typing_extensions import override
 
 from planetserve.config import ClientConfig
 from planetserve.errors import ConfigError, NoChainAvailable
+from planetserve.routing.arrays import FloatArray
 from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
 from planetserve.routing.request import ChainRequest
+from planetserve.routing.round_trips import RttMatrix
 from planetserve.routing.shortlist import best_holders
-from planetserve.routing.snapshot import FloatArray, ServerPoint, SwarmSnapshot
+from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
 from planetserve.simulation.world import World
 from planetserve.types import BlockSpan, Chain, Hop
 
@@ -38,23 +40,6 @@ FRESH_S = 5.0
 """A view of the directory this old is not renewed, as in `ChainManager`."""
 _BLIND = frozenset({"random", "petals_max_throughput"})
 """Optimizers that look at neither links nor speeds."""
-
-
-@dataclass(frozen=True)
-class MatrixSnapshot(SwarmSnapshot):
-    """A snapshot whose round-trip times come as a matrix. A table of names would be checked and
-    turned into this very matrix again for every plan."""
-
-    half: FloatArray = field(default_factory=lambda: np.zeros((1, 1)), compare=False)
-    """Half round-trip times in the order of `servers`, the client last."""
-
-    @cached_property
-    def half_rtt_ms(self) -> FloatArray:
-        return self.half
-
-    @override
-    def rtt(self, first: str, second: str) -> float:
-        return 2.0 * float(self.half[self.index[first], self.index[second]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +165,17 @@ class SimClient:
         """Read the directory, unless that has just been done; say whether it was read."""
         if now_s - self._known_at_s < FRESH_S:
             return False
+        self._look_up(now_s)
+        return True
+
+    def _look_up(self, now_s: float) -> None:
         self._known_at_s = now_s
         found = self._directory.lookup(now_s)
         if len(found) > VIEW_SERVERS and self._policy.is_blind:
             found = np.sort(self._rng.choice(found, VIEW_SERVERS, replace=False))
         self._known = _seen(self._world, self.node, self._directory, found)
-        return True
 
-    def snapshot(self, now_s: float, own: Ring | None = None, lease: int = 0) -> MatrixSnapshot:
+    def snapshot(self, now_s: float, own: Ring | None = None, lease: int = 0) -> SwarmSnapshot:
         """What the client plans on.
 
         Args:
@@ -253,6 +241,8 @@ class SimClient:
         self, now_s: float, own: Ring | None, lease: int
     ) -> Iterator[tuple[int, ServerPoint]]:
         """Servers that are not banned, with the loads that this client's own answers carry."""
+        if now_s - self._known_at_s > CLIENT_CONFIG.update_period:
+            self._look_up(now_s)  # as the real client's timer has done by now
         in_use = {number for ring in self.rings for number in ring.servers}
         own_servers = set() if own is None else set(own.servers)
         for number, point in self._known:
@@ -286,15 +276,15 @@ def _seen(
 
 def _snapshot(
     world: World, points: list[ServerPoint], half: FloatArray, num_blocks: int | None = None
-) -> MatrixSnapshot:
+) -> SwarmSnapshot:
     scenario = world.scenario
-    return MatrixSnapshot(
+    return SwarmSnapshot(
         num_blocks=num_blocks or scenario.model.num_blocks,
         activation_bytes_per_token=scenario.model.activation_bytes_per_token,
         hop_overhead_ms=scenario.network.hop_overhead_ms,
-        default_rtt_ms=0.0,
+        default_rtt_ms=0.0,  # of pairs that are missing: none is
         servers=tuple(points),
-        half=half,
+        rtt_ms=RttMatrix(half),
     )
 
 
@@ -315,7 +305,7 @@ def idle_directory(world: World) -> Directory:
     return directory
 
 
-def idle_snapshot(world: World, client: int, directory: Directory) -> MatrixSnapshot:
+def idle_snapshot(world: World, client: int, directory: Directory) -> SwarmSnapshot:
     """What a client with sight would plan on if `directory` were all it knew."""
     node = world.client_node(client)
     seen = _seen(world, node, directory, directory.lookup(0.0))

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planetserve.errors import ConfigError
+from planetserve.routing.arrays import FloatArray
 from planetserve.routing.placement import PLACEMENTS, Placement
-from planetserve.routing.snapshot import FloatArray, ServerPoint
+from planetserve.routing.snapshot import ServerPoint
 from planetserve.simulation.scenario import LoadedScenario, Model, Scenario, Workload
 from planetserve.types import BlockSpan
 
@@ -58,15 +59,14 @@ class Links:
         if one == other:
             return 0.0
         between: float = self._rows[self._city[one]][self._city[other]]
-        return (between + self._last_mile_ms[one] + self._last_mile_ms[other]) / 2
+        return (between + (self._last_mile_ms[one] + self._last_mile_ms[other])) / 2
 
     def matrix(self, nodes: list[int]) -> FloatArray:
         """Between any two of `nodes`, diagonal 0."""
         cities = self._city_array[nodes]
         half: FloatArray = self._city_rtt_ms[np.ix_(cities, cities)]
         own = self._last_mile_array[nodes]
-        half += own[:, None]
-        half += own
+        half += own[:, None] + own  # in this order, so that both halves are equal to the last bit
         half /= 2
         np.fill_diagonal(half, 0.0)
         return half
@@ -74,7 +74,7 @@ class Links:
     def column(self, node: int, count: int) -> FloatArray:
         """Between `node` and each of the first `count` nodes."""
         between = self._city_rtt_ms[self._city[node], self._city_array[:count]]
-        half: FloatArray = between + self._last_mile_ms[node] + self._last_mile_array[:count]
+        half: FloatArray = between + (self._last_mile_ms[node] + self._last_mile_array[:count])
         return half / 2
 
 

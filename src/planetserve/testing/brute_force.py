@@ -9,6 +9,7 @@ import itertools
 
 import numpy as np
 
+from planetserve.routing.round_trips import RttMatrix
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
 from planetserve.types import CLIENT
 
@@ -89,4 +90,8 @@ def _rtt(snapshot: SwarmSnapshot, a: str, b: str) -> float:
     if a == b:
         return 0.0
     table = snapshot.rtt_ms
+    if isinstance(table, RttMatrix):
+        raise TypeError(
+            "brute force reads a table of names, so that it shares no code with planners"
+        )
     return table.get(a, {}).get(b, table.get(b, {}).get(a, snapshot.default_rtt_ms))

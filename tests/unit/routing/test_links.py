@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planetserve.routing import links as links_module
-from planetserve.routing.links import KnownLinks, Links, LinkTable, build_links
+from planetserve.routing import round_trips
+from planetserve.routing.links import KnownLinks, Links, LinkTable
 from planetserve.routing.optimizers import OPTIMIZERS
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
@@ -34,9 +34,9 @@ def _snapshot(seed: int) -> SwarmSnapshot:
 def _both(snapshot: SwarmSnapshot, members: np.ndarray, patch: pytest.MonkeyPatch) -> list[Links]:
     made = []
     for cells, full, kind in ((10**6, 0.2, LinkTable), (0, np.inf, KnownLinks)):
-        patch.setattr(links_module, "_MAX_CELLS", cells)
-        patch.setattr(links_module, "_FULL", full)
-        made.append(build_links(snapshot, members))
+        patch.setattr(round_trips, "_MAX_CELLS", cells)
+        patch.setattr(round_trips, "_FULL", full)
+        made.append(snapshot.round_trips.links(members))
         assert isinstance(made[-1], kind)
     return made
 
@@ -80,8 +80,8 @@ def test_every_optimizer_plans_the_same_on_both(name: str, monkeypatch: pytest.M
     snapshot = _snapshot(7)
     chains = []
     for cells, full in ((10**6, 0.2), (0, np.inf)):
-        monkeypatch.setattr(links_module, "_MAX_CELLS", cells)
-        monkeypatch.setattr(links_module, "_FULL", full)
+        monkeypatch.setattr(round_trips, "_MAX_CELLS", cells)
+        monkeypatch.setattr(round_trips, "_FULL", full)
         chains.append(OPTIMIZERS.create_from(name, seed=3).plan(snapshot, ChainRequest()))
     assert chains[0] == chains[1]
 
@@ -90,7 +90,7 @@ def test_a_large_swarm_keeps_no_table() -> None:
     servers = tuple(ServerPoint(f"s{i}", 0, 2, 1.0, 1e3, 1e7, 100) for i in range(2500))
     near = {"client": {"s7": 1.0}, "s7": {"s8": 1.0}}
     snapshot = SwarmSnapshot(2, 0.0, 0.0, 50.0, servers, near)
-    links = build_links(snapshot, np.arange(2500))
+    links = snapshot.round_trips.links(np.arange(2500))
     assert isinstance(links, KnownLinks)
     assert links.row(7)[8] == links.row(8)[7] == 0.5
     chain = OPTIMIZERS.create("shortest_path").plan(snapshot, ChainRequest())

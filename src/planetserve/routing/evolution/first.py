@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from planetserve.routing.arrays import IntArray
 from planetserve.routing.evolution.objectives import log_mistrust, prices
 from planetserve.routing.evolution.walks import walk_front
 from planetserve.routing.exact.sweep import DEFAULT_EFFORT, sweep
 from planetserve.routing.optimizers.greedy import greedy_chain
 from planetserve.routing.optimizers.shortest_path import least_latency_hosts
 from planetserve.routing.problem import RoutingProblem
-from planetserve.routing.snapshot import IntArray
 
 _WEIGHTS = 16
 _EFFORT = 320_000

@@ -15,11 +15,11 @@ from pymoo.core.mutation import Mutation
 from pymoo.core.problem import Problem
 from pymoo.core.repair import Repair
 
+from planetserve.routing.arrays import FloatArray, IntArray
 from planetserve.routing.evolution.first import good_chains
 from planetserve.routing.evolution.objectives import evaluate
 from planetserve.routing.evolution.operators import Operators
 from planetserve.routing.problem import RoutingProblem
-from planetserve.routing.snapshot import FloatArray, IntArray
 
 _WARM_SHARE = 0.75
 """Part of the time limit that the first population may take."""

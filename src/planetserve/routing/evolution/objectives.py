@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from planetserve.routing.problem import BoolArray, RoutingProblem
-from planetserve.routing.snapshot import FloatArray, IntArray
+from planetserve.routing.arrays import BoolArray, FloatArray, IntArray
+from planetserve.routing.problem import RoutingProblem
 
 OBJECTIVES = ("latency", "throughput", "reputation", "price")
 """In the order of the columns; a mode of `k` objectives uses the first `k`."""

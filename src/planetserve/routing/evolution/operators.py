@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
+from planetserve.routing.arrays import IntArray
 from planetserve.routing.evolution.objectives import evaluate, run_starts
 from planetserve.routing.exact.bounds import Limits, RunGraph, between, cheapest_runs, usage
 from planetserve.routing.problem import RoutingProblem
-from planetserve.routing.snapshot import IntArray
 
 Rng = np.random.Generator
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planetserve.routing.arrays import FloatArray, IntArray
 from planetserve.routing.evolution.objectives import log_mistrust, prices
 from planetserve.routing.front import undominated_rows
 from planetserve.routing.problem import RoutingProblem
-from planetserve.routing.snapshot import FloatArray, IntArray
 from planetserve.routing.walk import run_ends
 
 _MAX_LABELS = 2000

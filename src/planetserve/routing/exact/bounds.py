@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planetserve.errors import ConfigError
-from planetserve.routing.problem import BoolArray, RoutingProblem
-from planetserve.routing.snapshot import FloatArray, IntArray
+from planetserve.routing.arrays import BoolArray, FloatArray, IntArray
+from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.walk import run_ends
 
 Counts = NDArray[np.int64]

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planetserve.routing.arrays import BoolArray, FloatArray, IntArray
 from planetserve.routing.exact.bounds import Limits, RunGraph, Stretch, whole_chain
 from planetserve.routing.exact.dual import Priced
 from planetserve.routing.exact.meter import Meter, Used
-from planetserve.routing.problem import BoolArray
-from planetserve.routing.snapshot import FloatArray, IntArray
 
 _PAIRWISE = 96
 """Up to this many labels, all pairs are compared at once; above, server by server."""

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from planetserve.routing.arrays import BoolArray, IntArray
 from planetserve.routing.exact.bounds import Counts, Limits
-from planetserve.routing.problem import BoolArray
-from planetserve.routing.snapshot import IntArray
 
 Used = NDArray[np.uint64]
 """`[paths, words]`: what each path has used of everything that is counted."""

@@ -20,10 +20,11 @@ import secrets
 import numpy as np
 
 from planetserve.errors import ConfigError
+from planetserve.routing.arrays import FloatArray
 from planetserve.routing.optimizers.base import checked_seed
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
-from planetserve.routing.snapshot import FloatArray, SwarmSnapshot
+from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.types import Chain
 
 

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from planetserve.errors import ConfigError
+from planetserve.routing.arrays import FloatArray
 from planetserve.routing.placement.base import check_sizes
-from planetserve.routing.snapshot import FloatArray, ServerPoint
+from planetserve.routing.snapshot import ServerPoint
 from planetserve.types import BlockSpan
 
 _DIGITS = 9

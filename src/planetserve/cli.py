@@ -77,9 +77,16 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--version", action="version", version=planetserve.__version__)
 
-    def add_hidden(self, name: str, num_values: int) -> None:
-        """Accept `--name` with 0 or 1 values without listing it in the help."""
-        options: dict[str, Any] = {} if num_values else {"action": "store_true"}
+    def add_hidden(self, name: str, num_values: int | str) -> None:
+        """Accept `--name` without listing it in the help.
+
+        Args:
+            name: without dashes.
+            num_values: 0, 1, or the `nargs` of argparse for a list.
+        """
+        options: dict[str, Any] = {"action": "store_true"} if num_values == 0 else {}
+        if isinstance(num_values, str):
+            options["nargs"] = num_values
         self.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
 
     @override
@@ -152,8 +159,8 @@ def parse_config(
         cls: the configuration dataclass.
         argv: arguments; None reads the process's own.
         exclusive: pairs of fields of which a flag for one overrides the file's value for the other.
-        adjust: changes the flags that were given before they are checked, for flags that are no
-            field of `cls`.
+        adjust: changes what was given, flags and then the file's values, before it is checked: for
+            names that are no field of `cls`.
 
     Raises:
         ConfigError: anything wrong with either; the message says what.
@@ -163,6 +170,8 @@ def parse_config(
     if adjust is not None:
         adjust(given)
     from_file = load_yaml(path) if path else {}
+    if adjust is not None:
+        adjust(from_file)
     check_mapping(cls, from_file, source=path or "")
     for pair in exclusive:
         if any(name in given for name in pair):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from planetserve import cli
 from planetserve.config import LOG_LEVELS
+from planetserve.config.petals import DHT_FLAGS, ignore
 from planetserve.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class DhtConfig:
         for name in ("daemon_startup_timeout", "max_peer_lookups", "peer_lookup_burst"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port} is no TCP port; give 1 to 65535, or 0 for any")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(
                 f"log_level={self.log_level!r} is not one of: {', '.join(LOG_LEVELS)}"
@@ -96,7 +99,11 @@ def parse(argv: Sequence[str] | None = None) -> DhtConfig:
         PROG, USAGE, "Run a peer that servers and clients join a swarm through.", EXAMPLES
     )
     cli.add_fields(parser, DhtConfig, GROUPS)
-    return cli.parse_config(parser, DhtConfig, argv, EXCLUSIVE)
+    for name, (num_values, _) in DHT_FLAGS.items():
+        parser.add_hidden(name, num_values)
+    return cli.parse_config(
+        parser, DhtConfig, argv, EXCLUSIVE, adjust=lambda given: ignore(given, DHT_FLAGS)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,17 +7,14 @@ once the arguments are known to be good.
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from planetserve import cli
 from planetserve.config import ServerConfig
-from planetserve.errors import ConfigError
+from planetserve.config.petals import IGNORED_FLAGS, OTHER_FLAGS, translate
 from planetserve.types import BlockSpan
-
-logger = logging.getLogger(__name__)
 
 PROG = "python -m planetserve.run_server"
 
@@ -57,23 +54,6 @@ EXCLUSIVE = (
     ("public_ip", "announce_maddrs"),
 )
 
-IGNORED_FLAGS = {
-    "load_in_8bit": (1, "use --quant_type int8"),
-    "attn_cache_size": (1, "use --attn_cache_tokens"),
-    "alloc_timeout": (1, "a full server refuses at once and says when to retry"),
-    "max_alloc_timeout": (1, "a full server refuses at once and says when to retry"),
-    "auto_relay": (0, "servers must be reachable"),
-    "no_auto_relay": (0, "relays are never used"),
-    "num_handlers": (1, "one process serves all sessions"),
-    "prefetch_batches": (1, "one process serves all sessions"),
-    "sender_threads": (1, "one process serves all sessions"),
-    "min_batch_size": (1, "batches form from whatever sessions are ready"),
-    "compression": (1, "activations travel in --torch_dtype"),
-    "increase_file_limit": (1, "the limit is raised to what the system allows"),
-    "skip_reachability_check": (0, "there is none"),
-}
-"""Flags of Petals' server that scripts still pass: number of values, and why there is no effect."""
-
 
 def parse(argv: Sequence[str] | None = None) -> ServerConfig:
     """Read the command line.
@@ -85,20 +65,11 @@ def parse(argv: Sequence[str] | None = None) -> ServerConfig:
         PROG, USAGE, "Serve some decoder blocks of a model to everyone in a swarm.", EXAMPLES
     )
     cli.add_fields(parser, ServerConfig, GROUPS, positional="model")
-    parser.add_hidden("converted_model_name_or_path", 1)
     for name, (num_values, _) in IGNORED_FLAGS.items():
         parser.add_hidden(name, num_values)
-    return cli.parse_config(parser, ServerConfig, argv, EXCLUSIVE, adjust=_adjust)
-
-
-def _adjust(given: dict[str, object]) -> None:
-    """Fold Petals' second name of the model into the first, and say which flags do nothing."""
-    other_name = given.pop("converted_model_name_or_path", None)
-    if other_name is not None and given.setdefault("model", other_name) != other_name:
-        raise ConfigError("MODEL and --converted_model_name_or_path exclude each other; give one")
-    for name in sorted(given.keys() & IGNORED_FLAGS.keys()):
-        del given[name]
-        logger.warning("--%s has no effect: %s", name, IGNORED_FLAGS[name][1])
+    for name, count in OTHER_FLAGS.items():
+        parser.add_hidden(name, count)
+    return cli.parse_config(parser, ServerConfig, argv, EXCLUSIVE, adjust=translate)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

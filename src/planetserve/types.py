@@ -61,9 +61,13 @@ class BlockSpan:
             ConfigError: the text is not two integers with one colon between them, or no span.
         """
         parts = text.strip().split(":")
-        if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        # Numbers of more digits would not be read by `int`, and no model has as many blocks.
+        is_span = len(parts) == 2 and all(
+            part.strip().isdecimal() and len(part) < 10 for part in parts
+        )
+        if not is_span:
             raise ConfigError(
-                f"--block_indices {text!r} is not START:END; "
+                f"--block_indices {text[:40]!r} is not START:END; "
                 "give two block numbers, for example --block_indices 0:8"
             )
         return cls(int(parts[0]), int(parts[1]))

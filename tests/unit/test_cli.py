@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from planetserve import __version__, cli, run_server
+from planetserve import __version__, cli, run_dht, run_server
 from planetserve.errors import CapacityError, ConfigError, PlanetServeError
 from planetserve.types import BlockSpan
 
@@ -74,6 +74,79 @@ def test_petals_flags_without_effect_are_accepted_with_a_warning(
     ]
 
 
+PLAIN = "demo --num_blocks 2 --new_swarm"
+
+HARMLESS = [
+    "--balance_quality 0.75", "--mean_balance_check_period 60", "--stats_report_interval 60",
+    "--max_chunk_size_bytes 1000000", "--max_disk_space 50GB", "--max_disk_space=300GiB",
+    "--use_auth_token", "--throughput eval", "--quant_type NONE", "--torch_dtype AUTO",
+    "--load_in_8bit False", "--use_relay", "--no_relay", "--use_auto_relay", "--no-auto-relay",
+    "--attn_cache_size 16GiB", "--adapters", "--min_batch_size 1", "--compression NONE",
+]  # fmt: skip
+
+TRANSLATED = [
+    ("--quant_type NF4", "--quant_type nf4"),
+    ("--quant_type INT8", "--quant_type int8"),
+    ("--load_in_8bit True", "--quant_type int8"),
+    ("--torch_dtype torch.bfloat16", "--torch_dtype bfloat16"),
+    ("--torch_dtype fp16", "--torch_dtype float16"),
+    ("--tensor_parallel_devices cpu", "--device cpu"),
+    ("--tensor_parallel_devices cuda:1 --device cuda:1", "--device cuda:1"),
+]
+
+LIES = [
+    ("--adapters org/lora org/other", "merge"),
+    ("--custom_module_path x.py", "not loaded from files"),
+    ("--tensor_parallel_devices cuda:0 cuda:1", "one server for each"),
+    ("--throughput dry_run", "--throughput auto"),
+    ("--dht_client_mode", "must be reachable"),
+    ("--quant_type int4", "choose one of: none, int8, nf4"),
+    ("--load_in_8bit --quant_type nf4", "expected one argument"),
+    ("--load_in_8bit True --quant_type nf4", "exclude each other"),
+    ("--load_in_8bit maybe", "not true or false"),
+    ("--port 70000", "no TCP port"),
+    ("--port -1", "no TCP port"),
+]
+
+
+@pytest.mark.parametrize("flags", HARMLESS)
+def test_what_is_harmless_in_petals_command_lines_is_accepted(flags: str) -> None:
+    assert parse(f"{PLAIN} {flags}") == parse(PLAIN)
+    assert parse(f"demo {flags} --num_blocks 2 --new_swarm") == parse(PLAIN)
+
+
+@pytest.mark.parametrize(("flags", "ours"), TRANSLATED)
+def test_what_petals_calls_otherwise_is_translated(flags: str, ours: str) -> None:
+    assert parse(f"{PLAIN} {flags}") == parse(f"{PLAIN} {ours}")
+
+
+@pytest.mark.parametrize(("flags", "message"), LIES)
+def test_what_would_be_a_lie_is_refused_with_the_way_out(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(f"{PLAIN} {flags}")
+
+
+def test_a_yaml_file_of_petals_is_read_like_its_flags(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(
+        "converted_model_name_or_path: demo\nnum_blocks: 2\nnew-swarm: true\nnum_handlers: 8\n"
+        "quant_type: none\nthroughput: eval\nadapters: []\nbalance_quality: 0.5\n"
+        "tensor_parallel_devices: [cpu]\nmax_disk_space: 50GB\nload_in_8bit: false\n"
+    )
+    assert parse(f"-c {path}") == parse(f"{PLAIN} --device cpu")
+    assert "--num_handlers has no effect" in caplog.text
+    path.write_text("adapters: [org/lora]\n")
+    with pytest.raises(ConfigError, match="merge"):
+        parse(f"{PLAIN} -c {path}")
+
+
+def test_petals_run_dht_flags_are_accepted() -> None:
+    flags = "--new_swarm --refresh_period 30 --no_relay --use_auto_relay --no_auto_relay"
+    assert run_dht.parse(flags.split()) == run_dht.parse([])
+
+
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
     path = tmp_path / "server.yaml"
     path.write_text("model: demo\nnum_blocks: 2\nnew-swarm: true\nport: 1\npage_size: 8\n")
@@ -114,6 +187,15 @@ def test_no_configuration_file_is_read_unasked(
         ("demo extra --num_blocks 1 --new_swarm", "unknown argument 'extra'"),
         ("demo --initial_peers --num_blocks 1", "--initial_peers: expected at least one argument"),
         ("demo --block_indices 5:2 --new_swarm", "empty or reversed"),
+        ("demo --block_indices 8 --new_swarm", "is not START:END"),
+        ("demo --block_indices 0-8 --new_swarm", "is not START:END"),
+        ("demo --block_indices 0:8:2 --new_swarm", "is not START:END"),
+        ("demo --block_indices=-1:3 --new_swarm", "is not START:END"),
+        ("demo --block_indices : --new_swarm", "is not START:END"),
+        (f"demo --block_indices 0:{'9' * 5000} --new_swarm", "is not START:END"),
+        (f"demo --num_blocks {'9' * 5000} --new_swarm", "is not a whole number"),
+        ("demo --num_blocks 1e999 --new_swarm", "is not a whole number"),
+        ("demo --num_blocks -2 --new_swarm", "must be greater than 0"),
         ("demo --block_indices 0:1 --num_blocks 1 --new_swarm", "say which blocks to serve"),
         ("demo --num_blocks 1 --new_swarm -c nowhere.yaml", "cannot read nowhere.yaml"),
     ],

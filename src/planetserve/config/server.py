@@ -165,6 +165,8 @@ class ServerConfig:
                 f"kv_overcommit={self.kv_overcommit:g} promises less than there is; give at least 1"
             )
         require_positive(self, *(name for name in optional if getattr(self, name) is not None))
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port} is no TCP port; give 1 to 65535, or 0 for any")
         if self.throughput != "auto":
             require_positive(self, "throughput")
         if not self.update_period < self.expiration_s <= MAX_RECORD_LIFETIME_S:

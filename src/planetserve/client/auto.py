@@ -183,6 +183,7 @@ def _attach(
     model.runtime = runtime
 
     def note_logits(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        runtime.check_process()
         blocks.on_logits(kwargs.get("logits_to_keep", 0))
 
     model.register_forward_pre_hook(note_logits, with_kwargs=True)

@@ -50,6 +50,14 @@ class ClientRuntime:
             self._portal.close()
             raise
 
+    def check_process(self) -> None:
+        """Refuse to work in a forked child, before a tensor is touched there.
+
+        Raises:
+            ConfigError: this is one.
+        """
+        self._portal.check_process()
+
     def new_session(
         self, *, max_length: int | None = None, lease_tokens: int | None = None
     ) -> InferenceSession:
@@ -88,7 +96,9 @@ class ClientRuntime:
         return self._portal.call(take())
 
     def close(self) -> None:
-        """Close every session and leave the swarm. Idempotent."""
+        """Close every session and leave the swarm. Idempotent; nothing in a forked child."""
+        if self._portal.in_child:
+            return
         with self._lock:
             if self._closed:
                 return
@@ -100,6 +110,8 @@ class ClientRuntime:
             self._portal.close()
 
     async def _close(self, sessions: list[InferenceSession]) -> None:
-        for session in sessions:
-            await session.release()
-        await self._manager.close()
+        try:
+            for session in sessions:
+                await session.release()
+        finally:
+            await self._manager.close()

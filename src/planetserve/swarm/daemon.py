@@ -38,6 +38,7 @@ from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import ConfigError, PeerUnreachable, RemoteProtocolError, TransportError
 from planetserve.swarm import multiaddr
 from planetserve.swarm.delimited import varint
+from planetserve.swarm.forks import keep_from_children
 from planetserve.swarm.launch import ContainedP2P
 from planetserve.swarm.sockets import read_exactly, send_all, stop_serving
 from planetserve.types import PeerId
@@ -65,6 +66,7 @@ class Daemon:
         self.p2p: P2P | None = None
         self._incoming: set[asyncio.Task[Any]] = set()
         self._folder, self._lock = _make_folder()
+        keep_from_children(self._lock)
 
     @classmethod
     async def start(cls, config: NodeConfig, identity: Identity) -> Daemon:

@@ -46,6 +46,13 @@ class ContainedP2P(P2P):
         self._daemon_listen_maddr = Multiaddr(f"/unix{folder}/p2pd.sock")
         self._client_listen_maddr = Multiaddr(f"/unix{folder}/client.sock")
         self._listen = listen
+        self._owner = os.getpid()
+
+    @override
+    def _terminate(self) -> None:
+        # hivemind's handle ends the daemon when it is thrown away, in a forked child as well.
+        if os.getpid() == self._owner:
+            super()._terminate()
 
     @override
     def _start_listening(self) -> None:

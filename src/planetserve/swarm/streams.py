@@ -31,6 +31,7 @@ from planetserve.errors import (
     RemoteProtocolError,
     StreamClosed,
 )
+from planetserve.swarm.forks import keep_from_children
 from planetserve.swarm.rates import DrainMeter
 from planetserve.swarm.sockets import readable, writable
 from planetserve.types import PeerId
@@ -65,6 +66,7 @@ class FrameStream:
         self.remote = remote
         self._node = node
         self._socket = sock
+        keep_from_children(sock)
         self._send_lock = asyncio.Lock()
         self._ahead = bytearray(head)
         self._header: FrameHeader | None = None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from planetserve.client.portal import Portal
-from planetserve.errors import SessionClosed
+from planetserve.errors import ConfigError, SessionClosed
 
 
 @pytest.fixture
@@ -77,9 +79,9 @@ def test_an_interrupted_caller_cancels_what_it_waits_for(
         def __init__(self) -> None:
             self.calls = 0
 
-        def acquire(self) -> None:
+        def acquire(self, timeout: float = -1) -> None:
             self.calls += 1
-            if self.calls > 1:
+            if self.calls == 2:
                 started.wait(10)  # a task that is cancelled before its first step runs nothing
                 raise KeyboardInterrupt
 
@@ -94,3 +96,40 @@ def test_an_interrupted_caller_cancels_what_it_waits_for(
     finally:
         monkeypatch.setattr(threading, "Lock", own)
     assert cancelled.wait(10)
+
+
+def test_what_was_interrupted_has_ended_before_the_caller_goes_on(portal: Portal) -> None:
+    steps = []
+
+    async def wait() -> None:
+        steps.append("began")
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.2)
+            steps.append("ended")
+
+    with pytest.raises(KeyboardInterrupt):
+        portal.call(wait())
+    assert steps == ["began", "ended"]
+    assert portal.call(add(2, 3)) == 5
+
+
+def test_in_a_forked_child_calls_are_refused_and_closing_does_nothing(portal: Portal) -> None:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        told = ""
+        try:
+            portal.call(add(1, 1))
+        except ConfigError as error:
+            told = str(error)
+        portal.close()
+        os.write(writer, told.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as words:
+        assert "loaded before the process was forked" in words.read()
+    assert os.waitpid(child, 0)[1] == 0
+    assert portal.call(add(2, 3)) == 5

@@ -34,12 +34,11 @@ from planetserve.model.linear import convert_span
 from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
 from planetserve.model.quantization import require_quantizer
 from planetserve.model.skeleton import SpanBlocks
-from planetserve.routing.placement import PLACEMENTS
-from planetserve.routing.points import usable_point
 from planetserve.server.announcer import Announcer
 from planetserve.server.handler import ServedModel, SessionHandler
 from planetserve.server.limits import ServerLimits
 from planetserve.server.neighbours import Neighbours
+from planetserve.server.span_choice import ahead_of, choose_span, is_wanted_elsewhere
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import NodeConfig, SwarmNode
 from planetserve.swarm.ping import serve_ping
@@ -52,6 +51,9 @@ DEFAULT_NETWORK_BYTES_PER_S = 12_500_000.0
 """Announced until large pushes have shown this server's rate: 100 Mbit/s."""
 _BYTES_PER_S_PER_MBPS = 125_000.0
 DRAIN_TIMEOUT_S = 30.0
+_SETTLE_S = 2.0
+"""Until others that start at the same time have announced what they take."""
+_MAX_CHOICES = 8
 _UNMEASURED_MS = 1000.0
 """Announced per block while the span is still loading: nobody should plan on it."""
 
@@ -100,8 +102,11 @@ class Server:
         server = cls(config, checkpoint, node, clock or SystemClock())
         try:
             server._dtype = dtype
-            server.span = await server._choose_span()
+            await server._choose_span()
             await server._build(device)
+            if await server._is_wanted_elsewhere():
+                server.engine.close()
+                await server._build(device)
             await server._open_doors()
         except BaseException:
             await server._abandon()
@@ -203,25 +208,60 @@ class Server:
     ) -> None:
         await self.close()
 
-    async def _choose_span(self) -> BlockSpan:
-        others = [
+    async def _others(self) -> list[ServerInfo]:
+        """Other servers of this model that are there or about to be, whatever files they have."""
+        return [
             info
             for info in await self._directory.lookup(self._prefix)
             if info.peer_id != self.node.peer_id and info.state in _PRESENT
         ]
-        ours = [info for info in others if info.fingerprint == self.checkpoint.fingerprint]
+
+    def _same_files(self, others: Sequence[ServerInfo]) -> list[ServerInfo]:
+        fingerprint, num_blocks = self.checkpoint.fingerprint, self.checkpoint.num_blocks
+        return [
+            info
+            for info in others
+            if info.fingerprint == fingerprint and info.num_blocks == num_blocks
+        ]
+
+    async def _choose_span(self) -> None:
+        """Take the blocks that were asked for; with `num_blocks`, those that nobody who starts at
+        the same time takes."""
+        others = await self._others()
+        ours = self._same_files(others)
         self._warn_of_other_revisions([info for info in others if info not in ours])
         if self.config.block_indices is not None:
-            return self.config.block_indices
-        num_blocks = self.checkpoint.num_blocks
-        found = (usable_point(info, num_blocks) for info in ours)
-        points = [point for point in found if point is not None]
-        speeds = sorted(point.tokens_per_s_per_block for point in points)
-        own_speed = speeds[len(speeds) // 2] if speeds else 1.0
-        placement = PLACEMENTS.create("balance")
-        return placement.choose_span(
-            points, self.checkpoint.num_blocks, self.config.num_blocks or 1, own_speed
-        )
+            self.span = self.config.block_indices
+            return
+        self.span = self._best_span(ours)
+        for _ in range(_MAX_CHOICES if self.config.initial_peers else 0):
+            await self._announcer.announce()
+            await asyncio.sleep(_SETTLE_S)
+            ours = self._same_files(await self._others())
+            if self._best_span(ahead_of(self.node.peer_id, ours)) == self.span:
+                return
+            self.span = self._best_span(ours)
+
+    def _best_span(self, others: Sequence[ServerInfo]) -> BlockSpan:
+        return choose_span(others, self.checkpoint.num_blocks, self.config.num_blocks or 1)
+
+    async def _is_wanted_elsewhere(self) -> bool:
+        """Whether it is better to load other blocks before anybody uses these."""
+        if self.config.block_indices is not None:
+            return False
+        with contextlib.suppress(PlanetServeError):  # it serves what it has
+            ours = self._same_files(await self._others())
+            wanted = is_wanted_elsewhere(
+                self.node.peer_id, self.span, ours, self.checkpoint.num_blocks
+            )
+            if wanted:
+                taken, self.span = self.span, self._best_span(ours)
+                logger.warning(
+                    "others serve blocks %s by now, and nobody %s: loads these instead",
+                    taken, self.span,
+                )  # fmt: skip
+            return wanted
+        return False
 
     def _warn_of_other_revisions(self, strangers: Sequence[ServerInfo]) -> None:
         """Not an error: anybody may announce anything, and clients go by their own files."""

@@ -81,6 +81,12 @@ class History:
         for row, length in zip(self._rows, lengths, strict=True):
             row.truncate(length)
 
+    def select(self, rows: Sequence[int]) -> History:
+        """Another history, whose row `i` holds what row `rows[i]` of this one does."""
+        selected = History(0)
+        selected._rows = [self._rows[row].copy() for row in rows]
+        return selected
+
     def read(self, index: int, start: int, end: int) -> tuple[torch.Tensor, list[int]]:
         """Tokens `[start, end)` of row `index`: `[end - start, hidden]`, and their positions."""
         row = self._rows[index]

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from planetserve import (
     AutoDistributedModel,
+    AutoDistributedModelForCausalLM,
     DistributedFalconForCausalLM,
     DistributedLlamaConfig,
 )
@@ -215,6 +216,34 @@ def test_session_refuses_what_passes_its_length(model: Any, prompt: torch.Tensor
         model.generate(prompt, session=session, max_new_tokens=1)
     with model.inference_session(max_length=4), pytest.raises(SessionLengthError):
         model.generate(prompt, max_new_tokens=1)
+
+
+def test_a_default_length_is_cut_to_what_servers_take(
+    llama_folder: Path, local: Any, prompt: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Published chat models carry a `max_length` as long as they can be."""
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with (
+        LocalSwarm(str(llama_folder), ["0:6"], {"inference_max_length": 24}) as small,
+        AutoDistributedModelForCausalLM.from_pretrained(
+            str(llama_folder), initial_peers=small.initial_peers, torch_dtype=torch.float32
+        ) as model,
+    ):
+        model.generation_config.max_length = 131_072
+        for extra in ({}, {"num_beams": 2}):
+            caplog.clear()
+            got = model.generate(prompt, **options, **extra)
+            assert torch.equal(got, local.generate(prompt, max_length=24, **options, **extra))
+            assert "stops at 24 tokens" in caplog.text
+        caplog.clear()
+        criteria = StoppingCriteriaList([_StopAfter(15)])
+        assert model.generate(prompt, **options, stopping_criteria=criteria).shape == (1, 15)
+        assert not caplog.text
+        with model.inference_session(max_length=20):
+            got = model.generate(prompt, **options)
+            assert torch.equal(got, local.generate(prompt, max_length=20, **options))
+        with pytest.raises(SessionLengthError, match="longer than this swarm's servers take"):
+            model.generate(prompt, max_new_tokens=100, **options)
 
 
 def test_forward_gives_local_logits(

@@ -158,7 +158,7 @@ def _load(
     local = None if config.local_blocks is None else LocalEnds.load(checkpoint, split, dtype)
     runtime = ClientRuntime(config, facts, local)
     try:
-        blocks = RemoteBlocks(lambda tokens: runtime.new_session(lease_tokens=tokens))
+        blocks = RemoteBlocks(lambda tokens: runtime.new_session(lease_tokens=tokens), runtime.keep)
         model = load_client_half(
             checkpoint, dtype, torch.device("cpu"), remote=blocks, on_call=blocks.on_call
         )
@@ -187,5 +187,7 @@ def _attach(
         blocks.on_logits(kwargs.get("logits_to_keep", 0))
 
     model.register_forward_pre_hook(note_logits, with_kwargs=True)
+    for module in {model, model.base_model}:
+        module.register_forward_hook(lambda *_: blocks.forget(), always_call=True)
     # A model that is forgotten must not leave its thread and libp2p daemon behind.
     weakref.finalize(model, runtime.close)

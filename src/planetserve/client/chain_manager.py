@@ -114,6 +114,10 @@ class ChainManager:
             with contextlib.suppress(PlanetServeError):
                 await self.view.refresh()
 
+    def longest_session(self, num_rows: int, least: int) -> int | None:
+        """Tokens per row for which a chain has room now; as `ChainPlanner.longest`."""
+        return self._planner.longest(self._usable(), num_rows, least)
+
     async def open_ring(
         self,
         num_rows: int,

@@ -1,28 +1,51 @@
 """`generate()` over remote layers: Hugging Face's own, with sessions for a cache.
 
-`DistributedMixin` is put in front of the checkpoint's own class. It only decides which session a
-call uses, keeps a session's token history for multi-turn use, and releases what a call opened.
+`DistributedMixin` is put in front of the checkpoint's own class. It only decides which cache a call
+uses, and releases what a call opened. Inside a session a call is a turn (`turn.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
 import os
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 
-from planetserve.client.remote_cache import RemoteCache
+from planetserve.client.remote_blocks import RIGHT_PADDED
+from planetserve.client.remote_cache import RemoteCache, usable_cache
 from planetserve.client.runtime import ClientRuntime
 from planetserve.client.session import InferenceSession
-from planetserve.errors import ConfigError, SessionLengthError
+from planetserve.client.turn import Turn, asks_for_length, refuse_what_needs_layers
+from planetserve.errors import ConfigError
 from planetserve.types import Chain
 
-_opened: contextvars.ContextVar[list[RemoteCache] | None] = contextvars.ContextVar(
-    "planetserve_opened", default=None
+logger = logging.getLogger(__name__)
+
+_LEAST_ROOM = 256
+"""Tokens of an answer for which room is waited for, when servers have less at the moment."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """One `generate()` under way in this context."""
+
+    turn: Turn | None
+    may_shorten: bool
+    """Whether the length was not asked for, but is a default."""
+    opened: list[RemoteCache] = field(default_factory=list)
+    max_length: int | None = None
+    """Columns at which the text stops because the servers hold no more."""
+
+
+_running: contextvars.ContextVar[_Running | None] = contextvars.ContextVar(
+    "planetserve_running", default=None
 )
 
 
@@ -87,6 +110,9 @@ class SwarmMixin:
 class DistributedMixin(SwarmMixin):
     """`generate()` for distributed models with a head."""
 
+    generation_config: Any
+    _prepare_generation_config: Any
+
     @torch.no_grad()
     def generate(
         self,
@@ -106,21 +132,64 @@ class DistributedMixin(SwarmMixin):
         """
         if inputs is None and "input_ids" in kwargs:
             inputs = kwargs.pop("input_ids")
-        session = session or self.runtime.active.get()
-        if session is not None:
-            return self._generate_in_session(session, inputs, *args, **kwargs)
-        opened: list[RemoteCache] = []
-        token = _opened.set(opened)
+        refuse_what_needs_layers(kwargs)
+        if session is None:
+            session = self._active_session()
+        elif not self.runtime.owns(session):
+            raise ConfigError("session= belongs to another model; open one with this model")
+        if session is None:
+            return self._generate(None, inputs, *args, **kwargs)
+        with Turn.begin(session) as turn, self.use_session(None):
+            inputs, kwargs = turn.prepare(inputs, args, kwargs, self._prepare_generation_config)
+            result = self._generate(turn, inputs, *args, **kwargs)
+            return turn.finish(result)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: continuous batching manages the keys and values of layers that are here."""
+        raise ConfigError(
+            "continuous batching needs the model's layers on this machine; call generate(), also "
+            "from several threads: the servers batch what comes at the same time"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _active_session(self) -> InferenceSession | None:
+        active = self.runtime.active
+        session = active.get()
+        if session is None and active.may_be_missed():
+            logger.warning(
+                "generate() in thread %s makes a text of its own, although a session is open in "
+                "another thread; to go on with that one, pass session=...",
+                threading.current_thread().name,
+            )
+        return session
+
+    def _generate(
+        self, turn: Turn | None, inputs: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        running = _Running(turn, not asks_for_length(args, kwargs, self.generation_config))
+        token = _running.set(running)
         result = None
         try:
             result = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
             return result
         finally:
-            _opened.reset(token)
+            _running.reset(token)
             kept = getattr(result, "past_key_values", None)
-            for cache in opened:
-                if cache is not kept:
+            for cache in running.opened:
+                if cache is kept:
+                    cache.is_kept = True
+                    self.runtime.keep(cache.session)
+                else:
                     cache.session.close()
+            if running.max_length is not None:
+                texts = getattr(result, "sequences", result)
+                if isinstance(texts, torch.Tensor) and texts.shape[1] == running.max_length:
+                    logger.warning(
+                        "the text stops at %d tokens, since the session or its servers hold no "
+                        "more; its default length would be larger",
+                        running.max_length,
+                    )
 
     def _prepare_cache_for_generation(
         self,
@@ -131,74 +200,39 @@ class DistributedMixin(SwarmMixin):
         max_cache_length: int,
     ) -> None:
         """Hugging Face's hook: put a cache into `model_kwargs` unless one is there."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1:].all()):
+            raise ConfigError(RIGHT_PADDED)
         given = model_kwargs.get("past_key_values")
-        if given is not None:
-            if not isinstance(given, RemoteCache):
-                raise ConfigError(
-                    f"past_key_values of type {type(given).__name__} cannot be used by a "
-                    "distributed model; leave it out"
-                )
-            # Hugging Face's own mark; without it the cache would not be returned.
-            given._is_user_defined = True  # noqa: SLF001
+        if given is not None or generation_config.use_cache is False:
+            if given is not None:
+                if generation_config.cache_implementation is not None:
+                    raise ConfigError("give either past_key_values or cache_implementation")
+                given = usable_cache(given, self.runtime.new_session)
+                # Hugging Face's own mark; without it the cache would not be returned.
+                given._is_user_defined = True  # noqa: SLF001
             return
-        if generation_config.use_cache is False:
-            return
-        cache = RemoteCache(self.runtime.new_session(lease_tokens=max_cache_length + 1))
-        opened = _opened.get()
-        if opened is not None:
-            opened.append(cache)
-        model_kwargs["past_key_values"] = cache
-
-    def _generate_in_session(
-        self, session: InferenceSession, inputs: torch.Tensor | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not isinstance(session.cache, RemoteCache):
-            session.cache = RemoteCache(session, keep_session=True)
-        previous = session.output_ids
-        num_previous = 0 if previous is None else previous.shape[1]
-        if previous is not None:
-            inputs = previous if inputs is None else torch.cat([previous, inputs], dim=1)
-        if inputs is None or not inputs.shape[1]:
-            raise ConfigError("the first generate() of a session needs input_ids")
-        # After a rollback there may be nothing new: the last token is fed once more.
-        session.cache.crop(min(0, inputs.shape[1] - 1 - session.cache.get_seq_length()))
-        mask = _session_mask(session, inputs, kwargs.pop("attention_mask", None), num_previous)
-        if session.max_length is not None and inputs.shape[1] > session.max_length:
-            raise SessionLengthError(
-                f"{inputs.shape[1]} tokens do not fit the session's "
-                f"max_length={session.max_length}; open a session with a larger max_length"
+        if generation_config.cache_implementation == "quantized":
+            raise ConfigError(
+                "cache_implementation='quantized' is not possible: servers keep keys and values in "
+                "their own dtype; leave it out"
             )
-        if mask is not None:
-            kwargs["attention_mask"] = mask
-        result = super().generate(  # type: ignore[misc]
-            inputs, *args, past_key_values=session.cache, **kwargs
-        )
-        sequences = result if isinstance(result, torch.Tensor) else result.sequences
-        session.output_ids = sequences
-        if mask is not None:
-            new = sequences.shape[1] - mask.shape[1]
-            session.attention_mask = torch.cat([mask, mask.new_ones(mask.shape[0], new)], dim=1)
-        if isinstance(result, torch.Tensor):
-            return sequences[:, num_previous:]
-        result.sequences = sequences[:, num_previous:]
-        return result
-
-
-def _session_mask(
-    session: InferenceSession,
-    inputs: torch.Tensor,
-    new_mask: torch.Tensor | None,
-    num_previous: int,
-) -> torch.Tensor | None:
-    """The mask of the whole conversation from what was kept and what this call brings."""
-    if new_mask is not None and new_mask.shape[1] == inputs.shape[1]:
-        return new_mask
-    old_mask = session.attention_mask
-    if new_mask is None and old_mask is None:
-        # Every token counts, also when one of them happens to be the padding token.
-        return torch.ones_like(inputs)
-    parts = [
-        old_mask if old_mask is not None else torch.ones_like(inputs[:, :num_previous]),
-        new_mask if new_mask is not None else torch.ones_like(inputs[:, num_previous:]),
-    ]
-    return torch.cat(parts, dim=1)
+        running = _running.get() or _Running(None, may_shorten=False)
+        turn = running.turn
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        if running.may_shorten:
+            columns = getattr(generation_config, "_mask_length", 0)
+            if mask is not None:
+                columns = mask.shape[1]
+            limit = None if turn is None else turn.longest()
+            if limit is None:
+                limit = self.runtime.longest_session(rows, columns + _LEAST_ROOM)
+            if limit is not None and columns < limit <= max_cache_length:
+                generation_config.max_length = running.max_length = limit
+                max_cache_length = limit - 1
+        if turn is not None:
+            cache = turn.cache_for(rows, generation_config, generation_mode, max_cache_length)
+        else:
+            cache = RemoteCache(self.runtime.new_session(lease_tokens=max_cache_length + 1))
+            running.opened.append(cache)
+        model_kwargs["past_key_values"] = cache

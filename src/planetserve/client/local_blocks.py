@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Sequence
 
 import torch
 
@@ -121,6 +122,15 @@ class LocalRows:
     def needs_every_output(self) -> bool:
         """Whether `leave` must see the outputs of all tokens of a step."""
         return self._ends.after is not None
+
+    def select(self, rows: Sequence[int]) -> LocalRows:
+        """Other rows, of which row `i` holds what row `rows[i]` of these does."""
+        selected = LocalRows(self._ends, 0)
+        # Caches are never changed once a step is done, so both may use them.
+        selected._before = tuple(self._before[row] for row in rows) if self._before else ()
+        selected._staged = selected._before
+        selected._after = tuple(self._after[row] for row in rows) if self._after else ()
+        return selected
 
     def enter(self, table: StepTable, hidden_TD: torch.Tensor) -> torch.Tensor:
         """What goes into the swarm's first block, `[T, D]`, for what the embedding made."""

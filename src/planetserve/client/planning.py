@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from planetserve.client.block_ranges import split_blocks, trusted_spans
@@ -156,6 +157,31 @@ class ChainPlanner:
             except NoChainAvailable:
                 return long_enough
         return alike
+
+    def longest(self, servers: Sequence[ServerInfo], num_rows: int, least: int) -> int | None:
+        """Tokens per row for which a chain of `servers` has room now.
+
+        When their free cache is too small for `least`, that or the most they take with an empty
+        one: what is missing may be free again soon. None if they have no chain at all.
+        """
+        allowed, room = np.zeros((2, len(self.remote)), dtype=np.int64)
+        for info in servers:
+            inside = _overlap(info.span, self.remote)
+            if inside is None:
+                continue
+            blocks = np.zeros(len(self.remote), dtype=bool)
+            blocks[inside.start - self.remote.start : inside.end - self.remote.start] = True
+            for span, names in self.trusted.items():
+                if info.peer_id not in names:
+                    blocks[span.start - self.remote.start : span.end - self.remote.start] = False
+            longest = info.max_session_tokens
+            allowed[blocks] = np.maximum(allowed[blocks], longest)
+            room[blocks] = np.maximum(
+                room[blocks], min(longest, info.free_cache_tokens // num_rows)
+            )
+        if not len(allowed) or not allowed.min():
+            return None
+        return int(max(room.min(), min(least, allowed.min())))
 
     def _alike(self, servers: Iterable[ServerInfo]) -> list[ServerInfo]:
         wanted = dtype_name(self._facts.dtype), "none"

@@ -16,11 +16,16 @@ from typing import Any
 
 import torch
 
-from planetserve.client.remote_cache import RemoteCache
+from planetserve.client.remote_cache import RemoteCache, usable_cache
 from planetserve.client.session import InferenceSession
 from planetserve.errors import ConfigError
 from planetserve.tensors import tensor_bytes
 from planetserve.wire.step import RowSlice, StepTable
+
+RIGHT_PADDED = (
+    "attention_mask ends with padding, and what comes after padding cannot be generated; pad on "
+    "the left (tokenizer.padding_side = 'left')"
+)
 
 
 @dataclass(slots=True)
@@ -29,7 +34,10 @@ class _Call:
 
     mask_BS: torch.Tensor | None
     positions_BT: torch.Tensor | None
+    ids_BT: torch.Tensor | None
     cache: RemoteCache | None
+    keep_last: bool
+    """Whether only the output of each row's last token is needed."""
 
 
 class RemoteBlocks:
@@ -38,15 +46,26 @@ class RemoteBlocks:
     Args:
         new_session: makes a session for a forward pass that brings no cache; its argument is the
             number of tokens per row to lease.
+        keep: told of each session whose cache somebody keeps when it is about to be used.
     """
 
-    def __init__(self, new_session: Callable[[int], InferenceSession]):
+    def __init__(
+        self,
+        new_session: Callable[[int], InferenceSession],
+        keep: Callable[[InferenceSession], None],
+    ):
         self._new_session = new_session
-        self._local = threading.local()
+        self._keep = keep
+        self._thread = threading.local()
 
     def on_logits(self, logits_to_keep: object) -> None:
         """Note how many logits this thread's next pass needs (0: all)."""
-        self._local.keep_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        self._thread.keep_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
+
+    def forget(self) -> None:
+        """The call that this thread has announced is over, also if it never came to the layers."""
+        self._thread.keep_last = False
+        self._thread.call = None
 
     def on_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Look at, and where needed complete, the decoder's arguments.
@@ -62,45 +81,57 @@ class RemoteBlocks:
             raise ConfigError("position_ids must be a 2D tensor [batch, tokens]")
         cache = kwargs.get("past_key_values")
         if cache is not None and not isinstance(cache, RemoteCache):
-            raise ConfigError(
-                f"past_key_values of type {type(cache).__name__} cannot be used by a distributed "
-                "model; leave it out, or pass the one that this model returned"
-            )
+            cache = usable_cache(cache, lambda: self._new_session(0))
         if cache is None and kwargs.get("use_cache") is not False and "past_key_values" in kwargs:
             inputs = kwargs.get("input_ids")
             inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
             if inputs is not None:
                 cache = RemoteCache(self._new_session(int(inputs.shape[1])))
+                cache.is_kept = True
                 kwargs = {**kwargs, "past_key_values": cache}
-        self._local.call = _Call(mask, positions, cache)
+        keep_last = bool(getattr(self._thread, "keep_last", False))
+        self._thread.call = _Call(mask, positions, kwargs.get("input_ids"), cache, keep_last)
         return kwargs
 
     def __call__(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Run the remote layers on `[batch, tokens, hidden]`; padding comes back as zeros."""
-        call: _Call | None = getattr(self._local, "call", None)
+        call: _Call | None = getattr(self._thread, "call", None)
         if call is None:
             raise ConfigError("call the distributed model itself, not its decoder layers")
-        self._local.call = None
-        keep_last = bool(getattr(self._local, "keep_last", False))
-        self._local.keep_last = False
+        self._thread.call = None
         if call.cache is not None:
-            return self._run(call.cache, call, hidden_BTD, keep_last)
+            if call.cache.is_kept:
+                self._keep(call.cache.session)
+            return self._run(call.cache, call, hidden_BTD)
         session = self._new_session(hidden_BTD.shape[1])
         try:
-            cache = RemoteCache(session, keep_session=True)
-            return self._run(cache, call, hidden_BTD, keep_last)
+            return self._run(RemoteCache(session, keep_session=True), call, hidden_BTD)
         finally:
             session.close()
 
-    def _run(
-        self, cache: RemoteCache, call: _Call, hidden_BTD: torch.Tensor, keep_last: bool
-    ) -> torch.Tensor:
+    def _run(self, cache: RemoteCache, call: _Call, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        cache.begin()
+        num_held = cache.num_fed_again
+        if num_held:
+            output_BTD = torch.zeros_like(hidden_BTD)
+            output_BTD[:, num_held:] = self._run_new(cache, call, hidden_BTD[:, num_held:])
+            return output_BTD
+        return self._run_new(cache, call, hidden_BTD)
+
+    def _run_new(self, cache: RemoteCache, call: _Call, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """The part of a call that brings columns the cache does not hold yet."""
         num_rows, num_tokens, width = hidden_BTD.shape
         columns_BT = _padded_columns(call.mask_BS, num_rows, num_tokens)
+        ids_BT = None if call.ids_BT is None else call.ids_BT[:, -num_tokens:].cpu()
         counts = [num_tokens] * num_rows if columns_BT is None else columns_BT.sum(dim=1).tolist()
         starts = cache.row_lengths() or (0,) * num_rows
         if len(starts) != num_rows:
             raise ConfigError(f"the cache holds {len(starts)} rows, the input has {num_rows}")
+        if columns_BT is not None and call.keep_last:
+            # A row without any token yet is one on its way through its left padding.
+            begun = torch.tensor(starts) + torch.tensor(counts) > 0
+            if bool((begun & ~columns_BT[:, -1]).any()):
+                raise ConfigError(RIGHT_PADDED)
         rows = tuple(
             RowSlice(row, start, count)
             for row, (start, count) in enumerate(zip(starts, counts, strict=True))
@@ -111,20 +142,21 @@ class RemoteBlocks:
         positions = _explicit_positions(call.positions_BT, columns_BT, cache, rows)
         device = hidden_BTD.device
         local_BTD = hidden_BTD.detach().cpu()
+        keep_last = call.keep_last
         table = StepTable(rows, positions, cache.reorder)
         sources = None if any(starts) else _twins(local_BTD, columns_BT, table)
         if sources is None:
             flat_TD = local_BTD.reshape(-1, width)
             hidden_TD = flat_TD if columns_BT is None else local_BTD[columns_BT]
             output_TD = cache.session.run(num_rows, table, hidden_TD, keep_last=keep_last)
-            cache.commit(num_rows, num_tokens, columns_BT)
+            cache.commit(num_rows, num_tokens, columns_BT, ids_BT)
         else:
             table, chosen_TD = _without_twins(local_BTD, columns_BT, table, sources)
             chosen_TD = cache.session.run(num_rows, table, chosen_TD, keep_last=keep_last)
             counts = [piece.num_tokens for piece in table.rows]
             by_row = dict(zip((p.row for p in table.rows), chosen_TD.split(counts), strict=True))
             output_TD = torch.cat([by_row[source] for source in sources])
-            cache.commit(num_rows, num_tokens, columns_BT)
+            cache.commit(num_rows, num_tokens, columns_BT, ids_BT)
             cache.reorder = sources
         output_TD = output_TD.to(device)
         if columns_BT is None:
@@ -211,7 +243,7 @@ def _explicit_positions(
         if columns_BT is None and not cache.is_padded:
             return None
         # What a model does without position_ids: it counts columns, padding included.
-        past = cache.get_seq_length()
+        past = cache.num_columns
         positions_BT = torch.arange(past, past + num_tokens)[None]
     positions_BT = positions_BT[:, -num_tokens:].cpu()
     if columns_BT is None:

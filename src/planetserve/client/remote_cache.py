@@ -11,9 +11,12 @@ no padding, the size of that mask says all.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache, StaticCache
+from typing_extensions import override
 
 from planetserve.client.session import InferenceSession
 from planetserve.errors import ConfigError
@@ -22,25 +25,53 @@ from planetserve.errors import ConfigError
 class RemoteCache(Cache):
     """Stands for the KV cache of one `InferenceSession`.
 
-    The session is closed when the cache is garbage-collected, unless `keep_session`.
+    The session is closed when the cache is garbage-collected, unless `keep_session`. With
+    `keep_ids` the cache knows which tokens its rows hold, so that a text can be compared with them.
+    A copy is a session of its own, which computes once more what it starts with.
     """
 
-    def __init__(self, session: InferenceSession, *, keep_session: bool = False):
+    def __init__(
+        self, session: InferenceSession, *, keep_session: bool = False, keep_ids: bool = False
+    ):
         super().__init__(layers=[])
         self.session = session
         self._size: tuple[int, int] | None = None
         """Rows and columns; None before the first step."""
         self._mask_BS: torch.Tensor | None = None
         """Bool `[rows, columns]`: which columns hold real tokens. None while all do."""
+        self._ids_BS: torch.Tensor | None = None
+        """Token ids `[rows, columns]` if they are kept; -1 where they are unknown."""
+        self._keep_ids = keep_ids
+        self.is_kept = False
+        """Whether somebody holds on to this cache, to go on with it or not."""
+        self.num_fed_again = 0
+        """Columns that the next call of the model brings although the rows hold them."""
         self.reorder: tuple[int, ...] | None = None
         """Row reordering that the next step must carry."""
+        self._steps_before: int | None = None
+        """Steps of the session before the one that is under way, or that failed."""
         if not keep_session:
             weakref.finalize(self, session.close)
+
+    @classmethod
+    def replace(cls, given: Cache, session: InferenceSession) -> RemoteCache:
+        """Turn an empty cache of Hugging Face's own into one of these, in place: whoever made it
+        goes on to use it."""
+        given.__dict__.clear()
+        given.__class__ = cls
+        cls.__init__(given, session)
+        given.is_kept = True
+        return given
 
     @property
     def num_rows(self) -> int:
         """Rows of the batch; 0 before the first step."""
         return 0 if self._size is None else self._size[0]
+
+    @property
+    def num_columns(self) -> int:
+        """Columns that the rows hold."""
+        return 0 if self._size is None else self._size[1]
 
     @property
     def is_padded(self) -> bool:
@@ -53,11 +84,36 @@ class RemoteCache(Cache):
             return tuple(self._mask_BS.sum(dim=1).tolist())
         return () if self._size is None else (self._size[1],) * self._size[0]
 
-    def commit(self, num_rows: int, num_columns: int, mask_BT: torch.Tensor | None) -> None:
+    def catch_up(self) -> None:
+        """Before a step: see whether an earlier one went through whose answer never came here
+        (Ctrl-C). Then the rows are in its order already; its tokens will be taken back."""
+        if self._steps_before is not None and self._steps_before != self.session.num_steps:
+            self.reorder = None
+        self._steps_before = None
+
+    def begin(self) -> None:
+        """A step is about to start."""
+        self.catch_up()
+        self._steps_before = self.session.num_steps
+
+    def commit(
+        self,
+        num_rows: int,
+        num_columns: int,
+        mask_BT: torch.Tensor | None,
+        ids_BT: torch.Tensor | None = None,
+    ) -> None:
         """A step went through: these columns (where the mask is True, or all) now hold tokens."""
         self.reorder = None
-        past = self.get_seq_length()
+        self.num_fed_again = 0
+        self._steps_before = None
+        past = self.num_columns
         self._size = num_rows, past + num_columns
+        if self._keep_ids:
+            if ids_BT is None:
+                ids_BT = torch.full((num_rows, num_columns), -1)
+            old_ids_BS = self._ids_BS
+            self._ids_BS = ids_BT if old_ids_BS is None else torch.cat([old_ids_BS, ids_BT], dim=1)
         if self._mask_BS is None and mask_BT is None:
             return
         old_BS, new_BT = self._mask_BS, mask_BT
@@ -67,9 +123,45 @@ class RemoteCache(Cache):
             new_BT = torch.ones(num_rows, num_columns, dtype=torch.bool)
         self._mask_BS = torch.cat([old_BS, new_BT], dim=1)
 
+    def keep_common(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> None:
+        """Keep of the rows what the text `ids_BS` begins with, all but its last column.
+
+        Each row of the text goes on from the row that holds most of its beginning. Whatever the
+        rows have gone through before (beams, rejected tokens, an interrupted call), they then are
+        where a fresh cache would be after so many columns of this text.
+        """
+        self.catch_up()
+        self.num_fed_again = 0
+        held_BS, num_columns = self._ids_BS, min(self.num_columns, ids_BS.shape[1] - 1)
+        if held_BS is None or not num_columns:
+            self.crop(-self.num_columns)
+            return
+        held_BS, wanted_BS = held_BS[:, :num_columns], ids_BS[:, :num_columns].cpu()
+        counts_BS = mask_BS[:, :num_columns].cpu().bool()
+        # What is masked has no token, whatever its id is.
+        wanted_BS = wanted_BS.masked_fill(~counts_BS, -2)
+        if self._mask_BS is not None:
+            held_BS = held_BS.masked_fill(~self._mask_BS[:, :num_columns], -2)
+        sources, common = [], num_columns
+        for row, wanted_S in enumerate(wanted_BS):
+            lengths = (held_BS == wanted_S).cumprod(dim=1).sum(dim=1)
+            longest = int(lengths.max())
+            # A row that may stay where it is does.
+            source = row if int(lengths[row]) == longest else int(lengths.argmax())
+            sources.append(source)
+            common = min(common, longest)
+        if common and sources != list(range(len(sources))):
+            self.reorder_cache(torch.tensor(sources))
+        self.crop(common - self.num_columns)
+
+    def feed_again(self) -> None:
+        """Have the next call of the model bring what the rows hold as well, as some decoding
+        methods always do."""
+        self.num_fed_again = self.num_columns
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns so far."""
-        return 0 if self._size is None else self._size[1]
+        return self.num_columns - self.num_fed_again
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Key-value length and offset, as a full-attention layer reports them."""
@@ -79,7 +171,7 @@ class RemoteCache(Cache):
         """No maximum of its own."""
         return -1
 
-    def get_max_length(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         """No maximum of its own."""
         return -1
 
@@ -94,36 +186,73 @@ class RemoteCache(Cache):
         self._size = num_rows, len(range(num_columns)[:tokens_to_remove])
         if self._mask_BS is not None:
             self._mask_BS = self._mask_BS[:, :tokens_to_remove]
+        if self._ids_BS is not None:
+            self._ids_BS = self._ids_BS[:, :tokens_to_remove]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row `i` continues what row `beam_idx[i]` held."""
         if self._size is None:
             return
+        self.catch_up()
         rows = tuple(int(row) for row in beam_idx)
         if len(rows) != self.num_rows:
-            raise ConfigError("a distributed cache cannot change its number of rows")
+            self._take_rows(rows)
+            return
         before = self.reorder or tuple(range(len(rows)))
         self.reorder = tuple(before[row] for row in rows)
-        if self._mask_BS is not None:
-            self._mask_BS = self._mask_BS[list(rows)]
+        self._pick(list(rows))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """As `reorder_cache`, for the same number of rows."""
-        self.reorder_cache(indices)
+        """Keep these rows, in this order."""
+        self.reorder_cache(torch.as_tensor(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Only `repeats=1` is possible: rows are fixed when the session opens."""
-        if repeats != 1 and self._size is not None:
-            raise ConfigError("a distributed cache cannot change its number of rows")
+        """Make `repeats` rows of each."""
+        self.reorder_cache(torch.arange(self.num_rows).repeat_interleave(repeats))
+
+    def _take_rows(self, rows: Sequence[int]) -> None:
+        """Another number of rows needs another session, since servers have promised room for
+        these."""
+        before = self.reorder or range(self.num_rows)
+        fork = self.session.fork([before[row] for row in rows])
+        self.session.close()
+        self.session, self.reorder = fork, None
+        weakref.finalize(self, fork.close)
+        self._size = len(rows), self.num_columns
+        self._pick(list(rows))
+
+    def _pick(self, rows: list[int]) -> None:
+        if self._mask_BS is not None:
+            self._mask_BS = self._mask_BS[rows]
+        if self._ids_BS is not None:
+            self._ids_BS = self._ids_BS[rows]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RemoteCache:
+        self.catch_up()
+        fork = RemoteCache(self.session.fork(), keep_ids=self._keep_ids)
+        memo[id(self)] = fork
+        fork.is_kept = True
+        # Tensors are replaced and never written into, so both may use them.
+        fork._size, fork._mask_BS, fork._ids_BS = self._size, self._mask_BS, self._ids_BS
+        fork.reorder, fork.num_fed_again = self.reorder, self.num_fed_again
+        return fork
+
+    def __copy__(self) -> RemoteCache:
+        return self.__deepcopy__({})
+
+    @override
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a distributed cache lives on servers and cannot be pickled; keep the text instead"
+        )
 
     def activate_past_recording(self) -> None:
         """Nothing to do: servers keep every position, so that any rollback is possible."""
 
     def reset(self) -> None:
         """Start over with the same rows."""
-        if self._size is not None:
-            self._size = self._size[0], 0
-            self._mask_BS = None
+        self.crop(-self.num_columns)
+        self._mask_BS = None
 
     @property
     def batch_size(self) -> int:
@@ -157,3 +286,19 @@ class RemoteCache(Cache):
 
     def __len__(self) -> int:
         return 1
+
+
+def usable_cache(given: Any, new_session: Callable[[], InferenceSession]) -> RemoteCache:
+    """What a caller passed as `past_key_values`, as a cache that servers can continue.
+
+    Raises:
+        ConfigError: it holds keys and values, or is of a kind that gives other numbers.
+    """
+    if isinstance(given, RemoteCache):
+        return given
+    if type(given) in (DynamicCache, StaticCache) and not given.get_seq_length():
+        return RemoteCache.replace(given, new_session())
+    raise ConfigError(
+        f"past_key_values of type {type(given).__name__} cannot be used by a distributed model; "
+        "leave it out, or pass an empty DynamicCache or one that this model returned"
+    )

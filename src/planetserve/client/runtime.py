@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextvars
 import threading
 import weakref
+from collections import OrderedDict
 
+from planetserve.client.active import ActiveSession
 from planetserve.client.chain_manager import ChainManager
 from planetserve.client.local_blocks import LocalEnds
 from planetserve.client.planning import ModelFacts
@@ -16,6 +17,9 @@ from planetserve.errors import SessionClosed
 from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.swarm.node import SwarmNode
 from planetserve.types import Chain
+
+_MAX_KEPT = 32
+"""Sessions that stay on servers for caches that somebody keeps and may never use again."""
 
 
 class ClientRuntime:
@@ -33,13 +37,11 @@ class ClientRuntime:
     def __init__(self, config: ClientConfig, facts: ModelFacts, local: LocalEnds | None = None):
         self.config = config
         self._local = local
-        self.active: contextvars.ContextVar[InferenceSession | None] = contextvars.ContextVar(
-            "planetserve_session", default=None
-        )
-        """The session that `generate()` continues; one variable a model, so that an assistant
-        model inside `generate()` never takes its caller's session."""
+        self.active = ActiveSession()
+        """The session that `generate()` continues."""
         self._manager = ChainManager(config, facts)
         self._sessions: weakref.WeakSet[InferenceSession] = weakref.WeakSet()
+        self._kept: OrderedDict[weakref.ref[InferenceSession], None] = OrderedDict()
         self._latest: weakref.ref[InferenceSession] | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -75,6 +77,32 @@ class ClientRuntime:
             self._sessions.add(session)
             self._latest = weakref.ref(session)
         return session
+
+    def owns(self, session: InferenceSession) -> bool:
+        """Whether it was made here."""
+        with self._lock:
+            return session in self._sessions
+
+    def keep(self, session: InferenceSession) -> None:
+        """Count a session whose cache somebody keeps as used now. Servers hold the latest few; the
+        others come back to servers when they are used again."""
+        reference = weakref.ref(session)
+        with self._lock:
+            self._kept.pop(reference, None)
+            self._kept[reference] = None
+            while len(self._kept) > _MAX_KEPT:
+                oldest = self._kept.popitem(last=False)[0]()
+                if oldest is not None and not oldest.closed:
+                    oldest.park()
+
+    def longest_session(self, num_rows: int, least: int) -> int | None:
+        """Tokens per row for which servers have room now; `least` if they have less and yet take
+        sessions of that length. None if nobody serves the model."""
+
+        async def ask() -> int | None:
+            return self._manager.longest_session(num_rows, least)
+
+        return self._portal.call(ask())
 
     @property
     def node(self) -> SwarmNode:

@@ -15,12 +15,13 @@ import contextlib
 import logging
 import secrets
 import threading
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol
 
 import torch
 
 from planetserve.client.chain_manager import ChainManager
+from planetserve.client.conversation import Conversation
 from planetserve.client.local_blocks import LocalEnds, LocalRows
 from planetserve.client.portal import Portal
 from planetserve.client.ring import RingSession
@@ -40,19 +41,6 @@ from planetserve.types import Chain
 from planetserve.wire.step import MAX_ROWS, RowSlice, StepTable
 
 logger = logging.getLogger(__name__)
-
-
-class Columns(Protocol):
-    """What a session needs of the Hugging Face cache that stands for it."""
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop so many columns from the end, given as a negative number."""
-
-    def row_lengths(self) -> tuple[int, ...]:
-        """Tokens per row."""
-
-    def get_seq_length(self) -> int:
-        """Columns."""
 
 
 class InferenceSession:
@@ -79,12 +67,12 @@ class InferenceSession:
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length={max_length} leaves no room for a token")
         self.max_length = max_length
-        self.output_ids: torch.Tensor | None = None
-        """Token ids of the conversation so far `[batch, tokens]`; kept by `generate()`."""
-        self.attention_mask: torch.Tensor | None = None
-        """Mask that belongs to `output_ids`; None while every token counts."""
-        self.cache: Columns | None = None
-        """The Hugging Face cache that stands for this session; kept by `generate()`."""
+        self.conversation = Conversation()
+        """The text that `generate()` continues."""
+        self.cache: object | None = None
+        """The Hugging Face cache that stands for this session in `generate()`."""
+        self.turn = threading.Lock()
+        """Held by the `generate()` that is under way."""
         self._lease_tokens = lease_tokens or max_length
         self._manager = manager
         self._portal = portal
@@ -94,6 +82,7 @@ class InferenceSession:
         self._history: History | None = None
         self._seed = secrets.randbits(32)
         self._mover = Mover(manager.config, SystemClock())
+        self._num_steps = 0
         self._num_decoded = 0
         self._looking: asyncio.Task[None] | None = None
         self._target: tuple[Chain, Chain] | None = None
@@ -116,9 +105,16 @@ class InferenceSession:
         return self._history.lengths if self._history else ()
 
     @property
+    def num_steps(self) -> int:
+        """Steps that have gone through so far."""
+        return self._num_steps
+
+    @property
     def position(self) -> int:
-        """Tokens in the longest row. Setting a smaller one takes as many back from every row, and
-        from the conversation that `generate()` continues."""
+        """Tokens in the longest row, without the last one that `generate()` has chosen, which no
+        block has seen. Setting a smaller number takes as many tokens back from every row."""
+        if self.conversation.output_ids is not None:
+            return self.conversation.position
         return max(self.lengths, default=0)
 
     @position.setter
@@ -129,27 +125,23 @@ class InferenceSession:
                 "a session can only be rolled back"
             )
         num_taken_back = self.position - position
-        if self._history is None or not num_taken_back:
-            return
-        lengths = [max(0, length - num_taken_back) for length in self.lengths]
-        if self.cache is not None:
-            before = self.cache.row_lengths()
-            self.cache.crop(min(0, position - max(before, default=0)))
-            if before == self.lengths:
-                # Columns that are padding count in the conversation and hold no token.
-                lengths = list(self.cache.row_lengths())
-            num_columns = self.cache.get_seq_length()
-            if self.output_ids is not None:
-                self.output_ids = self.output_ids[:, :num_columns]
-            if self.attention_mask is not None:
-                self.attention_mask = self.attention_mask[:, :num_columns]
-        # Servers truncate when the next step starts here.
-        self._history.truncate(lengths)
+        if self.conversation.output_ids is not None:
+            # The next turn compares the text with what the servers hold.
+            self.conversation.take_back(num_taken_back)
+        elif self._history is not None:
+            # Servers truncate when the next step starts here.
+            self._history.truncate([max(0, held - num_taken_back) for held in self.lengths])
+
+    @property
+    def output_ids(self) -> torch.Tensor | None:
+        """Token ids of the conversation so far `[batch, tokens]`; kept by `generate()`."""
+        return self.conversation.output_ids
 
     @property
     def last_token_id(self) -> torch.Tensor | None:
         """The last token of each row of `output_ids`, `[batch, 1]`."""
-        return None if self.output_ids is None else self.output_ids[:, -1:]
+        ids = self.conversation.output_ids
+        return None if ids is None else ids[:, -1:]
 
     def step(
         self,
@@ -169,6 +161,11 @@ class InferenceSession:
         """
         if prompts is not None:
             raise ConfigError("deep prompts are not supported; leave prompts out")
+        if self.cache is not None:
+            raise ConfigError(
+                "this session holds a conversation of generate(), which step() cannot go on with; "
+                "open another session"
+            )
         num_rows, num_tokens, width = inputs_BTD.shape
         reorder = None if hypo_ids is None else tuple(int(row) for row in hypo_ids)
         lengths = self.lengths or (0,) * num_rows
@@ -201,6 +198,39 @@ class InferenceSession:
             if local is None:  # closed meanwhile, from another thread
                 raise _closed_error()
             return self._run_around(local, num_rows, table, hidden_TD, keep_last=keep_last)
+
+    def expect(self, num_tokens: int) -> None:
+        """Lease room for so many tokens per row when servers are next asked for some."""
+        if self.max_length is None:
+            self._lease_tokens = max(num_tokens, self._lease_tokens or 0)
+
+    def restart(self) -> None:
+        """Forget all rows. The next step may bring a batch of another size."""
+        with self._lock:
+            self._history = self._local_rows = None
+            self._portal.post(self._leave())
+
+    def park(self) -> None:
+        """Release the servers' memory until the next step, which brings the rows to servers again.
+        Does nothing while a step is under way."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._portal.post(self._leave())
+            finally:
+                self._lock.release()
+
+    def fork(self, rows: Sequence[int] | None = None) -> InferenceSession:
+        """Another session that holds what this one does, or these of its rows. Servers compute
+        them once more, at its first step."""
+        with self._lock:
+            self._check_open()
+            fork = InferenceSession(self._manager, self._portal, local=self._local)
+            fork.max_length, fork._lease_tokens = self.max_length, self._lease_tokens
+            if self._history is not None:
+                chosen = range(len(self.lengths)) if rows is None else rows
+                fork._history = self._history.select(chosen)
+                fork._local_rows = self._local_rows and self._local_rows.select(chosen)
+            return fork
 
     def close(self) -> None:
         """Release the servers' memory. Idempotent; safe from any thread."""
@@ -288,6 +318,7 @@ class InferenceSession:
                         elapsed_s = loop.time() - started_s
                         self._after_step(ring, table, elapsed_s, num_rows, lease_tokens)
                 history.append(table, hidden_TD)
+                self._num_steps += 1
                 self._manager.report_success(ring.chain)
                 return output_TD.to(hidden_TD.dtype)
             except PlanetServeError as error:

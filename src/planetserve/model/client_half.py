@@ -8,6 +8,7 @@ caches and the network are the caller's: it gives `remote` and `on_call`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -80,18 +81,17 @@ class _NoRotary(nn.Module):
 
 def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
     skipped = family_of(decoder.base.config.model_type).norm_calls_before_layers
-    calls_left = 0
+    # Threads share the modules and run calls of their own through them.
+    thread = threading.local()
 
     def replace_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        nonlocal calls_left
-        calls_left -= 1
-        return (remote(args[0]), *args[1:]) if calls_left < 0 else None
+        thread.calls_left = getattr(thread, "calls_left", 0) - 1
+        return (remote(args[0]), *args[1:]) if thread.calls_left < 0 else None
 
     def see_call(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        nonlocal calls_left
-        calls_left = skipped
+        thread.calls_left = skipped
         bound = decoder.bind(args, kwargs)
         return (), bound if on_call is None else on_call(bound)
 

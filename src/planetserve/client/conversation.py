@@ -1,0 +1,43 @@
+"""The text of a session that several `generate()` calls continue, as token ids and mask.
+
+What the servers hold of it is another matter (`remote_cache.py`): after a beam search, a rollback
+or a call that failed it is less, more or in other rows. Each turn compares the two.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class Conversation:
+    """Rows of token ids, and which of them count."""
+
+    def __init__(self) -> None:
+        self.output_ids: torch.Tensor | None = None
+        """`[batch, tokens]`: prompts and answers so far; None before the first turn."""
+        self.attention_mask: torch.Tensor | None = None
+        """`[batch, tokens]` of 0 and 1, as the last turn used it."""
+        self.is_mask_given = False
+        """Whether some turn was given a mask."""
+        self._num_seen = 0
+        """Columns that the blocks have seen."""
+
+    @property
+    def position(self) -> int:
+        """Tokens in the longest row that the blocks have seen."""
+        if self.attention_mask is None or not self._num_seen:
+            return 0
+        return int(self.attention_mask[:, : self._num_seen].sum(dim=1).max())
+
+    def store(self, ids: torch.Tensor, mask: torch.Tensor, is_mask_given: bool) -> None:
+        """A turn has ended with this text, whose last token has been chosen and not been fed."""
+        self.output_ids, self.attention_mask, self.is_mask_given = ids, mask, is_mask_given
+        self._num_seen = ids.shape[1] - 1
+
+    def take_back(self, num_columns: int) -> None:
+        """Drop so many columns from the end of what the blocks have seen, and all after them."""
+        if not num_columns or self.output_ids is None or self.attention_mask is None:
+            return
+        self._num_seen = max(0, self._num_seen - num_columns)
+        self.output_ids = self.output_ids[:, : self._num_seen]
+        self.attention_mask = self.attention_mask[:, : self._num_seen]

@@ -1,0 +1,142 @@
+"""Caches in the hands of users: kept, copied, given, cut and widened, as with a local model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, QuantizedCache, StaticCache
+
+from planetserve.errors import ConfigError
+from planetserve.testing.swarm import LocalSwarm
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prefix_is_copied_for_several_prompts(
+    model: Any, local: Any, prompt: torch.Tensor
+) -> None:
+    prefix, ends = prompt[:, :7], (prompt[:, 7:], prompt[:, 9:], prompt[:, 8:])
+    with torch.no_grad():
+        filled = model(prefix, past_key_values=DynamicCache(config=model.config)).past_key_values
+    for end in ends:
+        text = torch.cat([prefix, end], dim=1)
+        copied = copy.deepcopy(filled)
+        got = model.generate(text, past_key_values=copied, **GREEDY)
+        assert torch.equal(got, local.generate(text, **GREEDY))
+        assert copied.get_seq_length() == got.shape[1] - 1
+    assert filled.get_seq_length() == 7
+    whole = copy.deepcopy(model.generate(prompt, **GREEDY, return_dict_in_generate=True))
+    text = torch.cat([whole.sequences, prefix], dim=1)
+    got = model.generate(text, past_key_values=whole.past_key_values, **GREEDY)
+    assert torch.equal(got, local.generate(text, **GREEDY))
+
+
+@pytest.mark.parametrize("make", [DynamicCache, StaticCache])
+def test_a_conversation_over_an_empty_cache_of_hugging_face(
+    model: Any, local: Any, prompt: torch.Tensor, make: Any
+) -> None:
+    options = {"max_cache_len": 64} if make is StaticCache else {}
+    cache = make(config=model.config, **options)
+    text = prompt[:, :5]
+    for length in (2, 3):
+        text = model.generate(text, past_key_values=cache, **GREEDY)
+        assert cache.get_seq_length() == text.shape[1] - 1
+        assert torch.equal(text, local.generate(text[:, :-6], **GREEDY))
+        text = torch.cat([text, prompt[:, :length]], dim=1)
+
+
+def test_caches_that_give_other_numbers_are_refused(
+    model: Any, local: Any, prompt: torch.Tensor
+) -> None:
+    filled = local(prompt).past_key_values
+    quantized = QuantizedCache.__new__(QuantizedCache)
+    for given in (filled, quantized):
+        with pytest.raises(ConfigError, match="past_key_values of type"):
+            model.generate(prompt, past_key_values=given, **GREEDY)
+    with pytest.raises(ConfigError, match="cache_implementation='quantized'"):
+        model.generate(prompt, cache_implementation="quantized", **GREEDY)
+    with pytest.raises(ConfigError, match="either past_key_values or cache_implementation"):
+        model.generate(
+            prompt, past_key_values=DynamicCache(), cache_implementation="static", **GREEDY
+        )
+
+
+def test_a_cache_can_be_widened_and_narrowed(model: Any, local: Any, prompt: torch.Tensor) -> None:
+    ends = torch.cat([prompt[:, 7:], prompt[:, 6:11], prompt[:, 5:10]])
+    with torch.no_grad():
+        cache = model(prompt[:, :7]).past_key_values
+        cache.batch_repeat_interleave(3)
+        whole = torch.cat([prompt[:, :7].expand(3, -1), ends], dim=1)
+        close(model(ends, past_key_values=cache).logits, local(whole).logits[:, 7:])
+        cache.batch_select_indices(torch.tensor([2, 1]))
+        close(
+            model(prompt[:, :2].expand(2, -1), past_key_values=cache).logits,
+            local(torch.cat([whole[[2, 1]], prompt[:, :2].expand(2, -1)], dim=1)).logits[:, -2:],
+        )
+
+
+def test_a_cache_is_not_pickled(model: Any, prompt: torch.Tensor) -> None:
+    with torch.no_grad():
+        cache = model(prompt).past_key_values
+    with pytest.raises(ConfigError, match="cannot be pickled"):
+        pickle.dumps(cache)
+
+
+def test_kept_outputs_do_not_use_up_the_servers_sessions(
+    model: Any, local: Any, swarm: LocalSwarm, prompt: torch.Tensor
+) -> None:
+    with torch.no_grad():
+        kept = [model(prompt[:, :4]) for _ in range(40)]
+        open_here = sum(server.handler.num_sessions for server in swarm.servers)
+        assert open_here <= 3 * 33
+        for output in (kept[0], kept[-1]):
+            rest = model(prompt[:, 4:], past_key_values=output.past_key_values).logits
+            close(rest, local(prompt).logits[:, 4:])
+
+
+def test_right_padding_is_refused(model: Any, prompt: torch.Tensor) -> None:
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, 9:] = 0
+    ids = prompt.repeat(2, 1)
+    with pytest.raises(ConfigError, match="pad on the left"):
+        model.generate(ids, attention_mask=mask, **GREEDY)
+    with torch.no_grad(), pytest.raises(ConfigError, match="pad on the left"):
+        model(ids, attention_mask=mask, logits_to_keep=1)
+
+
+def test_a_call_that_fails_leaves_nothing_behind(
+    model: Any, local: Any, prompt: torch.Tensor
+) -> None:
+    missing = torch.tensor([[5, 99_999]])
+    with torch.no_grad():
+        for ask in (model, lambda ids: model(ids, logits_to_keep=1), model.model):
+            with pytest.raises(IndexError):
+                ask(missing)
+            close(model.model(prompt).last_hidden_state, local.model(prompt).last_hidden_state)
+        with pytest.raises(ConfigError, match="past_key_values of type tuple"):
+            model(prompt, logits_to_keep=1, past_key_values=())
+        close(model.model(prompt).last_hidden_state, local.model(prompt).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"assistant_early_exit": 2}, "assistant_early_exit needs the model's layers"),
+        ({"cache_implementation": "paged"}, "cache_implementation='paged' needs"),
+    ],
+)
+def test_what_reaches_into_layers_is_refused(
+    model: Any, prompt: torch.Tensor, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model.generate(prompt, **GREEDY, **options)
+    with pytest.raises(ConfigError, match="continuous batching"):
+        model.generate_batch([prompt[0].tolist()])

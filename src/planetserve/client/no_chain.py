@@ -13,6 +13,11 @@ from planetserve.client.swarm_view import SwarmView
 from planetserve.errors import MissingBlocksError, ModelMismatchError, NoChainAvailable
 from planetserve.types import ServerInfo
 
+_MAX_ASKED = 8
+_MAX_NAMED = 3
+_MAX_ADDRESS = 100
+"""Bytes of an address; it ends with the peer id, which is said already."""
+
 
 async def explain(
     failure: NoChainAvailable, view: SwarmView, planner: ChainPlanner
@@ -33,6 +38,9 @@ async def explain(
             "setting, or start a server that it allows",
             missing,
         )
+    holders = [info for info in view.servers.values() if _holds_some(info, missing)]
+    if holders:
+        return MissingBlocksError(await _what_ails(holders, missing, view), missing)
     if view.strangers:
         return other_revision(missing, view)
     if not view.servers:
@@ -52,6 +60,34 @@ async def explain(
         f"(joined through: {peers})",
         missing,
     )
+
+
+async def _what_ails(
+    holders: Sequence[ServerInfo], missing: Sequence[tuple[int, int]], view: SwarmView
+) -> str:
+    """What to say of servers that hold the blocks and are left alone after failures."""
+    asked = holders[:_MAX_ASKED]
+    silent = set(await view.silent([info.peer_id for info in asked]))
+    unreachable = [info for info in asked if info.peer_id in silent]
+    blocks = f"{spans_text(missing)} of {view.facts.name}"
+    if not unreachable:
+        return (
+            f"{blocks} have servers ({len(holders)} of them) that answer but have just failed or "
+            "refused; try again, or start another"
+        )
+    named = "; ".join(_place(info) for info in unreachable[:_MAX_NAMED])
+    more = f" and {len(holders) - _MAX_NAMED} more" if len(holders) > _MAX_NAMED else ""
+    return (
+        f"{blocks} are held by servers that cannot be reached: {named}{more}; if they run, check "
+        "their --public_ip or --announce_maddrs and that their port is forwarded"
+    )
+
+
+def _place(info: ServerInfo) -> str:
+    """Peer id and where it says that it is."""
+    told = [text[:_MAX_ADDRESS] for text in info.addresses[:2] if text.isascii()]
+    shown = [text for text in told if text.isprintable()]
+    return f"{info.peer_id} at {' or '.join(shown) or 'no address'}"
 
 
 def other_revision(missing: Sequence[tuple[int, int]], view: SwarmView) -> ModelMismatchError:

@@ -38,6 +38,7 @@ from planetserve.server.announcer import Announcer
 from planetserve.server.handler import ServedModel, SessionHandler
 from planetserve.server.limits import ServerLimits
 from planetserve.server.neighbours import Neighbours
+from planetserve.server.reachability import warn_if_unreachable
 from planetserve.server.span_choice import ahead_of, choose_span, is_wanted_elsewhere
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import NodeConfig, SwarmNode
@@ -330,6 +331,7 @@ class Server:
         self.state = ServerState.ONLINE
         await self._announcer.announce()
         self._announcer.start()
+        self.node.spawn(warn_if_unreachable(self.node), "check of the announced addresses")
 
     async def _abandon(self) -> None:
         """Undo a start that failed half-way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from written_swarm import FACTS, Board, server
 
 from planetserve.client.no_chain import explain, other_revision
@@ -12,6 +13,7 @@ from planetserve.client.swarm_view import SwarmView
 from planetserve.config import ClientConfig
 from planetserve.errors import MissingBlocksError, ModelMismatchError, NoChainAvailable
 from planetserve.testing.clock import ManualClock
+from planetserve.types import ServerInfo
 
 MISSING = MissingBlocksError("no usable server holds blocks 2:4", [(2, 4)])
 
@@ -41,6 +43,31 @@ async def test_nobody_holds_the_blocks() -> None:
     assert "no live server holds blocks 2:4 of tiny after waiting 10 s" in str(error)
     assert "run_server tiny --block_indices 2:4 --initial_peers" in str(error)
     assert "(joined through: /ip4/1.2.3.4)" in str(error)
+
+
+async def test_servers_that_hold_the_blocks_and_cannot_be_reached_are_named() -> None:
+    holders = [server("b", 2, 4, addresses=("/ip4/203.0.113.7/tcp/31337",)), server("a", 0, 2)]
+    error = await told(Board(*holders))
+    assert type(error) is MissingBlocksError
+    assert "blocks 2:4 of tiny are held by servers that cannot be reached: b at " in str(error)
+    assert "b at /ip4/203.0.113.7/tcp/31337; if they run, check their --public_ip" in str(error)
+    assert "port is forwarded" in str(error)
+
+
+async def test_what_a_record_says_reaches_no_terminal_as_it_is() -> None:
+    error = await told(Board(server("b", 2, 4, addresses=("\x1b[2J", "\u202e"))))
+    assert "b at no address;" in str(error)
+
+
+async def test_servers_that_answer_but_failed_are_not_called_unreachable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def answers(_self: SwarmView, _info: ServerInfo) -> bool:
+        return True
+
+    monkeypatch.setattr(SwarmView, "ping", answers)
+    error = await told(Board(server("b", 2, 4)))
+    assert "have servers (1 of them) that answer but have just failed or refused" in str(error)
 
 
 async def test_the_settings_rule_the_only_servers_out() -> None:

@@ -1,0 +1,34 @@
+"""Whether anything answers where this server tells others to dial it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from planetserve.swarm import multiaddr
+from planetserve.swarm.node import SwarmNode
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S = 5.0
+
+
+async def warn_if_unreachable(node: SwarmNode) -> None:
+    """Dial the addresses that were given to be announced, and say which do not answer.
+
+    A hint only: not every router lets a machine behind it reach its own public address.
+    """
+    for text in node.config.announced:
+        address = multiaddr.parse(text)
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(address.host, address.port)
+        except (OSError, TimeoutError) as error:
+            reason = "no answer" if isinstance(error, TimeoutError) else error.strerror
+            logger.warning(
+                "this server cannot be reached from here at %s, which it announces (%s); if "
+                "clients cannot reach it either, check --public_ip or --announce_maddrs and that "
+                "the port is forwarded to this machine", text, reason,
+            )  # fmt: skip
+        else:
+            writer.close()

@@ -1,8 +1,9 @@
 """Section `simulation`: what users of whole swarms would see, in simulated time.
 
 Every scenario of `configs/scenarios/`, every policy, several seeds; a seed gives all policies the
-same machines, requests and departures. Two of them also under several loads. Times are simulated:
-the machine that this runs on decides nothing but how long it takes.
+same machines, requests and departures. Four of them also under several loads and with other
+settings of ours. Times are simulated: the machine that this runs on decides nothing but how long it
+takes.
 """
 
 from __future__ import annotations
@@ -31,19 +32,33 @@ OURS = "shortest_path"
 _THREE = ("random", "petals_min_latency", OURS)
 SCENARIOS = {
     "home_4": tuple(POLICIES),
-    "city_14": tuple(POLICIES)[:4],
-    "continent_100": _THREE,
-    "planet_1000": _THREE,
+    "city_14": tuple(POLICIES),
+    "continent_100": tuple(POLICIES),
+    "planet_1000": tuple(POLICIES),
     "planet_10000": _THREE,
 }
-"""Policies of each: the larger, the fewer."""
-LOADS = {"home_4": (0.05, 0.2, 0.4, 0.8), "city_14": (0.1, 0.2, 0.5)}
-"""Requests per second, besides the scenario's own, up to more than the swarm can serve."""
-DOUBTS = ("shortest_path:doubt=0", "shortest_path:doubt=0.25", OURS)
-_DOUBTED = {"home_4": 0.4, "city_14": 0.4, "continent_100": 0.6, "planet_1000": 20.0}
+"""Policies of each."""
+LOADS = {
+    "home_4": (0.05, 0.2, 0.4, 0.8),
+    "city_14": (0.1, 0.2, 0.5),
+    "continent_100": (0.3, 1.2),
+    "planet_1000": (10.0,),
+}
+"""Requests per second, besides the scenario's own; at home and in the city up to more than the
+swarm can serve."""
+SETTINGS = {
+    "doubt 0": "shortest_path:doubt=0",
+    "0.25": "shortest_path:doubt=0.25",
+    "0.5": "shortest_path:doubt=0.5",
+    "spread 0": "shortest_path:spread=0",
+    "5 %": "shortest_path:spread=0.05",
+    "10 %": "shortest_path:spread=0.1",
+}
+"""Of ours; what is not named has its default."""
+_SET = {"home_4": 0.4, "city_14": 0.4, "continent_100": 0.6, "planet_1000": 20.0}
 """Where they are compared, and at which rate."""
 SEEDS = 5
-_DOUBT_SEEDS = 2
+_SETTING_SEEDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +79,10 @@ PARTS = {
         for name, rates in LOADS.items()
         for rate in rates
     },
-    **{f"{name}_doubt": _Part(name, DOUBTS, rate, _DOUBT_SEEDS) for name, rate in _DOUBTED.items()},
+    **{
+        f"{name}_settings": _Part(name, tuple(SETTINGS.values()), rate, _SETTING_SEEDS)
+        for name, rate in _SET.items()
+    },
 }
 
 
@@ -148,10 +166,10 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
              "ours against Petals, normalised", "the same, ms per token",
              "failed, %: random / Petals / ours", "SLO, %: the same"],
             [_load(run) for name in LOADS for run in _loads(result, name)]),
-        "doubt": markdown(
-            ["scenario, requests/s", "normalised, doubt 0", "doubt 0.25", "doubt 0.5",
-             "ms per token: the same", "SLO, %: the same"],
-            [_doubt(result[f"{name}_doubt"]) for name in _DOUBTED if f"{name}_doubt" in result]),
+        "settings": markdown(
+            ["scenario, requests/s", *SETTINGS],
+            [_settings(result[f"{name}_settings"], row) for row in _SETTING_ROWS for name in _SET
+             if f"{name}_settings" in result]),
     }  # fmt: skip
 
 
@@ -201,12 +219,18 @@ def _load(run: dict[str, Any]) -> list[object]:
     ]
 
 
-def _doubt(run: dict[str, Any]) -> list[object]:
+_SETTING_ROWS = (
+    ("ms per token", "token_mean_ms", 1.0),
+    ("normalised", "normalised_mean_ms", 1.0),
+    ("SLO, %", "slo_share", 100.0),
+)
+
+
+def _settings(run: dict[str, Any], row: tuple[str, str, float]) -> list[object]:
+    what, key, factor = row
     return [
-        f"{run['scenario']}, {_rate(run):g}",
-        *(_mean(run, policy, "normalised_mean_ms") for policy in DOUBTS),
-        " / ".join(f"{_mean(run, policy, 'token_mean_ms'):.0f}" for policy in DOUBTS),
-        " / ".join(f"{100 * _mean(run, policy, 'slo_share'):.0f}" for policy in DOUBTS),
+        f"{run['scenario']}, {_rate(run):g}: {what}",
+        *(_with_half(run["optimizers"][policy], key, factor) for policy in SETTINGS.values()),
     ]
 
 
@@ -276,8 +300,9 @@ def _by_policy(runs: list[dict[str, Any]]) -> Any:
 
 
 def _by_load(result: dict[str, Any]) -> Any:
-    figure, axes = new_figure(len(LOADS))
-    for axis, name in zip(axes, LOADS, strict=True):
+    shown = [name for name in LOADS if len(_loads(result, name)) > 1]
+    figure, axes = new_figure(max(1, len(shown)))
+    for axis, name in zip(axes, shown, strict=False):
         runs = _loads(result, name)
         for policy in _THREE:
             found = [run["optimizers"][policy] for run in runs]

@@ -21,6 +21,7 @@ from common import median
 from chain.output import markdown, new_figure, say
 from chain.swarms import SWARMS
 from planetserve.errors import ConfigError
+from planetserve.routing.cost import check_chain, latency_ms
 from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
@@ -76,8 +77,12 @@ def _time(optimizer: ChainOptimizer, snapshot: SwarmSnapshot) -> tuple[float, fl
     """Wall and CPU seconds of one plan on a fresh copy of the snapshot."""
     fresh = dataclasses.replace(snapshot)
     wall, cpu = time.perf_counter(), time.process_time()
-    optimizer.plan(fresh, ChainRequest())
-    return time.perf_counter() - wall, time.process_time() - cpu
+    chain = optimizer.plan(fresh, ChainRequest())
+    took = time.perf_counter() - wall, time.process_time() - cpu
+    check_chain(fresh, chain)
+    if chain.latency_ms != latency_ms(fresh, chain):
+        raise SystemExit("a plan has another price than its chain")
+    return took
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:

@@ -73,11 +73,11 @@ class ClientConfig:
     chain_spread: float = 0.1
     """A chain may be slower than the best one by up to this share, so that clients that plan at
     once choose different ones; 0 always takes the best."""
-    chain_doubt: float = 0.5
+    chain_doubt: float = 0.0
     """How little to believe in the loads that servers announce, which will have changed before the
     session ends: this part of the expected wait at a server is one pass of it, however idle it
     looks. Less of it where even the busiest server is hardly busy, so that in an idle swarm the
-    fastest chain is taken. 0 expects the loads of now."""
+    fastest chain is taken. 0 expects the loads of now, which simulated swarms were fastest with."""
     replan_period: float = 10.0
     """Seconds between looks for a better chain while a session runs; 0 never looks."""
     replan_gain: float = 0.2

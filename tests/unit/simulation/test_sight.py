@@ -7,6 +7,7 @@ and shares no code with planners: a client that plans on something else is found
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,14 @@ pytest.importorskip("simpy")
 
 from small_swarm import as_table, far_apart, small
 
+from planetserve.routing.optimizers import OPTIMIZERS
+from planetserve.routing.request import ChainRequest
 from planetserve.simulation import client as client_module
 from planetserve.simulation.client import Directory, Policy, SimClient, idle_directory
 from planetserve.simulation.events import later
 from planetserve.simulation.ring import Ring
 from planetserve.simulation.run import RunResult, Simulation
+from planetserve.simulation.scenario import load_scenario
 from planetserve.simulation.summary import Objective, summarise
 from planetserve.simulation.world import Links, Request, World
 from planetserve.testing.brute_force import all_chains
@@ -361,3 +365,21 @@ def test_in_a_large_swarm_a_client_plans_on_the_near_fast_and_idle(
     seen = {point.id for point in client_of(world, BEST, directory).snapshot(0.0).servers}
     assert len(seen) == 8
     assert {f"s{number}" for number in better} < seen
+
+
+@pytest.mark.parametrize("client", range(3))
+def test_the_best_holders_of_a_large_swarm_hold_its_fastest_chain(client: int) -> None:
+    """So the yardstick, which is taken from them, is that of the whole swarm."""
+    world = a_planet()
+    directory = idle_directory(world)
+    everybody = list(range(len(world.machines)))
+    points = [point for point in directory.points if point is not None]
+    node = world.client_node(client)
+    whole = client_module._snapshot(world, points, world.links.matrix([*everybody, node]))
+    least = OPTIMIZERS.create("shortest_path").plan(whole, ChainRequest()).latency_ms
+    assert Objective(world).best_ms(client) == pytest.approx(least)
+
+
+@functools.cache
+def a_planet() -> World:
+    return World(load_scenario("planet_1000"), 0)

@@ -90,7 +90,7 @@ class FusedLayers:
         first, stop = span.start - self._span.start, span.end - self._span.start
         if batch.short(MAX_TOKENS).is_all:
             program = self._program_over(cache, hidden_TD.dtype)
-            if program is not None:
+            if program is not None and program.takes(rotation):
                 return program.run(slice(first, stop), hidden_TD, rotation, batch)
         for index in range(first, stop):
             hidden_TD = self._run_layer(index, hidden_TD, rotation, batch, cache)
@@ -124,7 +124,8 @@ class FusedLayers:
             if norm is not None:
                 rows = x.view(-1, len(norm[0]))
                 kernels.rms_norm(rows, *norm, rows)
-            kernels.rotate(x, *rotation)
+            # Some families rotate only the first part of a head.
+            kernels.rotate(x[..., : rotation[0].shape[-1]], *rotation)
         pages = cache.layer(index, key_TKD, value_TKD)
         kernels.store(key_TKD, batch.slots_T, pages.keys_PSKD)
         kernels.store(value_TKD, batch.slots_T, pages.values_PSKD)

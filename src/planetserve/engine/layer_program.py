@@ -34,6 +34,7 @@ class LayerProgram:
         self._work_width = max(map(_work_width, layers))
         shapes = [layer.attention for layer in layers]
         self._scratch_heads = max(shape.heads for shape in shapes)
+        self._rotated = {shape.key_width for shape in shapes}
         self._widths = max(s.key_width for s in shapes), max(s.value_width for s in shapes)
 
     @classmethod
@@ -76,6 +77,13 @@ class LayerProgram:
             kept.append((parts, pages, sinks))
         return cls(kernels, described, kept)
 
+    def takes(self, rotation: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Whether these cosines and sines rotate whole heads of every layer: kernels read as many
+        as a head is wide, and do not check."""
+        return all(
+            x.shape[-1] == width and x.is_contiguous() for x in rotation for width in self._rotated
+        )
+
     def run(
         self,
         span: slice,
@@ -83,7 +91,10 @@ class LayerProgram:
         rotation: tuple[torch.Tensor, torch.Tensor],
         batch: RaggedBatch,
     ) -> torch.Tensor:
-        """Hidden states after the layers of `span`, of a batch that has short pieces only."""
+        """Hidden states after the layers of `span`, of a batch that has short pieces only.
+
+        `takes(rotation)` must be true.
+        """
         short = batch.short(MAX_TOKENS)
         num_tokens = len(hidden_TD)
         cos_TD, sin_TD = rotation
@@ -121,8 +132,13 @@ def _fit_together(parts: Any) -> bool:
     """Whether the products' widths are those of the common shape; kernels do not check."""
     width = parts.query.num_inputs
     reading = (parts.key, parts.value, parts.gate, parts.up)
+    norms = ((parts.query_norm, parts.query), (parts.key_norm, parts.key))
     return (
-        all(part.num_inputs == width for part in reading)
+        len(parts.entry[0]) == len(parts.middle[0]) == width
+        and all(norm is None or part.num_outputs % len(norm[0]) == 0 for norm, part in norms)
+        and parts.query.num_outputs % parts.head_width == 0
+        and parts.key.num_outputs % parts.head_width == 0
+        and all(part.num_inputs == width for part in reading)
         and parts.output.num_outputs == parts.down.num_outputs == width
         and parts.output.num_inputs == parts.query.num_outputs
         and parts.key.num_outputs == parts.value.num_outputs

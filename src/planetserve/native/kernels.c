@@ -178,7 +178,8 @@ void ps_rms_norm_bf16(int level, const uint16_t *x, long x_stride, long rows, lo
     DISPATCH(rms_norm_bf16, x, x_stride, rows, width, weight, epsilon, y, y_stride)
 }
 
-/* x = x * cos + (-second half of x, first half of x) * sin, per head; cos and sin [tokens, width]. */
+/* x = x * cos + (-second half of x, first half of x) * sin, per head of an even width; cos and sin
+ * are [tokens, width], and callers see to it that they are. */
 void ps_rotate_f32(int level, float *x, long token_stride, long tokens, long heads, long width,
                    const float *cos, const float *sin) {
     DISPATCH(rotate_f32, x, token_stride, tokens, heads, width, cos, sin)

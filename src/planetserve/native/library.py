@@ -162,11 +162,27 @@ class Kernels:
     def rotate(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> None:
         """Rotary embedding in place: `x * cos + (-second half, first half) * sin`.
 
-        Heads of a token must follow one another; cos and sin are contiguous, in the dtype of x.
+        Args:
+            x_THD: heads of a token must follow one another. May be the first D elements of wider
+                heads, whose others stay as they are.
+            cos_TD: contiguous, in the dtype of x, as wide as what is rotated.
+            sin_TD: like `cos_TD`.
+
+        Raises:
+            ValueError: a table has another size or layout; the kernel would read past it.
         """
         num_tokens, num_heads, width = x_THD.shape
+        for table in (cos_TD, sin_TD):
+            fits = table.shape == (num_tokens, width) and table.dtype == x_THD.dtype
+            if width % 2 or not fits or not table.is_contiguous():
+                raise ValueError(f"a rotary table {tuple(table.shape)} for {tuple(x_THD.shape)}")
+        if x_THD.stride(1) != width:  # parts of heads: each is a token of one head to the kernel
+            cos_TD, sin_TD = (x.repeat_interleave(num_heads, 0) for x in (cos_TD, sin_TD))
+            num_tokens, num_heads, stride = num_tokens * num_heads, 1, x_THD.stride(1)
+        else:
+            stride = x_THD.stride(0)
         self._rotate[x_THD.dtype](
-            self._level, x_THD.data_ptr(), x_THD.stride(0), num_tokens, num_heads, width,
+            self._level, x_THD.data_ptr(), stride, num_tokens, num_heads, width,
             cos_TD.data_ptr(), sin_TD.data_ptr(),
         )  # fmt: skip
 

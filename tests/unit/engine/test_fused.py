@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from planetserve.model.skeleton import SpanBlocks
 from planetserve.native import library
 from planetserve.scheduler.batch import WorkItem
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
-from planetserve.testing.checkpoints import make_tiny_checkpoint
+from planetserve.testing.checkpoints import NUM_BLOCKS, make_tiny_checkpoint
 from planetserve.types import BlockSpan
 from planetserve.wire.step import RowSlice
 
@@ -34,6 +35,8 @@ FAMILIES = {
     "mistral": True,
     "qwen2": True,
     "qwen3": True,
+    # Rotary embeddings of the first half of each head; the other halves are not for the table.
+    "glm4_moe": True,
     # Other parts, or the same and other code: multipliers, norms of 1 + w, experts, another order.
     "granite": False,
     "gemma": False,
@@ -45,7 +48,9 @@ FAMILIES = {
 
 
 def load(family: str, folder: Path, dtype: torch.dtype, backend: str = "native") -> SpanBlocks:
-    more = {"residual_multiplier": 0.7} if family == "granite" else {}
+    more: dict[str, Any] = {"residual_multiplier": 0.7} if family == "granite" else {}
+    if family == "glm4_moe":
+        more = {"first_k_dense_replace": NUM_BLOCKS, "partial_rotary_factor": 0.5}
     make_tiny_checkpoint(folder, family, **WIDE_HEADS, **more)
     blocks = SpanBlocks.load(Checkpoint.open(str(folder)), SPAN, dtype)
     convert_span(blocks, backend)
@@ -157,3 +162,35 @@ def test_small_kernels_round_as_pytorch_does(dtype: torch.dtype) -> None:
             kernels.use_level(None)
         for got, wanted in zip(actual, expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_of_heads_are_rotated_alone(dtype: torch.dtype) -> None:
+    kernels = library.kernels()
+    torch.manual_seed(4)
+    heads, cos, sin = (torch.randn(shape).to(dtype) for shape in [(3, 4, 32), (3, 8), (3, 8)])
+    part = heads[..., :8].clone()
+    turned = torch.cat((-part[..., 4:], part[..., :4]), -1)
+    expected = torch.cat((part * cos[:, None] + turned * sin[:, None], heads[..., 8:]), -1)
+    kernels.rotate(heads[..., :8], cos, sin)
+    tolerance = 1e-6 if dtype == torch.float32 else 0.0
+    torch.testing.assert_close(heads, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.zeros(3, 16),
+        torch.zeros(3, 64),
+        torch.zeros(2, 32),
+        torch.zeros(32),
+        torch.zeros(3, 32, dtype=torch.bfloat16),
+        torch.zeros(32, 3).t(),
+    ],
+)
+def test_a_rotary_table_that_does_not_fit_is_not_read(table: torch.Tensor) -> None:
+    kernels, heads, fit = library.kernels(), torch.ones(3, 4, 32), torch.zeros(3, 32)
+    for cos, sin in ((table, fit), (fit, table)):
+        with pytest.raises(ValueError, match="rotary table"):
+            kernels.rotate(heads, cos, sin)
+    assert torch.equal(heads, torch.ones(3, 4, 32))

@@ -270,6 +270,7 @@ def _run_plain(blocks: SpanBlocks, steps: list[_Step]) -> list[torch.Tensor]:
     for step in steps:
         plain.prepare(step.batch)
         outputs.append(_run(plain, step, blocks))
+        _check_finite(outputs[-1], blocks)
         new = iter(zip(step.hidden_TD, step.positions_T, outputs[-1], strict=True))
         for piece in step.batch.pieces:
             del tokens[piece.item_id][piece.start :]
@@ -278,12 +279,51 @@ def _run_plain(blocks: SpanBlocks, steps: list[_Step]) -> list[torch.Tensor]:
         if len(session) > (blocks.constant_rotary_length or len(session)):
             continue  # one pass does embed positions differently, by its own length
         hidden, positions, output = (torch.stack(part) for part in zip(*session, strict=True))
-        if not agree(output, blocks.run(hidden[None], positions[None])[0], hidden):
+        whole = blocks.run(hidden[None], positions[None])[0]
+        _check_finite(whole, blocks)
+        if not agree(output, whole, hidden):
+            half = "" if whole.dtype == torch.float32 else f" in {_name(whole.dtype)}{_WIDER}"
             raise ModelError(
                 f"{blocks.model_name}: steps over a cache do not reproduce one whole pass, "
-                "so it cannot be served"
+                f"so it cannot be served{half}"
             )
     return outputs
+
+
+_WIDER = "; serve it with --torch_dtype float32"
+
+
+def _check_finite(output_TD: torch.Tensor, blocks: SpanBlocks) -> None:
+    """Refuse a span that gives infinities or NaN, and say where they come from.
+
+    Raises:
+        ModelError: as said.
+    """
+    if bool(output_TD.isfinite().all()):
+        return
+    damaged = (
+        name
+        for name, value in blocks.layers.named_parameters()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    )
+    name, dtype = next(damaged, None), output_TD.dtype
+    first = f"{blocks.model_name}: blocks {blocks.span} of it"
+    if name is not None:
+        block, _, rest = name.partition(".")
+        first = f"{blocks.model_name}: {rest} of block {blocks.span.start + int(block)}"
+    if dtype == torch.float16:
+        raise ModelError(
+            f"{first} {'reach' if name is None else 'reaches'} past the range of float16 "
+            "(overflow: inf or NaN); serve it with --torch_dtype bfloat16 or float32"
+        )
+    if name is not None:
+        raise ModelError(f"{first} holds NaN or inf; download or copy the checkpoint again")
+    advice = _WIDER if dtype != torch.float32 else "; compare the checkpoint with its source"
+    raise ModelError(f"{first} give NaN or inf in {_name(dtype)}{advice}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _run(runner: Runner, step: _Step, blocks: SpanBlocks) -> torch.Tensor:

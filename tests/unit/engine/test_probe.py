@@ -14,7 +14,7 @@ from planetserve.engine.probe import Batching, agree, examine
 from planetserve.engine.ragged import Visibility
 from planetserve.engine.sdpa import SdpaBackend
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.errors import ConfigError
+from planetserve.errors import ConfigError, ModelError
 
 
 class BlindToOptions(SdpaBackend):
@@ -144,3 +144,38 @@ def test_cache_bytes_and_unknown_backend(tiny):
     assert SpanRunner(blocks, 4, 16).bytes_per_token == len(SPAN) * 2 * 2 * 8 * 4
     with pytest.raises(ConfigError, match="sdpa"):
         SpanRunner(blocks, 4, 16, attention_backend="magic")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "message"),
+    [
+        (torch.float16, 3e3, r"blocks 1:3 .* float16 \(overflow.*bfloat16 or float32"),
+        (torch.float16, float("inf"), r"mlp.* of block 2 reaches past the range of float16"),
+        (torch.bfloat16, float("nan"), r"mlp.* of block 2 holds NaN or inf; download"),
+        (torch.float32, float("inf"), r"mlp.* of block 2 holds NaN or inf; download"),
+        (torch.float32, 1e30, r"blocks 1:3 .* give NaN or inf in float32"),
+    ],
+)
+def test_numbers_out_of_range_are_told_from_a_wrong_cache(tiny, dtype, scale, message):
+    blocks = tiny("llama").load_span(dtype)
+    with torch.no_grad():
+        for value in blocks.layers[1].mlp.parameters():
+            value.mul_(scale)
+    with torch.inference_mode(), pytest.raises(ModelError, match=message) as error:
+        examine(blocks, 32, dtype, torch.device("cpu"), SdpaBackend())
+    assert "whole pass" not in str(error.value)
+
+
+def test_one_token_out_of_range_is_not_outvoted(tiny):
+    """In half precision most tokens decide whether results agree."""
+    blocks = tiny("llama").load_span(torch.bfloat16)
+    run = blocks.run
+
+    def overflow_once(hidden_1TD, *args, **kwargs):
+        output = run(hidden_1TD, *args, **kwargs).clone()
+        output[:, 5:6] = float("inf")
+        return output
+
+    blocks.run = overflow_once
+    with torch.inference_mode(), pytest.raises(ModelError, match="NaN or inf"):
+        examine(blocks, 32, torch.bfloat16, torch.device("cpu"), SdpaBackend())

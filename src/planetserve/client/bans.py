@@ -1,15 +1,32 @@
 """Servers that a client leaves alone for a while; pairs of them are in `quarrels.py`.
 
-Decisions only: who is put here and for how long is the chain manager's to say, and nothing here
-touches the network. Times are of the monotonic clock.
+Decisions only: who is put here is the chain manager's to say, and nothing here touches the network.
+How long a ban lasts follows from how often the client has had to ban the server lately and from
+nothing that the server says. Times are of the monotonic clock.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from planetserve.clock import Clock
 from planetserve.types import PeerId
+
+MAX_SERVERS = 1024
+"""The one that was banned longest ago is forgotten first."""
+
+_MAX_DOUBLINGS = 3
+_REMEMBERED_S = 600.0
+"""A ban within this time of the one before is twice as long as that, up to 2^3 times the first."""
+
+
+@dataclass(slots=True)
+class _Ban:
+    since_s: float
+    until_s: float
+    num_before: int = 0
 
 
 class Bans:
@@ -17,21 +34,34 @@ class Bans:
 
     def __init__(self, clock: Clock):
         self._clock = clock
-        self._peers_until_s: dict[PeerId, float] = {}
+        self._bans: OrderedDict[PeerId, _Ban] = OrderedDict()
 
-    def ban(self, peer_ids: Iterable[PeerId], until_s: float) -> None:
-        """Do without these servers until then, whatever was said of them before."""
-        self._peers_until_s.update(dict.fromkeys(peer_ids, until_s))
+    def ban(self, peer_ids: Iterable[PeerId], for_s: float) -> None:
+        """Do without these servers for `for_s` seconds, or longer if it is not the first time.
+
+        One that is left out already, as when several of its sessions fail at once, stays so.
+        """
+        now_s = self._clock.monotonic()
+        for peer_id in peer_ids:
+            ban = self._bans.setdefault(peer_id, _Ban(now_s, now_s + for_s))
+            if ban.since_s + _REMEMBERED_S <= now_s:
+                ban.num_before = 0
+            elif ban.until_s <= now_s:
+                ban.num_before = min(ban.num_before + 1, _MAX_DOUBLINGS)
+            if ban.until_s <= now_s:
+                ban.since_s, ban.until_s = now_s, now_s + for_s * 2**ban.num_before
+            self._bans.move_to_end(peer_id)
+        while len(self._bans) > MAX_SERVERS:
+            self._bans.popitem(last=False)
 
     def lift(self, peer_ids: Iterable[PeerId]) -> None:
-        """These servers are fine."""
+        """Give these servers another chance; how often they were banned is not forgotten."""
+        now_s = self._clock.monotonic()
         for peer_id in peer_ids:
-            self._peers_until_s.pop(peer_id, None)
+            if (ban := self._bans.get(peer_id)) is not None:
+                ban.until_s = now_s
 
     def banned(self) -> list[PeerId]:
-        """Servers to do without now, in the order in which they came here."""
+        """Servers to do without now, the one banned longest ago first."""
         now_s = self._clock.monotonic()
-        self._peers_until_s = {
-            peer_id: until_s for peer_id, until_s in self._peers_until_s.items() if until_s > now_s
-        }
-        return list(self._peers_until_s)
+        return [peer_id for peer_id, ban in self._bans.items() if ban.until_s > now_s]

@@ -29,10 +29,10 @@ from planetserve.config import ClientConfig
 from planetserve.crypto.identity import peer_id_bytes
 from planetserve.errors import (
     Blame,
-    CapacityError,
     ConfigError,
     HopTimeout,
     NoChainAvailable,
+    PeerReportedError,
     PlanetServeError,
     RemoteProtocolError,
 )
@@ -49,6 +49,8 @@ _LEAVING_S = 60.0
 _MAX_REVIVED = 8
 _PROMPT_RETRIES = 2
 """Servers that fail together are found one by one: the first retries do not wait."""
+_MAX_WISH = 8.0
+"""Times the client's own back-off that a server which asks for it is given at most."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -184,9 +186,9 @@ class ChainManager:
         await ring.move(chain, self._infos(chain), history)
         self._show(ring.chain)
 
-    def note_loads(self, loads_ms: Mapping[PeerId, float]) -> None:
-        """What the hops of a step said of their time per block."""
-        self._experience.note_loads(loads_ms)
+    def note_loads(self, chain: Chain, loads_ms: Mapping[PeerId, float], elapsed_ms: float) -> None:
+        """What the hops of a step said of their time per block, and how long it took in all."""
+        self._experience.note_loads(chain, loads_ms, elapsed_ms)
 
     def _infos(self, chain: Chain) -> dict[PeerId, ServerInfo]:
         return {hop.peer_id: self.view.servers[hop.peer_id] for hop in chain}
@@ -198,38 +200,43 @@ class ChainManager:
 
     def can_avoid(self, peers: Iterable[PeerId], num_rows: int, lease_tokens: int) -> bool:
         """Leave `peers` out of the next plans; say whether a chain without them exists now."""
-        self._bans.ban(peers, self._clock.monotonic() + _LEAVING_S)
+        self._bans.ban(peers, _LEAVING_S)
+        return self.has_chain(num_rows, lease_tokens)
+
+    def has_chain(self, num_rows: int, lease_tokens: int) -> bool:
+        """Whether a session of this size could be opened now, without those left alone."""
         try:
             self._planner.plan(self._usable(), num_rows, lease_tokens)
         except PlanetServeError:
             return False
         return True
 
-    def report_success(self, chain: Chain) -> None:
-        """A step went through: its servers are fine."""
-        self._bans.lift(hop.peer_id for hop in chain)
-
     async def report_failure(
         self, error: PlanetServeError, chain: Chain | None
     ) -> Sequence[PeerId]:
         """Keep the peer at fault out of the next plans; find it by pinging if nobody named it.
 
+        Of a chain that failed in a way that any of its hops may have caused, all are suspected.
+
         Returns:
             The peers at fault.
         """
-        if error.blame is Blame.LOCAL:
-            return ()
-        now_s = self._clock.monotonic()
-        culprits: Sequence[PeerId] = [error.peer_id] if error.peer_id else []
-        if error.edge is not None:
-            culprits = self._quarrels.add(error.edge, error.claimed_by)
-        elif not culprits and isinstance(error, HopTimeout) and chain is not None:
-            culprits = await self.view.silent([hop.peer_id for hop in chain])
-        wait_s = self.config.ban_timeout
-        if isinstance(error, CapacityError):
-            wait_s = error.retry_after_s
-        self._bans.ban(culprits, now_s + wait_s)
+        culprits: list[PeerId] = []
+        for one in (error, *error.others):
+            if one.blame is Blame.LOCAL:
+                continue
+            if one.edge is not None:
+                culprits += self._quarrels.add(one.edge)
+            elif one.peer_id is not None:
+                culprits.append(one.peer_id)
+            elif chain is not None and one.blame in (Blame.REMOTE, Blame.UNKNOWN):
+                culprits += await self._suspects(one, [hop.peer_id for hop in chain])
+        self._bans.ban(culprits, self.config.ban_timeout)
         return culprits
+
+    async def _suspects(self, error: PlanetServeError, peers: list[PeerId]) -> Sequence[PeerId]:
+        silent = await self.view.silent(peers) if isinstance(error, HopTimeout) else []
+        return silent or self._quarrels.add_chain(peers)
 
     def retry_delay_s(self, error: PlanetServeError, attempt: int) -> float | None:
         """Seconds to wait before retry number `attempt`; None when there must not be one."""
@@ -238,12 +245,14 @@ class ChainManager:
         if isinstance(error, NoChainAvailable):
             # `plan` has already waited for as long as it may.
             return None
-        if isinstance(error, CapacityError):
-            return min(error.retry_after_s, self.config.max_backoff)
+        least_s, most_s = self.config.min_backoff, self.config.max_backoff
+        if isinstance(error, PeerReportedError):
+            # Later than it wishes does no harm, and by its wish alone nobody waits for long.
+            own_s = least_s * 2 ** (attempt - 1)
+            return min(max(own_s, min(error.retry_after_s, _MAX_WISH * own_s)), most_s)
         if attempt <= _PROMPT_RETRIES:
             return 0.0
-        doubled = 2 ** (attempt - 1 - _PROMPT_RETRIES)
-        return min(self.config.min_backoff * doubled, self.config.max_backoff)
+        return min(least_s * 2 ** (attempt - 1 - _PROMPT_RETRIES), most_s)
 
     def snapshot(self, num_rows: int = 1, lease_tokens: int = 1) -> SwarmSnapshot:
         """What a session of this size is planned on: live, permitted servers that are not banned,

@@ -33,10 +33,17 @@ class Experience:
         self._extra_ms = PeerAverages(max_peers, clock)
         self._ratios: deque[float] = deque(maxlen=_NUM_RATIOS)
 
-    def note_loads(self, loads_ms: Mapping[PeerId, float]) -> None:
-        """Count in what hops said of their time per block with a step."""
+    def note_loads(self, chain: Chain, loads_ms: Mapping[PeerId, float], elapsed_ms: float) -> None:
+        """Count in what hops of `chain` said of their time per block with a step, which took
+        `elapsed_ms` in all.
+
+        What they say comes through the hops after them, which could make it anything: all of it
+        together counts for no more than the step took.
+        """
+        said_ms = sum(loads_ms.get(hop.peer_id, 0.0) * (hop.end - hop.start) for hop in chain)
+        scale = min(1.0, elapsed_ms / max(said_ms, _LEAST_MS))
         for peer_id, ms in loads_ms.items():
-            self._loads_ms.add(peer_id, ms)
+            self._loads_ms.add(peer_id, scale * ms)
 
     def judge(self, chain: Chain, predicted_ms: float, measured_ms: float) -> None:
         """Count in what a chain promised by its hops' word and what it took, per token."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from planetserve.client.ring_spec import RingSpec
@@ -16,9 +17,9 @@ from planetserve.crypto.secrets import ChannelSecret, seal_deal
 from planetserve.errors import (
     EdgeStalled,
     HopTimeout,
+    PeerReportedError,
     PlanetServeError,
     RemoteProtocolError,
-    error_from_code,
 )
 from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.streams import FrameStream, open_stream
@@ -42,9 +43,20 @@ T = TypeVar("T")
 Inbox = asyncio.Queue[tuple["HopLink", FrameHeader, bytearray] | tuple["HopLink", PlanetServeError]]
 
 _CLOSE_TIMEOUT_S = 1.0
+LEAST_CHUNK_TOKENS = 16
+ENOUGH_CHUNK_TOKENS = 64
+"""Chunks this large cost a prompt little; single tokens would make it as slow as a text."""
 MAX_UNREAD = 16
 """Frames of one hop that wait for the ring. More than an honest one ever has there while the ring
 reads nothing: answers to the chunks in flight and news of a lost neighbour."""
+
+
+def chunk_tokens(links: Iterable[HopLink]) -> int:
+    """How long chunks are that these hops get: as each of them wishes, but one that wishes for less
+    than `ENOUGH_CHUNK_TOKENS` speaks for itself alone. It has to cut what it cannot compute at
+    once."""
+    wishes = [link.max_chunk_tokens for link in links]
+    return max(min(wishes), min(ENOUGH_CHUNK_TOKENS, max(wishes)), LEAST_CHUNK_TOKENS)
 
 
 class HopLink:
@@ -273,25 +285,21 @@ class HopLink:
         accused = decode(ErrorReply, payload).blamed_peer
         error = EdgeStalled("a server cannot reach the next one")
         error.edge, error.epoch = (self.peer_id, accused), header.epoch
-        error.claimed_by = self.peer_id
         self._inbox.put_nowait((self, error))
 
-    def _reported(self, payload: bytearray) -> PlanetServeError:
-        """The error that the hop reports.
+    def _reported(self, payload: bytearray) -> PeerReportedError:
+        """What the hop reports, as its words.
 
         A hop that blames one it exchanges frames with makes a claim, which either of them may be
         at fault for; if it blames anybody else, it is at fault itself.
         """
         reply = decode(ErrorReply, payload)
-        error = error_from_code(reply.code, reply.message, reply.retry_after_s)
+        error = PeerReportedError.of(self.peer_id, reply.code, reply.message, reply.retry_after_s)
         edge = self._edges.get(reply.blamed_peer)
         if edge is None:
             error.peer_id = self.peer_id
-            return error
-        if not error.retryable:
-            # By its own word the fault is not the client's: another chain may do.
-            error = RemoteProtocolError(reply.message)
-        error.edge, error.claimed_by = edge, self.peer_id
+        else:
+            error.edge = edge
         return error
 
     def _note_edges(self, previous: str | None, following: NextHop | None) -> None:

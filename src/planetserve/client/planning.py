@@ -2,8 +2,8 @@
 
 Optimizers count blocks from 0, so the blocks that the client runs itself are cut off before a plan
 and the numbers put right after it. Records are signed but say what their owners like: one that
-cannot be true of this model, or that no plan could use, is left out here, so that a lie costs its
-author his place and nobody else anything. Decisions only: no clock, no network.
+cannot be true of this model, or that no plan could use, is left out here, so that only the server
+that made it loses by it. Decisions only: no clock, no network.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import dataclasses
 import logging
 import secrets
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,8 +42,9 @@ from planetserve.types import CLIENT, BlockSpan, Chain, PeerId, ServerInfo
 logger = logging.getLogger(__name__)
 
 _DEFAULT_RTT_MS = 50.0
-_AVOIDED_RTT_MS = 10_000.0
-"""Long enough that any other way is better, if there is one."""
+_AVOIDED_MS = 5_000.0
+"""So long that any other way is better, if there is one: charged for two neighbours that are to be
+avoided, and for a visit to a server once for every such pair that it is part of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,8 @@ class ChainPlanner:
         self._facts = facts
         self._rtt = rtt
         self._warned_dtype = False
-        self.avoided_edges: Collection[tuple[PeerId, PeerId]] = ()
-        """Pairs of servers between which nothing passes at the moment."""
+        self.avoided_edges: Mapping[tuple[PeerId, PeerId], float] = {}
+        """Pairs of servers that had trouble with each other, and how much speaks against each."""
 
     def plan(
         self,
@@ -216,7 +218,10 @@ class ChainPlanner:
     def latency_ms(
         self, servers: Sequence[ServerInfo], num_rows: int, chain: Chain
     ) -> float | None:
-        """Predicted time per token of a chain; None if `servers` lacks one of its hops."""
+        """Predicted time per token of a chain; None if `servers` lacks one of its hops.
+
+        With what is charged for suspects.
+        """
         snapshot = self.snapshot(servers, num_rows)
         if not all(hop.peer_id in snapshot.index for hop in chain):
             return None
@@ -231,6 +236,11 @@ class ChainPlanner:
         shifted = self._shifted(new, -self.remote.start).hops
         entering = shifted[first : len(shifted) - last]
         return move_ms(self.snapshot(servers, num_rows), entering, position, num_rows)
+
+    def is_suspect(self, chain: Chain) -> bool:
+        """Whether more than time is charged for a hop of the chain."""
+        suspects = {peer for edge in self.avoided_edges for peer in edge}
+        return any(hop.peer_id in suspects for hop in chain)
 
     def _shifted(self, chain: Chain, offset: int) -> Chain:
         """The chain with its blocks numbered otherwise."""
@@ -275,14 +285,36 @@ class ChainPlanner:
             for peer_id, rtt_ms in info.next_rtt_ms.items():
                 if peer_id in known and peer_id != info.peer_id:
                     pair = min(info.peer_id, peer_id), max(info.peer_id, peer_id)
-                    # Of two claims the worse counts: nobody gains by saying he is near.
+                    # Of two claims the worse counts: no server gains by saying that it is near.
                     claims[pair] = max(rtt_ms, claims.get(pair, 0.0))
-        for one, other in self.avoided_edges:
-            if one in known and other in known:
-                claims[min(one, other), max(one, other)] = _AVOIDED_RTT_MS
+        self._charge_suspects(claims, table[CLIENT], known)
         for (one, other), rtt_ms in claims.items():
             table.setdefault(one, {})[other] = rtt_ms
         return table
+
+    def _charge_suspects(
+        self,
+        between: dict[tuple[PeerId, PeerId], float],
+        from_client: dict[PeerId, float],
+        known: Set[PeerId],
+    ) -> None:
+        """Lengthen the links of servers that are part of avoided pairs, and those of the pairs.
+
+        A visit takes half of the link that enters a server and half of the one that leaves it.
+        """
+        suspicion: defaultdict[PeerId, float] = defaultdict(float)
+        for (one, other), weight in self.avoided_edges.items():
+            if one in known and other in known:
+                between[min(one, other), max(one, other)] = 2 * weight * _AVOIDED_MS
+            for peer_id in {one, other} & known:
+                suspicion[peer_id] += weight
+        for suspect, weight in suspicion.items():
+            extra_ms = weight * _AVOIDED_MS
+            from_client[suspect] = from_client.get(suspect, _DEFAULT_RTT_MS) + extra_ms
+            for other in known:
+                if other != suspect:
+                    pair = min(suspect, other), max(suspect, other)
+                    between[pair] = between.get(pair, _DEFAULT_RTT_MS) + extra_ms
 
     def _links_into(
         self, gap: Gap, links: Mapping[str, Mapping[str, float]], known: Collection[PeerId]

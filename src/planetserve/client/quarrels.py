@@ -1,16 +1,29 @@
-"""Pairs of servers between which something went wrong, and who stands out among them.
+"""Pairs of servers between which something went wrong, and which of them to put side by side again.
 
-When one hop complains of another, or nothing passes between two, either may be at fault, and either
-may lie. So neither is left out for it: the client avoids the pair for a while. A hop that complains
-of one neighbour after another is the more likely culprit, and so is one with which hardly anybody
-gets along. It takes several peers to bring that about, never one.
+When one hop complains of another, when nothing passes between two, or when an answer is wrong that
+the last hop only passed on, any of those concerned may be at fault, and any of them may lie. What
+is known is a graph: servers, and an edge between two that had trouble. A liar can have edges with
+everybody and any number of liars can have one with the same honest server, so neither complaints
+nor accusers are counted, and edges put nobody on the list of those left alone (`bans.py`). But no
+liar can make an edge between two honest servers that work together. Hence two rules:
+
+- two with an edge are not put side by side for a while, if there is another way;
+- of several ways, the one whose servers have the fewest edges is taken (`planning.py`).
+
+A chain of honest servers stays open by the first rule. By the second, every attempt that fails
+makes what its liars take part in look worse, so that they are not tried with one partner after the
+other; and a server that others speak badly of still gets the sessions for which there is nobody
+else. Where a whole chain is suspected, all its pairs get an edge, honest ones too, and the rules
+leave them for last instead of closing them.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from planetserve.clock import Clock
 from planetserve.types import CLIENT, PeerId
@@ -18,12 +31,10 @@ from planetserve.types import CLIENT, PeerId
 MAX_PAIRS = 256
 """The one that quarrelled longest ago is forgotten first."""
 
-_COMPLAINTS = 2
-"""So many others has a suspect complained of,"""
-_QUARRELS = 3
-"""or had a quarrel with, whoever complained."""
+_MAX_DOUBLINGS = 3
+"""A pair is avoided for twice as long every time that it quarrels again, up to 2^3 times."""
 _REMEMBERED = 10
-"""Times as long as pairs are avoided."""
+"""Times as long as pairs are avoided at first."""
 
 Edge = tuple[PeerId, PeerId]
 
@@ -31,14 +42,18 @@ Edge = tuple[PeerId, PeerId]
 @dataclass(slots=True)
 class _Quarrel:
     last_s: float
-    complainants: set[PeerId] = field(default_factory=set)
+    until_s: float
+    num_before: int = 0
+    """Times that it was avoided before."""
+    count: float = 0.0
+    """Since it is avoided."""
 
 
 class Quarrels:
     """What one client has seen of them, in all its sessions.
 
     Args:
-        avoid_s: how long a pair is avoided.
+        avoid_s: how long a pair is avoided for its first quarrel.
         clock: source of monotonic time.
     """
 
@@ -47,53 +62,55 @@ class Quarrels:
         self._clock = clock
         self._pairs: OrderedDict[Edge, _Quarrel] = OrderedDict()
 
-    def add(self, edge: Edge, claimed_by: PeerId | None) -> list[PeerId]:
-        """Take note of a quarrel.
+    def add(self, edge: Edge, weight: float = 1.0) -> list[PeerId]:
+        """Take note of trouble between the two ends of an edge.
 
         Args:
-            edge: the two ends of an edge.
-            claimed_by: the one that complains of the other; None if the client has seen for itself
-                that nothing passes.
+            edge: one of them is at fault, or what is between them,
+            weight: with this probability.
 
         Returns:
-            Those of the two that are to be left out.
+            Who is at fault for certain: the server at an edge of the client's own.
         """
         if CLIENT in edge:
-            return [peer for peer in edge if peer != CLIENT]  # what a client sees of its own edges
+            return [peer for peer in edge if peer != CLIENT]
         now_s = self._clock.monotonic()
         pair = min(edge), max(edge)
-        quarrel = self._pairs.setdefault(pair, _Quarrel(now_s))
+        quarrel = self._pairs.setdefault(pair, _Quarrel(now_s, float("inf")))
+        if quarrel.until_s <= now_s:
+            quarrel.num_before = min(quarrel.num_before + 1, _MAX_DOUBLINGS)
+            quarrel.count = 0
+        quarrel.count += weight
         quarrel.last_s = now_s
-        if claimed_by is not None:
-            quarrel.complainants.add(claimed_by)
+        quarrel.until_s = now_s + self._avoid_s * 2**quarrel.num_before
         self._pairs.move_to_end(pair)
         forgotten_s = now_s - _REMEMBERED * self._avoid_s
         while len(self._pairs) > MAX_PAIRS or self._oldest_s() < forgotten_s:
             self._pairs.popitem(last=False)
-        return [peer for peer in edge if self._is_suspect(peer)]
+        return []
 
-    def avoided(self) -> set[Edge]:
-        """Pairs that should not be neighbours now."""
-        since_s = self._clock.monotonic() - self._avoid_s
-        return {pair for pair, quarrel in self._pairs.items() if quarrel.last_s > since_s}
+    def add_chain(self, peers: Sequence[PeerId]) -> list[PeerId]:
+        """Take note of a fault that any hop of a chain may have caused.
+
+        Returns:
+            Who is at fault for certain: the server of a chain with only one.
+        """
+        if len(set(peers)) == 1:
+            return [peers[0]]
+        for edge in pairwise(peers):
+            self.add(edge, 1 / (len(peers) - 1))
+        return []
+
+    def avoided(self) -> dict[Edge, float]:
+        """Pairs that should not be neighbours now, and how much speaks against each: 1 after its
+        first quarrel. Many at once, as of sessions that all lead past it, count for little more.
+        """
+        now_s = self._clock.monotonic()
+        return {
+            pair: math.log2(1 + quarrel.count)
+            for pair, quarrel in self._pairs.items()
+            if quarrel.until_s > now_s
+        }
 
     def _oldest_s(self) -> float:
         return next(iter(self._pairs.values())).last_s
-
-    def _is_suspect(self, peer: PeerId) -> bool:
-        if self._complains_much(peer):
-            return True
-        others = [other for other in self._with(peer) if not self._complains_much(other)]
-        return len(others) >= _QUARRELS
-
-    def _complains_much(self, peer: PeerId) -> bool:
-        quarrels = self._with(peer).values()
-        return sum(peer in quarrel.complainants for quarrel in quarrels) >= _COMPLAINTS
-
-    def _with(self, peer: PeerId) -> Mapping[PeerId, _Quarrel]:
-        """The quarrels of a peer, by the other one."""
-        return {
-            two if one == peer else one: quarrel
-            for (one, two), quarrel in self._pairs.items()
-            if peer in (one, two)
-        }

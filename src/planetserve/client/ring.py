@@ -24,11 +24,11 @@ from planetserve.client.ring_hops import RingHops
 from planetserve.client.ring_spec import Gap, RingSpec
 from planetserve.client.vigil import Vigil
 from planetserve.errors import (
-    CapacityError,
     EdgeStalled,
     HandshakeFailed,
+    HopTimeout,
+    PeerReportedError,
     PlanetServeError,
-    RemoteError,
     RemoteProtocolError,
     TransportError,
 )
@@ -39,7 +39,7 @@ from planetserve.types import CLIENT, Chain, Hop, PeerId, ServerInfo
 from planetserve.wire.frame import FrameHeader
 from planetserve.wire.step import HopLoad, StepTable
 
-_MENDABLE = (TransportError, CapacityError, RemoteError, HandshakeFailed)
+_MENDABLE = (TransportError, PeerReportedError, HandshakeFailed)
 """Failures that leave the other hops' KV caches as they should be."""
 
 PlanGap = Callable[[Gap], Awaitable[tuple[Chain, Mapping[PeerId, ServerInfo]]]]
@@ -97,6 +97,11 @@ class RingSession:
         return self._step is not None
 
     @property
+    def max_row_tokens(self) -> int:
+        """Tokens per row that every hop takes, by their records."""
+        return min(link.info.max_session_tokens for link in self._hops.links)
+
+    @property
     def leaving(self) -> set[PeerId]:
         """Hops that have said they will leave soon; the session should do without them."""
         return {link.peer_id for link in self._hops.links if link.is_leaving}
@@ -129,17 +134,16 @@ class RingSession:
         step = self._step
         if step is None:
             raise RuntimeError("no step is under way")
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self._spec.step_timeout_s
         while step.num_answered < len(step.tables):
-            header, payload = await self._next_answer()
-            try:
-                answer = self._ends.open(step, header, payload)
-            except PlanetServeError as error:
-                error.peer_id = self._hops.links[-1].peer_id
-                raise
+            header, payload = await self._next_answer(deadline_s)
+            answer = self._ends.open(step, header, payload, self._hops.links[-1].peer_id)
             if answer is not None:
                 chunk_TD, loads = answer
                 self._note_loads(loads)
                 step.take(chunk_TD)
+                deadline_s = loop.time() + self._spec.step_timeout_s
         self._step = None
         self._number += 1
         for link in self._hops.links:
@@ -247,13 +251,16 @@ class RingSession:
         # Numbered now: the answer may be here already, and the next step begin before this is sent.
         self._feed.send_again(replay, self._step, replayed_step=self._number - 1)
 
-    async def _next_answer(self) -> tuple[FrameHeader, bytearray]:
+    async def _next_answer(self, deadline_s: float) -> tuple[FrameHeader, bytearray]:
         """The next STEP frame of the last hop.
 
         Raises:
             PlanetServeError: what a hop of the ring failed with.
+            HopTimeout: only what is of no use has come until `deadline_s`.
         """
         while True:
+            if asyncio.get_running_loop().time() > deadline_s:
+                raise HopTimeout("the chain sends much, and no answer")
             try:
                 # Nearly every answer comes in time; only a late one is worth a task and a watch.
                 async with asyncio.timeout(self._spec.probe_after_s):

@@ -17,8 +17,9 @@ import torch
 from planetserve.client.hop_link import HopLink
 from planetserve.client.ring_spec import RingSpec
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
-from planetserve.errors import RemoteProtocolError, StreamClosed
+from planetserve.errors import PlanetServeError, RemoteProtocolError, StreamClosed
 from planetserve.tensors import is_finite, tensor_bytes, tensor_from_payload, wire_dtype
+from planetserve.types import PeerId
 from planetserve.wire.frame import ANSWER_EDGE, Direction, FrameHeader, FrameType
 from planetserve.wire.step import HopLoad, StepTable, unpack_answer_head
 
@@ -151,30 +152,50 @@ class RingEnds:
             raise
 
     def open(
-        self, step: RingStep, header: FrameHeader, payload: bytearray
+        self, step: RingStep, header: FrameHeader, payload: bytearray, last: PeerId
     ) -> tuple[torch.Tensor, tuple[HopLoad, ...]] | None:
         """The next chunk's outputs and what the hops say of their loads.
 
         None for a chunk that has been answered before, by a hop that was replaced since.
 
         Raises:
-            PlanetServeError: anything but the answer that is due from the last hop.
+            PlanetServeError: anything but the answer that is due. `peer_id` is `last`, the last
+                hop, if no other one can be at fault; which step an answer belongs to and how many
+                tokens it has is what came to the last hop, and that is any hop's fault.
         """
-        table, chunk = step.tables[step.num_answered], step.num_answered
-        count = len(table.rows) if step.keep_last else table.num_tokens
-        shape = (count, self._spec.hidden_size)
         if self._opener is None:
             raise RemoteProtocolError("an answer before its keys")
-        plaintext = self._opener.open(header, payload)
-        self._num_received += 1
-        if (header.step, header.chunk) < (step.number, chunk):
-            return None
-        if (header.step, header.chunk, header.shape) != (step.number, chunk, shape):
-            raise RemoteProtocolError("the last hop answered another step than was asked")
-        if header.dtype is not wire_dtype(self._spec.dtype):
-            raise RemoteProtocolError("the last hop answered in another dtype")
-        loads, offset = unpack_answer_head(plaintext)
-        chunk_TD = tensor_from_payload(plaintext, offset, header.dtype, header.shape)
-        if not is_finite(chunk_TD):
-            raise RemoteProtocolError("the last hop answered numbers that are not finite")
-        return chunk_TD, loads
+        try:
+            plaintext = self._opener.open(header, payload)
+            self._num_received += 1
+            if (header.step, header.chunk) < (step.number, step.num_answered):
+                return None
+            if header.dtype is not wire_dtype(self._spec.dtype):
+                raise RemoteProtocolError("the last hop answered in another dtype")
+            loads, offset = unpack_answer_head(plaintext)
+            chunk_TD = tensor_from_payload(plaintext, offset, header.dtype, header.shape)
+            if chunk_TD.shape[1:] != (self._spec.hidden_size,):
+                raise RemoteProtocolError("the last hop answered tensors of another width")
+            if not is_finite(chunk_TD):
+                raise RemoteProtocolError("the last hop answered numbers that are not finite")
+        except PlanetServeError as error:
+            error.peer_id = last
+            raise
+        return self._wanted(step, header, chunk_TD), loads
+
+    def _wanted(self, step: RingStep, header: FrameHeader, chunk_TD: torch.Tensor) -> torch.Tensor:
+        """The tokens that were asked for.
+
+        Raises:
+            RemoteProtocolError: they are not there.
+        """
+        table = step.tables[step.num_answered]
+        if (header.step, header.chunk) != (step.number, step.num_answered):
+            raise RemoteProtocolError("the chain answered another step than was asked")
+        if not step.keep_last and len(chunk_TD) == table.num_tokens:
+            return chunk_TD
+        if step.keep_last and len(chunk_TD) == len(table.rows):
+            return chunk_TD
+        if step.keep_last and len(chunk_TD) == table.num_tokens:
+            return chunk_TD[table.last_tokens()]  # on the way, a hop has asked for all of them
+        raise RemoteProtocolError("the chain answered for other tokens than was asked")

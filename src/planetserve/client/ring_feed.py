@@ -10,7 +10,7 @@ import asyncio
 
 import torch
 
-from planetserve.client.hop_link import Inbox
+from planetserve.client.hop_link import Inbox, chunk_tokens
 from planetserve.client.ring_ends import RingEnds, RingStep
 from planetserve.client.ring_hops import RingHops
 from planetserve.client.ring_spec import RingSpec
@@ -77,8 +77,7 @@ class RingFeed:
     def _max_chunk_tokens(self) -> int:
         token_bytes = self._spec.hidden_size * self._spec.dtype.itemsize + _POSITION_BYTES
         by_bytes = (MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES) // token_bytes
-        by_hops = min(link.max_chunk_tokens for link in self._hops.links)
-        return max(1, min(by_bytes, by_hops))
+        return max(1, min(by_bytes, chunk_tokens(self._hops.links)))
 
     async def _send_after(self, earlier: asyncio.Task[None] | None, step: RingStep) -> None:
         if earlier is not None:

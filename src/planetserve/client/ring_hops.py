@@ -11,11 +11,11 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from planetserve.client.hop_link import HopLink, Inbox
+from planetserve.client.hop_link import HopLink, Inbox, chunk_tokens
 from planetserve.client.ring_ends import RingEnds
 from planetserve.client.ring_spec import RingSpec
 from planetserve.crypto.secrets import new_edge_secret, wipe
-from planetserve.errors import NoChainAvailable, SessionClosed
+from planetserve.errors import NoChainAvailable, PlanetServeError, SessionClosed
 from planetserve.swarm.node import SwarmNode
 from planetserve.types import CLIENT, Hop, PeerId, ServerInfo
 from planetserve.wire.frame import MAX_EDGE
@@ -157,7 +157,7 @@ class RingHops:
         ]
         if before is not None:
             message = self._rewiring(
-                first_step, following=links[0], max_chunk_tokens=links[0].max_chunk_tokens
+                first_step, following=links[0], max_chunk_tokens=chunk_tokens([before, links[0]])
             )
             jobs.append(self._rewire(before, message, new_edge_secret(), secrets[0]))
         await _all(jobs)
@@ -190,7 +190,8 @@ class RingHops:
 
 
 async def _all(jobs: Sequence[Any]) -> None:
-    """Run coroutines at the same time; when all have ended, raise the first failure if any."""
+    """Run coroutines at the same time; when all have ended, raise the first failure if any, with
+    the others as its `others`."""
     tasks = [asyncio.ensure_future(job) for job in jobs]
     try:
         await asyncio.wait(tasks)
@@ -198,6 +199,9 @@ async def _all(jobs: Sequence[Any]) -> None:
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    failures = [result for result in results if isinstance(result, BaseException)]
+    if failures:
+        first, *others = failures
+        if isinstance(first, PlanetServeError):
+            first.others = [error for error in others if isinstance(error, PlanetServeError)]
+        raise first

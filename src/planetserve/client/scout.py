@@ -63,7 +63,8 @@ class Scout:
             )
             if predicted_ms is None:
                 return None  # a hop is no longer announced, or banned
-            self._experience.judge(session.chain, predicted_ms, session.measured_ms)
+            if not self._planner.is_suspect(session.chain):
+                self._experience.judge(session.chain, predicted_ms, session.measured_ms)
             corrected = [self._experience.corrected(info) for info in servers]
             return await asyncio.to_thread(self._compare, _for(session, corrected), session)
         finally:

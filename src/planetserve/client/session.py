@@ -24,13 +24,14 @@ from planetserve.client.chain_manager import ChainManager
 from planetserve.client.conversation import Conversation
 from planetserve.client.local_blocks import LocalEnds, LocalRows
 from planetserve.client.portal import Portal
+from planetserve.client.reports import Reports
 from planetserve.client.ring import RingSession
 from planetserve.client.scout import Running
 from planetserve.clock import SystemClock
 from planetserve.errors import (
-    CapacityError,
     ConfigError,
     NoChainAvailable,
+    PeerReportedError,
     PlanetServeError,
     SessionClosed,
     SessionLengthError,
@@ -304,7 +305,7 @@ class InferenceSession:
         lease_tokens = max(longest, self._lease_tokens or 0)
         self._avoid_leaving(num_rows, lease_tokens)
         loop = asyncio.get_running_loop()
-        attempt = 0
+        attempt, reports = 0, Reports()
         while True:
             try:
                 ring = await self._whole_ring(num_rows, lease_tokens, history)
@@ -319,7 +320,6 @@ class InferenceSession:
                         self._after_step(ring, table, elapsed_s, num_rows, lease_tokens)
                 history.append(table, hidden_TD)
                 self._num_steps += 1
-                self._manager.report_success(ring.chain)
                 return output_TD.to(hidden_TD.dtype)
             except PlanetServeError as error:
                 if self._closed:
@@ -328,7 +328,10 @@ class InferenceSession:
                     await self._leave()
                     raise _closed_error() from error
                 attempt += 1
-                delay_s = await self._recover(error, attempt)
+                reports.add(error)
+                delay_s = await self._recover(error, attempt, num_rows, lease_tokens)
+                if delay_s is None:
+                    raise reports.final(error, attempt) from error
                 await asyncio.sleep(delay_s)
             except asyncio.CancelledError:
                 # Ctrl-C in the caller: what the servers hold is unknown, the history is not.
@@ -352,6 +355,9 @@ class InferenceSession:
             PlanetServeError: as `ChainManager.open_ring` or `mend_ring`.
         """
         ring = self._ring
+        if ring is not None and lease_tokens > ring.max_row_tokens:
+            await self._leave()  # by their records, its servers would refuse
+            ring = None
         if ring is not None and ring.is_broken:
             try:
                 await self._manager.mend_ring(ring, num_rows, lease_tokens, history)
@@ -375,7 +381,7 @@ class InferenceSession:
         lease_tokens: int,
     ) -> None:
         """Learn from a step that went through, and look for a better chain now and then."""
-        self._manager.note_loads(ring.loads_ms)
+        self._manager.note_loads(ring.chain, ring.loads_ms, 1000 * elapsed_s)
         if table.is_decode:
             self._num_decoded += 1
             self._mover.count_step(ring.chain, 1000 * elapsed_s)
@@ -415,12 +421,11 @@ class InferenceSession:
         with contextlib.suppress(NoChainAvailable):
             await self._manager.move_ring(ring, target[1], history)
 
-    async def _recover(self, error: PlanetServeError, attempt: int) -> float:
-        """Settle what becomes of the ring; seconds until the next attempt.
-
-        Raises:
-            PlanetServeError: `error`, when there must not be another attempt.
-        """
+    async def _recover(
+        self, error: PlanetServeError, attempt: int, num_rows: int, lease_tokens: int
+    ) -> float | None:
+        """Settle what becomes of the ring; seconds until the next attempt, None if there must not
+        be another."""
         ring = self._ring
         culprits = await self._manager.report_failure(error, None if ring is None else ring.chain)
         delay_s = self._manager.retry_delay_s(error, attempt)
@@ -428,9 +433,9 @@ class InferenceSession:
         if not keeps:
             await self._leave()
         if delay_s is None:
-            raise error
-        if keeps and isinstance(error, CapacityError):
-            delay_s = 0.0  # whoever takes the place of a full server need not be waited for
+            return None
+        if isinstance(error, PeerReportedError) and self._manager.has_chain(num_rows, lease_tokens):
+            delay_s = 0.0  # whoever takes the place of one that refuses need not be waited for
         logger.warning("%s (%s); going on without it (attempt %d)", error, error.code, attempt)
         return delay_s
 

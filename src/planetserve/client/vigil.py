@@ -43,8 +43,10 @@ class Vigil:
         """Wait for `work`, which has been waited for during `probe_after_s` already.
 
         Raises:
-            HopTimeout: a hop is silent (`peer_id` names it), or the step timeout is over; then
-                `peer_id` is the only hop that still computes, if there is just one.
+            HopTimeout: a hop is silent (`peer_id` names it); or nothing has moved for
+                `stall_timeout_s` though nothing is under way and nobody computes; or the step
+                timeout is over, and `peer_id` is the only hop that still computes, if there is
+                just one.
             EdgeStalled: all hops answer, but nothing has moved for `stall_timeout_s`, and `edge` is
                 the last with frames on it; or the step timeout is over, nobody computes, and
                 `edge` has most of them.
@@ -67,6 +69,8 @@ class Vigil:
                     if piles:
                         # The last one holds up those before it, however much is on them.
                         raise _stalled("nothing passes between two servers", piles[-1].edge)
+                    if not any(item.steps_running for item in now):
+                        raise HopTimeout("the chain lost a step: it is nowhere, and not answered")
                 left_s = deadline_s - loop.time()
                 if left_s <= 0:
                     raise self._too_slow(links, now, my_frames())

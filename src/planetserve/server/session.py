@@ -32,9 +32,10 @@ from planetserve.errors import (
 )
 from planetserve.server.gate import StepGate
 from planetserve.server.outlet import Outlet
+from planetserve.server.step_order import StepOrder
 from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.streams import FrameStream
-from planetserve.tensors import tensor_from_payload
+from planetserve.tensors import is_finite, tensor_from_payload
 from planetserve.types import CLIENT
 from planetserve.wire.frame import HEADER_BYTES, Direction, FrameHeader, FrameType, WireDtype
 from planetserve.wire.messages import (
@@ -122,7 +123,7 @@ class ServerSession:
         self._previous = message.previous
         self._epoch = message.epoch
         self._inlet: FrameStream | None = control if message.previous == CLIENT else None
-        self._expected = (0, 0)
+        self._order = StepOrder()
         self._channel = channel
         self._opener: Opener | None = None
         self._outlet = Outlet(
@@ -259,8 +260,7 @@ class ServerSession:
             return
         table, hidden_TD = self._read_step(header, payload)
         self._frames_received += 1
-        if (header.step, header.chunk) < self._expected:
-            # Sent again by a hop that cannot know how far this one came; what it became has left.
+        if not self._order.take(header):  # what it became has left
             self._leave_gate(len(payload))
             return
         await self._submit(header, table, hidden_TD, arrived_s)
@@ -285,7 +285,6 @@ class ServerSession:
     ) -> None:
         loop = asyncio.get_running_loop()
         if self._engine.runner.chunkable or header.num_chunks == 1:
-            self._expected = (header.step, header.chunk + 1)
             self._num_running += 1
             future = self._engine.submit(self.key, table, hidden_TD)
             await self._queue.put(_Pending([(header, table)], future, loop.time() - arrived_s))
@@ -293,11 +292,10 @@ class ServerSession:
         # Rotary tables that depend on the longest position must see the whole step at once.
         self._held.append((header, table, hidden_TD))
         held_tokens = sum(piece.num_tokens for _, piece, _ in self._held)
-        if header.chunk != len(self._held) - 1 or held_tokens > self._max_step_tokens:
-            raise RemoteProtocolError("chunks out of order or too many")
+        if held_tokens > self._max_step_tokens:
+            raise RemoteProtocolError("a step of too many tokens")
         if header.chunk == header.num_chunks - 1:
             held, self._held = self._held, []
-            self._expected = (header.step, header.num_chunks)
             whole = StepTable.merge([piece for _, piece, _ in held])
             self._num_running += 1
             future = self._engine.submit(self.key, whole, torch.cat([part for *_, part in held]))
@@ -352,6 +350,7 @@ class ServerSession:
         if self._held:  # the rest of that step comes from the new hop, from its beginning
             self._leave_gate(sum(header.payload_bytes for header, _, _ in self._held))
             self._held.clear()
+            self._order.restart_step()
 
     async def _take_deal(
         self, expected_epoch: int, rewire: bytearray | bytes = b""
@@ -425,6 +424,9 @@ class ServerSession:
                 output_TD = await pending.output
                 done_s = loop.time()
                 self._num_running -= 1
+                if not is_finite(output_TD):
+                    # The next one would take it for this hop's fault.
+                    raise RemoteProtocolError("what came in makes numbers that are not finite")
                 offset = 0
                 for header, table in pending.chunks:
                     end = offset + table.num_tokens

@@ -130,7 +130,7 @@ class Progress(Message):
 class ErrorReply(Message):
     """Hop -> client or upstream: why a session failed, or (PARKED) cannot go on as it is."""
 
-    code: Annotated[str, Field(max_length=32)]
+    code: Annotated[str, Field(max_length=32, pattern=r"^[a-z_]+$")]
     message: PrintableLine
     retry_after_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
     blamed_peer: Annotated[str, Field(max_length=128)] = ""

@@ -7,18 +7,17 @@ import asyncio
 import pytest
 from written_swarm import FACTS, Board, server
 
+from planetserve import errors
 from planetserve.client.chain_manager import ChainManager
 from planetserve.client.swarm_view import SwarmView
 from planetserve.config import ClientConfig
 from planetserve.errors import (
-    CapacityError,
-    DecryptionFailed,
     EdgeStalled,
     HopTimeout,
     MissingBlocksError,
+    PeerReportedError,
     PlanetServeError,
-    QueueFull,
-    RemoteError,
+    RemoteProtocolError,
     SessionLengthError,
     StreamClosed,
 )
@@ -51,14 +50,14 @@ async def first_hop(manager: ChainManager) -> str:
 
 
 async def test_two_sessions_may_revive_the_same_server(
-    manager: ChainManager, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    manager: ChainManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def answers(_view: SwarmView, _info: ServerInfo) -> bool:
         await asyncio.sleep(0)  # both have asked before either is answered
         return True
 
     monkeypatch.setattr(SwarmView, "ping", answers)
-    manager._bans.ban(["a"], clock.now_s + 60.0)
+    manager._bans.ban(["a"], 60.0)
     assert await first_hop(manager) == "b"
     await asyncio.gather(manager._revive(), manager._revive())
     assert await first_hop(manager) == "a"
@@ -74,14 +73,14 @@ async def test_bans_that_are_over_keep_no_banned_server_from_its_chance(
     earlier = [server(f"earlier {number}", 0, 4) for number in range(20)]
     board.servers += earlier
     await manager.view.refresh()
-    manager._bans.ban([info.peer_id for info in earlier], clock.now_s + 5.0)
+    manager._bans.ban([info.peer_id for info in earlier], 5.0)
     clock.now_s += 5.0
-    manager._bans.ban(["a", "b"], clock.now_s + 60.0)
+    manager._bans.ban(["a", "b"], 60.0)
     await manager._revive()
     assert manager._bans.banned() == []
 
 
-async def test_a_server_at_fault_is_left_alone_until_it_works_again(
+async def test_a_server_at_fault_is_left_alone_for_a_while(
     manager: ChainManager, clock: ManualClock
 ) -> None:
     error = StreamClosed("gone")
@@ -90,26 +89,42 @@ async def test_a_server_at_fault_is_left_alone_until_it_works_again(
     assert await first_hop(manager) == "b"
     clock.now_s += manager.config.ban_timeout
     assert await first_hop(manager) == "a"
-    await manager.report_failure(error, BOTH)
-    manager.report_success(BOTH)
-    assert await first_hop(manager) == "a"
 
 
-async def test_a_full_server_is_left_alone_for_as_long_as_it_says(
-    manager: ChainManager, clock: ManualClock
+CODES = [
+    cls.code for cls in vars(errors).values() if isinstance(cls, type) and hasattr(cls, "code")
+]
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("wish_s", [0.0, 3600.0])
+async def test_whatever_a_server_reports_it_is_left_alone_for_as_long_as_the_client_says(
+    manager: ChainManager, clock: ManualClock, code: str, wish_s: float
 ) -> None:
-    error = QueueFull("later", retry_after_s=3.0)
+    error = PeerReportedError.of("a", code, "for a reason", wish_s)
     error.peer_id = "a"
+    assert manager.retry_delay_s(error, 1) is not None
     await manager.report_failure(error, BOTH)
+    assert manager.has_chain(1, 10)
     assert await first_hop(manager) == "b"
-    clock.now_s += 3.0
+    clock.now_s += manager.config.ban_timeout - 0.1
+    assert await first_hop(manager) == "b"
+    clock.now_s += 0.1
     assert await first_hop(manager) == "a"
+
+
+async def test_all_servers_that_refuse_at_once_are_left_alone(manager: ChainManager) -> None:
+    error, other = PeerReportedError("no"), PeerReportedError("no")
+    error.peer_id, other.peer_id = "a", "b"
+    error.others = [other]
+    assert await manager.report_failure(error, None) == ["a", "b"]
+    assert not manager.has_chain(1, 10)
 
 
 async def test_the_clients_own_mistake_bans_nobody(manager: ChainManager) -> None:
     error = SessionLengthError("too long")
     error.peer_id = "a"
-    assert await manager.report_failure(error, BOTH) == ()
+    assert not await manager.report_failure(error, BOTH)
     assert await first_hop(manager) == "a"
 
 
@@ -130,29 +145,34 @@ async def test_a_way_that_stands_still_bans_neither_end(
     error = EdgeStalled("nothing passes")
     error.edge = ("a", "b")
     assert not await manager.report_failure(error, BOTH)
-    assert manager._quarrels.avoided() == {("a", "b")}
+    assert set(manager._quarrels.avoided()) == {("a", "b")}
     assert await first_hop(manager) == "a"
     clock.now_s += manager.config.ban_timeout
     assert not manager._quarrels.avoided()
 
 
-def complaint(kind: type[PlanetServeError], edge: tuple[str, str]) -> PlanetServeError:
-    error = kind("it is the other one's fault")
-    error.edge, error.claimed_by = edge, edge[0]
-    return error
-
-
-@pytest.mark.parametrize("kind", [EdgeStalled, DecryptionFailed, RemoteError, CapacityError])
-async def test_a_complaint_takes_no_server_out_until_there_are_several(
-    manager: ChainManager, kind: type[PlanetServeError]
+@pytest.mark.parametrize("kind", [EdgeStalled, PeerReportedError])
+async def test_complaints_take_no_server_out_and_make_it_the_last_choice(
+    manager: ChainManager, board: Board, kind: type[PlanetServeError]
 ) -> None:
-    for _ in range(3):
-        assert not await manager.report_failure(complaint(kind, ("a", "b")), None)
-        assert not manager._bans.banned()
-    assert manager._quarrels.avoided() == {("a", "b")}
-    assert await manager.report_failure(complaint(kind, ("a", "c")), None) == ["a"]
-    assert manager._bans.banned() == ["a"]
+    for neighbour in ("c", "d", "e"):
+        error = kind("it is the other one's fault")
+        error.edge = ("a", neighbour)
+        assert not await manager.report_failure(error, None)
+    assert not manager._bans.banned()
     assert await first_hop(manager) == "b"
+    board.servers = [server("a")]
+    await manager.view.refresh()
+    assert await first_hop(manager) == "a"
+
+
+async def test_a_fault_of_a_whole_chain_makes_all_of_it_the_last_choice(
+    manager: ChainManager,
+) -> None:
+    assert not await manager.report_failure(RemoteProtocolError("another step"), BOTH)
+    assert set(manager._quarrels.avoided()) == {("a", "b")}
+    alone = Chain((Hop("a", 0, 8),))
+    assert await manager.report_failure(RemoteProtocolError("another step"), alone) == ["a"]
 
 
 async def test_servers_that_leave_are_avoided_if_others_can_take_their_place(
@@ -171,8 +191,12 @@ async def test_servers_that_leave_are_avoided_if_others_can_take_their_place(
         (StreamClosed("gone"), 3, 1.0),
         (StreamClosed("gone"), 5, 4.0),
         (StreamClosed("gone"), 6, None),
-        (QueueFull("later", retry_after_s=7.0), 1, 7.0),
-        (QueueFull("later", retry_after_s=1e6), 1, 60.0),
+        (PeerReportedError("full", retry_after_s=0.0), 1, 1.0),
+        (PeerReportedError("full", retry_after_s=0.0), 4, 8.0),
+        (PeerReportedError("full", retry_after_s=7.0), 1, 7.0),
+        (PeerReportedError("full", retry_after_s=3600.0), 1, 8.0),
+        (PeerReportedError("full", retry_after_s=3600.0), 5, 60.0),
+        (PeerReportedError("full", retry_after_s=0.0), 6, None),
         (MissingBlocksError("nobody"), 1, None),
         (SessionLengthError("too long"), 1, None),
     ],

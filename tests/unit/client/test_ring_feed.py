@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from planetserve.client import hop_link
 from planetserve.client.ring_ends import RingStep
 from planetserve.client.ring_feed import MAX_CHUNKS_IN_FLIGHT, RingFeed
 from planetserve.client.ring_spec import RingSpec
@@ -21,6 +22,12 @@ SPEC = RingSpec(
     num_rows=1, max_length=64, hidden_size=WIDTH, dtype=torch.float32, connect_timeout_s=1.0,
     step_timeout_s=1.0, stall_timeout_s=1.0, probe_after_s=1.0, ping_timeout_s=1.0,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def hops_get_chunks_as_small_as_they_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hop_link, "LEAST_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(hop_link, "ENOUGH_CHUNK_TOKENS", 1)
 
 
 class Sent:
@@ -71,6 +78,25 @@ async def test_chunks_are_as_long_as_the_narrowest_hop_takes() -> None:
         (7, 1, FLAG_KEEP_LAST, [3.0, 4.0, 5.0]),
         (7, 2, FLAG_KEEP_LAST, [6.0, 7.0]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "tokens"),
+    [
+        ([512, 512], 512),
+        ([512, 200], 200),
+        ([1, 512], 64),
+        ([1], 16),
+        ([16, 16], 16),
+        ([1, 20], 20),
+    ],
+)
+def test_a_hop_that_wishes_for_little_does_not_make_a_prompt_slow(
+    monkeypatch: pytest.MonkeyPatch, wishes: list[int], tokens: int
+) -> None:
+    monkeypatch.undo()
+    links: Any = [SimpleNamespace(max_chunk_tokens=wish) for wish in wishes]
+    assert hop_link.chunk_tokens(links) == tokens
 
 
 async def test_a_small_step_is_sent_before_send_returns() -> None:

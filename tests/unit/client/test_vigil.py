@@ -112,5 +112,11 @@ async def test_a_broken_edge_holds_up_those_before_it() -> None:
 
 async def test_nothing_stands_still_where_nothing_is_missing() -> None:
     hops = (3, 3, 0), (3, 3, 0), (3, 3, 0)
+    computing = (3, 3, 0), (3, 3, 1), (3, 3, 0)
+    error = await verdict(*computing, mine=(3, 3), stall_timeout_s=0.02)
+    assert (type(error), str(error)) == (HopTimeout, TOO_SLOW)
+    # A hop has swallowed the step, and any of them may have.
     error = await verdict(*hops, mine=(3, 3), stall_timeout_s=0.02)
     assert not isinstance(error, EdgeStalled)
+    assert "lost a step" in str(error)
+    assert error.peer_id is None

@@ -1,37 +1,39 @@
 """`from_pretrained` for distributed models: the checkpoint's own class, its layers in the swarm.
 
 Loads the embedding, the final norm and the head; everything between runs on servers found through
-`initial_peers`, but for `local_blocks`. Keyword arguments are either Hugging Face's (`torch_dtype`,
-`revision`, `token`, `cache_dir`) or fields of `ClientConfig`.
+`initial_peers`, but for `local_blocks`. Keyword arguments are either Hugging Face's (`dtype`,
+`revision`, `token`, `cache_dir`) or fields of `ClientConfig`; `options` has what else is accepted.
 """
 
 from __future__ import annotations
 
 import os
-import weakref
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from planetserve.client.block_ranges import split_blocks
 from planetserve.client.generation import DistributedMixin, SwarmMixin
 from planetserve.client.local_blocks import LocalEnds
+from planetserve.client.module import Membership, ModuleMixin
+from planetserve.client.options import (
+    OwnSettings,
+    drop_habits,
+    dtype_text,
+    open_checkpoint,
+    parse_device,
+)
 from planetserve.client.planning import ModelFacts
 from planetserve.client.remote_blocks import RemoteBlocks
 from planetserve.client.runtime import ClientRuntime
 from planetserve.client.shared_head import share_head
-from planetserve.config import ClientConfig, from_mapping
+from planetserve.config import ClientConfig, check_mapping, from_mapping
 from planetserve.errors import ConfigError
 from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.client_half import load_client_half
-from planetserve.model.linear import convert_head
-
-_IGNORED = ("low_cpu_mem_usage",)
-"""Arguments that people pass out of habit and that could not change anything here."""
-_UNSUPPORTED = ("active_adapter", "tuning_mode", "pre_seq_len")
-"""Options of Petals that may be passed empty, and are refused when they ask for something."""
+from planetserve.model.partial_outputs import refuse_backward
 
 
 class AutoDistributedModelForCausalLM:
@@ -49,25 +51,24 @@ class AutoDistributedModelForCausalLM:
         cls,
         model: str | os.PathLike[str],
         *,
-        config: ClientConfig | None = None,
+        config: ClientConfig | PretrainedConfig | None = None,
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        cache_dir: str | None = None,
+        device_map: Any = None,
         **options: Any,
     ) -> Any:
         """Load the client's half of `model` and join the swarm.
 
         Args:
             model: hub id, local folder, or "demo".
-            config: all client options at once, instead of `options`.
+            config: all client options at once, instead of `options`; or the model's own
+                configuration.
             torch_dtype: dtype of the local half and of the activations; "auto" (the default) is
                 the checkpoint's own. `dtype` is the same.
-            revision: branch, tag or commit on the hub.
-            token: access token for the hub.
-            cache_dir: where downloads are kept.
-            **options: fields of `ClientConfig`, above all `initial_peers`.
+            device_map: the device of the local half, the CPU by default.
+            **options: fields of `ClientConfig`, above all `initial_peers`; for the hub `revision`,
+                `token`, `cache_dir` and `local_files_only`; `generation_config`. Other arguments
+                of Hugging Face's `from_pretrained` are accepted where they are harmless.
 
         Returns:
             A model of the checkpoint's own Hugging Face class, with `chain`, `inference_session`
@@ -78,20 +79,18 @@ class AutoDistributedModelForCausalLM:
             ModelMismatchError: the swarm serves another revision of this model.
             PeerUnreachable: no initial peer answers.
         """
-        for name in _IGNORED:
-            options.pop(name, None)
-        for name in _UNSUPPORTED:
-            if options.pop(name, None):
-                raise ConfigError(f"{name} is not supported: the swarm serves the model as it is")
-        if "use_auth_token" in options:
-            token = options.pop("use_auth_token") or token
-        client_config = _client_config(config, options)
-        checkpoint = Checkpoint.open(model, revision=revision, token=token, cache_dir=cache_dir)
+        drop_habits(options)
+        device = parse_device(device_map)
+        checkpoint = open_checkpoint(model, options)
+        hf_config = config if isinstance(config, PretrainedConfig) else None
+        own = OwnSettings(checkpoint, hf_config, options)
+        client_config = _client_config(None if hf_config else config, options)
         _check_type(checkpoint, cls.model_type, cls.__name__)
         check_servable(checkpoint)
-        wanted = torch_dtype if torch_dtype is not None else dtype
-        chosen = parse_dtype(_dtype_text(wanted), checkpoint, torch.device("cpu"))
-        return _load(checkpoint, chosen, client_config, has_head=cls.has_head)
+        chosen = parse_dtype(dtype_text(dtype, torch_dtype), checkpoint, device)
+        loaded = _load(checkpoint, chosen, device, client_config, has_head=cls.has_head)
+        own.apply(loaded)
+        return loaded
 
 
 class AutoDistributedModel(AutoDistributedModelForCausalLM):
@@ -113,10 +112,11 @@ class AutoDistributedConfig:
         Raises:
             ModelError: no such model.
         """
-        known = {name: options.pop(name, None) for name in ("revision", "token", "cache_dir")}
-        if options:
-            raise ConfigError(f"unknown option {sorted(options)[0]!r} for a model configuration")
-        checkpoint = Checkpoint.open(model, **known)
+        drop_habits(options)
+        checkpoint = open_checkpoint(model, options)
+        OwnSettings(checkpoint, None, options)
+        # Petals' configurations held the client's options too.
+        check_mapping(ClientConfig, options)
         _check_type(checkpoint, cls.model_type, cls.__name__)
         found: AutoConfig = checkpoint.config
         return found
@@ -136,12 +136,6 @@ def _client_config(config: ClientConfig | None, options: dict[str, Any]) -> Clie
     return made
 
 
-def _dtype_text(wanted: torch.dtype | str | None) -> str:
-    if wanted is None:
-        return "auto"
-    return str(wanted).removeprefix("torch.")
-
-
 def _check_type(checkpoint: Checkpoint, wanted: str | None, name: str) -> None:
     if wanted is not None and checkpoint.config.model_type != wanted:
         raise ConfigError(
@@ -151,7 +145,12 @@ def _check_type(checkpoint: Checkpoint, wanted: str | None, name: str) -> None:
 
 
 def _load(
-    checkpoint: Checkpoint, dtype: torch.dtype, config: ClientConfig, *, has_head: bool
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: ClientConfig,
+    *,
+    has_head: bool,
 ) -> Any:
     facts = ModelFacts.of(checkpoint, dtype)
     split = split_blocks(config, checkpoint.num_blocks)
@@ -159,35 +158,38 @@ def _load(
     runtime = ClientRuntime(config, facts, local)
     try:
         blocks = RemoteBlocks(lambda tokens: runtime.new_session(lease_tokens=tokens), runtime.keep)
-        model = load_client_half(
-            checkpoint, dtype, torch.device("cpu"), remote=blocks, on_call=blocks.on_call
-        )
+        model = load_client_half(checkpoint, dtype, device, remote=blocks, on_call=blocks.on_call)
         if has_head:
-            convert_head(model)
             share_head(model)
         else:
             model = model.base_model
-        _attach(model, blocks, runtime, DistributedMixin if has_head else SwarmMixin)
+        attach(model, blocks, runtime, DistributedMixin if has_head else SwarmMixin)
     except BaseException:
         runtime.close()
         raise
     return model
 
 
-def _attach(
+def attach(
     model: PreTrainedModel, blocks: RemoteBlocks, runtime: ClientRuntime, mixin: type
 ) -> None:
     """Give the loaded half its distributed methods."""
     base = type(model)
-    model.__class__ = type(f"Distributed{base.__name__}", (mixin, base), {})
+    # Of the same name: transformers knows by it what a model can do.
+    model.__class__ = type(base.__name__, (mixin, ModuleMixin, base), {})
     model.runtime = runtime
+    # A model that is forgotten must not leave its thread and libp2p daemon behind.
+    model.membership = Membership(runtime)
 
-    def note_logits(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+    def note_logits(module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         runtime.check_process()
-        blocks.on_logits(kwargs.get("logits_to_keep", 0))
+        wants_states = kwargs.get("output_hidden_states") or module.config.output_hidden_states
+        blocks.on_logits(0 if wants_states else kwargs.get("logits_to_keep", 0))
+
+    def see_output(_module: Any, _args: Any, output: Any) -> None:
+        refuse_backward(output)
 
     model.register_forward_pre_hook(note_logits, with_kwargs=True)
+    model.register_forward_hook(see_output)
     for module in {model, model.base_model}:
         module.register_forward_hook(lambda *_: blocks.forget(), always_call=True)
-    # A model that is forgotten must not leave its thread and libp2p daemon behind.
-    weakref.finalize(model, runtime.close)

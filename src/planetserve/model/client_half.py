@@ -8,6 +8,7 @@ caches and the network are the caller's: it gives `remote` and `on_call`.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,12 @@ from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.decoder import Decoder, find_decoder
 from planetserve.model.families import family_of
 from planetserve.model.loading import build_skeleton, load_parameters, materialize_buffers
+from planetserve.model.partial_outputs import (
+    give_states,
+    switch_off,
+    take_wanted_states,
+    without_backward,
+)
 
 NO_ATTENTION = "planetserve_remote"
 """Attention implementation of a client half. transformers builds no masks for a name that has an
@@ -68,6 +75,7 @@ def load_client_half(
         model.generation_config = generation_config
     # Some checkpoints switch the cache off, which would send the whole text for every token.
     model.config.use_cache = model.generation_config.use_cache = True
+    switch_off(model.config)
     _hook(decoder, remote, on_call)
     return model
 
@@ -79,24 +87,54 @@ class _NoRotary(nn.Module):
         return x, x
 
 
+@dataclasses.dataclass(slots=True)
+class _Pass:
+    """One call of the base model on its way."""
+
+    norm_calls_left: int
+    """Calls of the final norm before the layers."""
+    wants_states: bool
+    entered_BTD: torch.Tensor | None = None
+
+
 def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
+    # The hooks hold no module: a copy of the model has them too.
     skipped = family_of(decoder.base.config.model_type).norm_calls_before_layers
+    names = decoder.parameter_names
     # Threads share the modules and run calls of their own through them.
     thread = threading.local()
-
-    def replace_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        thread.calls_left = getattr(thread, "calls_left", 0) - 1
-        return (remote(args[0]), *args[1:]) if thread.calls_left < 0 else None
 
     def see_call(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        thread.calls_left = skipped
-        bound = decoder.bind(args, kwargs)
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        thread.now = _Pass(skipped, take_wanted_states(module.config, bound))
         return (), bound if on_call is None else on_call(bound)
+
+    def replace_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        now: _Pass | None = getattr(thread, "now", None)
+        if now is None:
+            return None
+        now.norm_calls_left -= 1
+        if now.norm_calls_left >= 0:
+            return None
+        hidden_BTD, output_BTD = args[0], remote(args[0])
+        if now.wants_states:
+            now.entered_BTD = hidden_BTD
+        if torch.is_grad_enabled() and hidden_BTD.requires_grad:
+            output_BTD = without_backward(hidden_BTD, output_BTD)
+        return (output_BTD, *args[1:])
+
+    def end_call(module: nn.Module, _args: Any, output: Any) -> None:
+        now: _Pass | None = getattr(thread, "now", None)
+        thread.now = None
+        if output is not None and now is not None and now.entered_BTD is not None:
+            num_blocks = module.config.get_text_config(decoder=True).num_hidden_layers
+            give_states(output, now.entered_BTD, num_blocks)
 
     getattr(decoder.base, decoder.final_norm_attr).register_forward_pre_hook(replace_input)
     decoder.base.register_forward_pre_hook(see_call, with_kwargs=True)
+    decoder.base.register_forward_hook(end_call, always_call=True)
 
 
 def _no_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

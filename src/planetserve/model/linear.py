@@ -1,4 +1,4 @@
-"""Gives the linear layers of a served span, and a client's head, the backend of a name.
+"""Gives the linear layers of a served span the backend of a name.
 
 Called once after loading, before anything runs. Names of modules stay; a layer whose weight the
 family's own code reads elsewhere than in its product (found in a short trial pass) stays plain.
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from planetserve.model import experts
@@ -27,8 +26,6 @@ from planetserve.model.skeleton import SpanBlocks
 logger = logging.getLogger(__name__)
 
 _TRIAL_TOKENS = 3
-_MAX_TIED_COPY_BYTES = 512 << 20
-"""A head that is the embedding needs its packed weight besides the plain one; not above this."""
 
 
 @torch.inference_mode()
@@ -65,22 +62,6 @@ def convert_span(blocks: SpanBlocks, backend_name: str) -> Counter[str]:
     return became
 
 
-@torch.inference_mode()
-def convert_head(model: PreTrainedModel) -> str:
-    """Give the head of a client's model the fastest backend; returns what it is now."""
-    head = model.get_output_embeddings()
-    if head is None or why_not_convertible(head):
-        return PLAIN
-    backend = BACKENDS.create("auto")
-    if any(value is head.weight for value in _other_weights(model, head)):
-        # The weight stays where it is, whatever the head becomes.
-        if head.weight.nbytes > _MAX_TIED_COPY_BYTES:
-            return PLAIN
-    became = backend.convert(head)
-    _log("head", became, backend.reasons())
-    return became
-
-
 def _make_plain(module: nn.Module) -> None:
     """Make a layer of a subclass of `nn.Linear` one itself, if it multiplies as that does.
 
@@ -111,12 +92,6 @@ def _log(what: str, became: str, reasons: str) -> None:
     if reasons:
         reasons = f" (times plain at {', '.join(map(str, TIMED_ROWS))} rows: {reasons})"
     logger.info("linear layers of %s: %s%s", what, became, reasons)
-
-
-def _other_weights(model: nn.Module, head: nn.Module) -> Iterator[torch.Tensor]:
-    for module in model.modules():
-        if module is not head:
-            yield from module.parameters(recurse=False)
 
 
 def _trial(blocks: SpanBlocks) -> Callable[[], torch.Tensor]:

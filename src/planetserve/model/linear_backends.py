@@ -13,7 +13,7 @@ CPU, float32 and bfloat16 only; elsewhere every backend leaves layers plain.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -147,7 +147,7 @@ class Auto:
     def _choose(self, whole_OI: torch.Tensor) -> LinearBackend:
         """The fastest form over `TIMED_ROWS`, by the geometric mean."""
         # A part of a huge weight is enough, and keeps time and memory small.
-        part_OI = whole_OI[: max(1, _TIMED_ELEMENTS // whole_OI.shape[1])]
+        part_OI = timed_part(whole_OI)
         backends: list[Any] = [Plain()]
         forms: list[Callable[[torch.Tensor], torch.Tensor]] = [lambda x: F.linear(x, part_OI)]
         for backend in (Unpadded(), Packed(), Native()):
@@ -155,7 +155,7 @@ class Auto:
             if packed is not None:
                 backends.append(backend)
                 forms.append(bare(backend.types[nn.Linear], packed, *part_OI.shape))
-        times = _time_all(forms, part_OI)
+        times = time_all(forms, part_OI, TIMED_ROWS)
         gains = [[old / new for old, new in zip(times[0], own, strict=True)] for own in times]
         best = max(range(len(forms)), key=lambda index: _mean(gains[index]))
         if _mean(gains[best]) < _LEAST_GAIN:
@@ -181,8 +181,15 @@ def why_not_convertible(layer: nn.Module) -> str | None:
     return None
 
 
-def _time_all(
-    forms: list[Callable[[torch.Tensor], torch.Tensor]], part_OI: torch.Tensor
+def timed_part(whole_OI: torch.Tensor) -> torch.Tensor:
+    """As much of a weight as is timed."""
+    return whole_OI[: max(1, _TIMED_ELEMENTS // whole_OI.shape[1])]
+
+
+def time_all(
+    forms: list[Callable[[torch.Tensor], torch.Tensor]],
+    part_OI: torch.Tensor,
+    numbers_of_rows: Sequence[int],
 ) -> list[list[float]]:
     """Seconds per form and number of rows, the least of a few alternating rounds.
 
@@ -191,7 +198,7 @@ def _time_all(
     """
     evict = torch.empty(_EVICTED_BYTES, dtype=torch.uint8)
     width = part_OI.shape[1]
-    inputs = [torch.randn(rows, width).to(part_OI.dtype) for rows in TIMED_ROWS]
+    inputs = [torch.randn(rows, width).to(part_OI.dtype) for rows in numbers_of_rows]
     times = [[float("inf")] * len(inputs) for _ in forms]
     started_s = time.thread_time()
     for _ in range(_TIMED_ROUNDS):

@@ -11,6 +11,10 @@
 
 /* Columns of a weight panel: panel p holds outputs [16p, 16p + 16) as [K][16]. */
 #define PANEL 16
+/* Outputs and rows of a block of `rows.inc`. */
+#define OUTS_AT_ONCE 4
+#define MOST_ROWS 16
+#define ROWS_AT_ONCE (MAX_ROWS > 6 ? 4 : 2)
 
 typedef struct {
     /* Strides of queries [T, heads, key_width] and of outputs [T, heads, value_width]. */
@@ -66,6 +70,8 @@ void ps_store(const char *from, long token_stride, long head_stride, long heads,
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
+/* A vector that is read again: GCC would load it from memory each time. */
+#define KEEP(v) __asm__("" : "+v"(v))
 #include <immintrin.h>
 
 #define ISA avx512bf16
@@ -115,6 +121,7 @@ int ps_level(void) {
 
 #elif defined(__aarch64__)
 
+#define KEEP(v) __asm__("" : "+w"(v))
 #define ISA neon
 #define TARGET
 #define LANES 4
@@ -148,6 +155,17 @@ void ps_linear_bf16(int level, const uint16_t *x, long x_stride, long rows, long
              y_stride)
 }
 
+/* y[m] = x[m] W^T (+ bias) for m < rows <= MOST_ROWS, with W [outs, width] as it is. */
+void ps_linear_rows_f32(int level, const float *x, long x_stride, long rows, long width,
+                        const float *w, long outs, const float *bias, float *y, long y_stride) {
+    DISPATCH(linear_rows_f32, x, x_stride, rows, width, w, outs, bias, y, y_stride)
+}
+
+void ps_linear_rows_bf16(int level, const uint16_t *x, long x_stride, long rows, long width,
+                         const uint16_t *w, long outs, const uint16_t *bias, uint16_t *y,
+                         long y_stride) {
+    DISPATCH(linear_rows_bf16, x, x_stride, rows, width, w, outs, bias, y, y_stride)
+}
 
 /* Attention of `pieces` runs of new tokens over pages that hold their keys already.
  *

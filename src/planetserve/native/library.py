@@ -30,6 +30,7 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _LINEAR = [
     _INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG
 ]  # fmt: skip
+_LINEAR_ROWS = [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _LONG]
 _ATTEND = [_INT, *[_POINTER] * 6, _LONG, *[_POINTER] * 3]
 _NORM = [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER, ctypes.c_float, _POINTER, _LONG]
 _ROTATE = [_INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER]
@@ -94,6 +95,7 @@ class Kernels:
         self._best: int = library.ps_level()
         self._level = self._best
         self._linear = {}
+        self._linear_rows = {}
         self._attend = {}
         self._norm = {}
         self._rotate = {}
@@ -106,6 +108,11 @@ class Kernels:
             self._rotate[dtype] = _declared(library, f"ps_rotate_{suffix}", _ROTATE)
             self._gate[dtype] = _declared(library, f"ps_silu_gate_{suffix}", _GATE)
             self._layers[dtype] = _declared(library, f"ps_layers_{suffix}", _LAYERS)
+            # A library that was compiled before there were any is used for the rest.
+            if hasattr(library, f"ps_linear_rows_{suffix}"):
+                self._linear_rows[dtype] = _declared(
+                    library, f"ps_linear_rows_{suffix}", _LINEAR_ROWS
+                )
         self._store = _declared(library, "ps_store", _STORE)
 
     @property
@@ -144,6 +151,32 @@ class Kernels:
             None if bias_O is None else bias_O.data_ptr(),
             None if add_TO is None else add_TO.data_ptr(),
             0 if add_TO is None else add_TO.stride(0),
+            y_TO.data_ptr(), num_outputs,
+        )  # fmt: skip
+        return y_TO
+
+    @property
+    def reads_plain_weights(self) -> bool:
+        """Whether `linear_rows` can be called."""
+        return bool(self._linear_rows)
+
+    def linear_rows(
+        self, x_TK: torch.Tensor, weight_OK: torch.Tensor, bias_O: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`x W^T + bias`, `[T, O]`, for few rows.
+
+        Args:
+            x_TK: rows may have any stride, elements of a row must follow one another.
+            weight_OK: contiguous.
+            bias_O: contiguous.
+        """
+        rows, width = x_TK.shape
+        num_outputs = weight_OK.shape[0]
+        y_TO = x_TK.new_empty(rows, num_outputs)
+        self._linear_rows[x_TK.dtype](
+            self._level, x_TK.data_ptr(), x_TK.stride(0), rows, width,
+            weight_OK.data_ptr(), num_outputs,
+            None if bias_O is None else bias_O.data_ptr(),
             y_TO.data_ptr(), num_outputs,
         )  # fmt: skip
         return y_TO

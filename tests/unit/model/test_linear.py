@@ -9,16 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from planetserve.errors import ConfigError
 from planetserve.model import converted_linear, experts, onednn_linear
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.client_half import load_client_half
 from planetserve.model.converted_linear import unpack
-from planetserve.model.linear import convert_head, convert_span
+from planetserve.model.linear import convert_span
 from planetserve.model.linear_backends import BACKENDS, Auto, Native, Packed
 from planetserve.model.native_linear import NativeLinear
 from planetserve.model.onednn_linear import PackedLinear
@@ -258,19 +256,3 @@ def test_a_subclass_that_means_something_else_stays(llama: Path) -> None:
     convert_span(blocks, "native")
     assert type(blocks.layers[0].mlp.down_proj) is Doubling
     assert type(blocks.layers[0].mlp.up_proj) is NativeLinear
-
-
-@needs_packing
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_packed_head_gives_the_same_logits(tied: bool, tmp_path: Path) -> None:
-    sizes = {"vocab_size": 4096, "tie_word_embeddings": tied}
-    folder = make_tiny_checkpoint(tmp_path, "llama", **sizes)
-    model = load_client_half(
-        Checkpoint.open(str(folder)), torch.float32, "cpu", remote=lambda hidden: hidden
-    )
-    local = AutoModelForCausalLM.from_pretrained(folder)
-    convert_head(model)
-    hidden = torch.randn(1, 1, 32)
-    assert close(model.lm_head(hidden), local.lm_head(hidden))
-    ids = torch.tensor([[3, 4095]])
-    assert torch.equal(model.get_input_embeddings()(ids), local.get_input_embeddings()(ids))

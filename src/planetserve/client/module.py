@@ -1,0 +1,81 @@
+"""A distributed model as a module among others: what copies and saves it, and what cannot.
+
+Parameters of the client's half are plain ones. Only what would need the layers, or a second
+connection to the swarm, is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from typing import Any, NoReturn, Self
+
+from typing_extensions import override
+
+from planetserve.client.runtime import ClientRuntime
+from planetserve.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Membership:
+    """Shared by a model and its copies; when the last of them is forgotten, the runtime closes."""
+
+    def __init__(self, runtime: ClientRuntime):
+        weakref.finalize(self, runtime.close)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class ModuleMixin:
+    """Put in front of a model's own class."""
+
+    runtime: ClientRuntime
+    membership: Membership
+
+    def __copy__(self) -> Self:
+        copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The local half is copied; both are clients through one place in the swarm."""
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        memo[id(self.runtime)] = self.runtime
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigError(
+            "a distributed model cannot be pickled: it is connected to a swarm. Save what you have "
+            "changed with torch.save(model.state_dict(), FILE), and load the model where it is used"
+        )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the folder would look like a whole model.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "save_pretrained would write a checkpoint without its blocks, which are on the "
+            "servers; torch.save(model.state_dict(), FILE) keeps the client's half"
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, as `save_pretrained`.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "push_to_hub would publish a checkpoint without its blocks, which are on the servers"
+        )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the blocks run elsewhere."""
+        logger.warning("compile() has no effect on a distributed model: its blocks run on servers")

@@ -1,0 +1,60 @@
+"""Products of a few rows with a weight that lies as PyTorch keeps it, on a CPU.
+
+For a client's head: its weight is a parameter like any other, which people edit, tie, cast, train
+and save, so it has no second form that could fall behind. One kernel (`native/rows.inc`) reads it
+where it is, once for all rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from planetserve.model.linear_backends import time_all, timed_part
+from planetserve.native import library, memory
+
+MAX_ROWS = 16
+"""PyTorch's own product is about as fast with more."""
+_TIMED_ROWS = (1, 4)
+
+
+def has_kernel(weight_OI: torch.Tensor) -> bool:
+    """Whether there is a kernel for this weight."""
+    kernels = library.kernels()
+    return (
+        kernels is not None
+        and kernels.reads_plain_weights
+        and weight_OI.dtype in kernels.dtypes
+        and weight_OI.device.type == "cpu"
+        and weight_OI.is_contiguous()
+    )
+
+
+@torch.inference_mode()
+def is_faster(weight_OI: torch.Tensor) -> bool:
+    """Whether the kernel beats PyTorch's own product with this weight on this machine, timed."""
+    if not has_kernel(weight_OI):
+        return False
+    part_OI = timed_part(weight_OI.detach())
+    with memory.apart():
+        plain, kernel = time_all(
+            [lambda x: F.linear(x, part_OI), lambda x: linear(x, part_OI)], part_OI, _TIMED_ROWS
+        )
+    return sum(kernel) < sum(plain)
+
+
+def linear(
+    x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`F.linear`, by the kernel if there is one for these tensors. Builds no graph."""
+    kernels = library.kernels()
+    if (
+        kernels is None
+        or not has_kernel(weight_OI)
+        or not 0 < len(x_NI) <= MAX_ROWS
+        or x_NI.dtype is not weight_OI.dtype
+        or x_NI.shape[1] != weight_OI.shape[1]
+        or not (bias_O is None or (bias_O.dtype is x_NI.dtype and bias_O.is_contiguous()))
+    ):
+        return F.linear(x_NI, weight_OI, bias_O)
+    return kernels.linear_rows(x_NI.contiguous(), weight_OI, bias_O)

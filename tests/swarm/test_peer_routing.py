@@ -14,7 +14,7 @@ from swarm_helpers import StartNode, exchange, until
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import PeerUnreachable, RemoteProtocolError
 from planetserve.swarm import dht, peer_routing
-from planetserve.swarm.delimited import read_varint, varint
+from planetserve.swarm.delimited import fields, read_varint, varint
 from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.peer_routing import PROTOCOL
 
@@ -33,11 +33,10 @@ def told(answer: bytes) -> dict[bytes, list[str]]:
     size, offset = read_varint(answer, 0)
     assert len(answer) == offset + size
     found = {}
-    for field, value in peer_routing._fields(answer[offset:]):
-        if field == 8 and isinstance(value, bytes):
-            (_, peer), *places = peer_routing._fields(value)
-            assert isinstance(peer, bytes)
-            found[peer] = [str(Multiaddr(place)) for _, place in places]
+    for field, value in fields(memoryview(answer)[offset:]):
+        if field == 8 and isinstance(value, memoryview):
+            (_, peer), *places = fields(value)
+            found[bytes(peer)] = [str(Multiaddr(bytes(place))) for _, place in places]
     return found
 
 

@@ -2,9 +2,9 @@
 
 The daemon would hold half-sent requests for ever, as many as there are streams, and for each at
 once the 4 MiB that its first bytes may announce. Here a call is an incoming stream like any other:
-few per peer and in all (`node.py`), ended if its request takes too long, and memory grows with what
-arrives. What travels is what hivemind's daemons say to each other: a length and a
-`PersistentConnectionRequest` in either direction.
+few per peer and in all (`node.py`), ended if its request takes too long or is larger than any needs
+to be, and memory grows with what arrives. What travels is what hivemind's daemons say to each
+other: a length and a `PersistentConnectionRequest` in either direction.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import socket
 from collections.abc import Awaitable, Callable
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
 from hivemind.proto import p2pd_pb2
 
 from planetserve.errors import PlanetServeError, RemoteProtocolError
-from planetserve.swarm.delimited import read_message, varint
+from planetserve.swarm.delimited import check_shape, read_message, varint
 from planetserve.swarm.sockets import send_all
 from planetserve.types import PeerId
 
+MAX_REQUEST_BYTES = 64 * 1024
+"""A dozen records of 4 KB; nothing that is asked of the directory needs more."""
 REQUEST_TIMEOUT_S = 5.0
 """For a whole request; hivemind's callers wait three seconds for the answer."""
 _ANSWER_TIMEOUT_S = 10.0
+_MAX_FIELDS = 8
 
 Call = Callable[[bytes, PeerId], Awaitable[bytes]]
 """Takes a request and who sent it; of what it raises, the caller is told no more than a code."""
@@ -61,7 +63,8 @@ async def answer(sock: socket.socket, head: bytes, remote: PeerId, call: Call) -
 
 
 async def _read_request(sock: socket.socket, head: bytes) -> p2pd_pb2.PersistentConnectionRequest:
-    data, _ = await read_message(sock, head, DEFAULT_MAX_MSG_SIZE)
+    data, _ = await read_message(sock, head, MAX_REQUEST_BYTES)
+    check_shape(memoryview(data), most=_MAX_FIELDS)
     try:
         request = p2pd_pb2.PersistentConnectionRequest.FromString(data)
     except DecodeError:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 
 from planetserve.errors import RemoteProtocolError
 from planetserve.swarm.sockets import read_exactly
 
 _MAX_LENGTH_BYTES = 4
+_MAX_VARINT_BYTES = 10
+_FIXED_BYTES = {1: 8, 5: 4}
 
 
 async def read_message(sock: socket.socket, head: bytes, most: int) -> tuple[bytes, bytes]:
@@ -42,6 +45,55 @@ async def read_message(sock: socket.socket, head: bytes, most: int) -> tuple[byt
     return message, head[size:]
 
 
+def check_shape(message: memoryview, most: int, most_inside: int | None = None) -> None:
+    """Refuse a protobuf message of more fields than it needs, before anybody decodes it: a field
+    may be two bytes long and take fifty when decoded.
+
+    Args:
+        message: what was received.
+        most: fields that it may have.
+        most_inside: fields that each part of it may have, where these are messages too.
+
+    Raises:
+        RemoteProtocolError: it has more, or is none.
+    """
+    try:
+        for count, (_, value) in enumerate(fields(message)):
+            if count >= most:
+                raise RemoteProtocolError("a message with too many fields")
+            if most_inside is not None and isinstance(value, memoryview):
+                check_shape(value, most_inside)
+    except IndexError:
+        raise RemoteProtocolError("a message is cut short") from None
+
+
+def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Numbers and values of the fields of a protobuf message; fixed-size ones as their bytes.
+
+    Raises:
+        IndexError: the message is cut short.
+        RemoteProtocolError: it is none.
+    """
+    offset = 0
+    while offset < len(message):
+        tag, offset = read_varint(message, offset)
+        kind = tag & 7
+        if kind == 0:
+            number, offset = read_varint(message, offset)
+            yield tag >> 3, number
+            continue
+        if kind == 2:
+            size, offset = read_varint(message, offset)
+        elif kind in _FIXED_BYTES:
+            size = _FIXED_BYTES[kind]
+        else:
+            raise RemoteProtocolError("not a message")
+        if offset + size > len(message):
+            raise IndexError
+        yield tag >> 3, message[offset : offset + size]
+        offset += size
+
+
 def varint(number: int) -> bytes:
     """A number as protobuf has it."""
     data = bytearray()
@@ -51,17 +103,16 @@ def varint(number: int) -> bytes:
     return bytes([*data, number])
 
 
-def read_varint(data: bytes, offset: int) -> tuple[int, int]:
+def read_varint(data: bytes | memoryview, offset: int) -> tuple[int, int]:
     """A number as protobuf has it, and the offset after it.
 
     Raises:
-        IndexError: `data` ends before the number does.
+        IndexError: `data` ends before the number does, or the number is too long.
     """
-    number = shift = 0
-    while True:
-        byte = data[offset]
-        offset += 1
-        number |= (byte & 0x7F) << shift
-        shift += 7
+    number = 0
+    for position in range(_MAX_VARINT_BYTES):
+        byte = data[offset + position]
+        number |= (byte & 0x7F) << (7 * position)
         if byte < 0x80:
-            return number, offset
+            return number, offset + position + 1
+    raise IndexError("too long a number")

@@ -60,7 +60,7 @@ class Directory:
 
     Args:
         node: the running node.
-        clock: source of Unix time.
+        clock: this machine's time; the node knows how far the swarm's is from it.
         timeout_s: for one announcement or look-up.
     """
 
@@ -86,7 +86,7 @@ class Directory:
         """
         if not 0 < ttl_s <= MAX_RECORD_LIFETIME_S:
             raise ConfigError(f"a record lives up to {MAX_RECORD_LIFETIME_S:g} s, not {ttl_s:g}")
-        now = self._clock.unix()
+        now = self._now()
         key = server_key(info.model, shard_of(info.peer_id))
         await self._put(server_body(info, now, self._expiry(key, now, ttl_s)))
         if info.state is not ServerState.OFFLINE:
@@ -123,10 +123,20 @@ class Directory:
                 vouchers.setdefault(body.model, []).append(body)
         return {model: _listing(model, bodies) for model, bodies in vouchers.items()}
 
+    def _now(self) -> float:
+        """Unix time as the swarm has it: what its records are made by."""
+        return self._clock.unix() + self._node.clock.offset_s
+
     async def _vouch(self, info: ServerInfo, now: float, ttl_s: float) -> None:
         """Keep the model in the index, unless enough others do."""
         bodies = await self._get([MODELS_KEY])
-        others = {b.peer_id for b in bodies if b.model == info.model and b.peer_id != info.peer_id}
+        # Whoever vouches for other files under this name says nothing of these.
+        others = {
+            body.peer_id
+            for body in bodies
+            if (body.model, body.fingerprint) == (info.model, info.fingerprint)
+            and body.peer_id != info.peer_id
+        }
         if len(others) >= _MAX_VOUCHERS:
             return
         body = ModelBody.model_validate(
@@ -165,7 +175,7 @@ class Directory:
         )
 
     async def _get(self, keys: Sequence[bytes]) -> list[Body]:
-        now = self._clock.unix()
+        now = self._now()
         found = await dht.get(self._node.dht, keys, self._timeout_s)
         bodies: dict[PeerId, Body] = {}
         for key, records in found.items():

@@ -38,11 +38,12 @@ from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.buckets import TokenBuckets
 from planetserve.swarm.calls import Call, answer
 from planetserve.swarm.daemon import Daemon
-from planetserve.swarm.dht import Door
+from planetserve.swarm.door import Door
 from planetserve.swarm.peer_routing import PeerRouting
 from planetserve.swarm.records import RecordChecker
 from planetserve.swarm.sockets import raise_file_limit
 from planetserve.swarm.streams import FrameStream, StreamHandler, short
+from planetserve.swarm.swarm_time import SwarmClock
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader
 
@@ -155,8 +156,8 @@ class SwarmNode:
         self.config = config
         self.identity = identity
         self.peer_id: PeerId = identity.peer_id
-        self.clock = clock
-        self.records = RecordChecker(clock)
+        self.clock = SwarmClock(clock)
+        self.records = RecordChecker(self.clock)
         self.refused: Counter[str] = Counter()
         """How often what was turned away: `stream`, one too many; `call`, without a request to the
         directory in time; `lookup`, such a request too many; `route`, a question too many where
@@ -382,8 +383,9 @@ class SwarmNode:
                 f"no initial peer answered ({', '.join(self.config.initial_peers)}): {tried}"
             )
         self._dht = await dht.create(
-            self._daemon.p2p, self.peer_id, self.records, self.config.client_mode
-        )
+            self._daemon.p2p, self.peer_id, self.records, self.clock, places,
+            client_mode=self.config.client_mode,
+        )  # fmt: skip
         if not self.config.client_mode:
             self.calls.update(self._dht.protocol.served(self._door("lookup")))
             await asyncio.gather(*map(self._serve_call, self.calls))
@@ -404,8 +406,11 @@ class SwarmNode:
                 return_exceptions=True,
             )
             found = [peer for peer, outcome in zip(lost, outcomes, strict=True) if outcome is None]
-            if found and not self.stopped.is_set():
+            if self.stopped.is_set():
+                return
+            if found:
                 await dht.bootstrap(self.dht, found, required=False)
+            await dht.keep_time(self.dht, places)
 
     async def close(self) -> None:
         """Leave the swarm: end every stream, task and process of this node. Idempotent."""

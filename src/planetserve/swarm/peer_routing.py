@@ -14,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import heapq
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from hashlib import sha256
 
 from planetserve.clock import Clock
 from planetserve.crypto.identity import peer_id_bytes
 from planetserve.errors import PlanetServeError, RemoteProtocolError
 from planetserve.swarm.daemon import Daemon
-from planetserve.swarm.delimited import read_message, read_varint, varint
+from planetserve.swarm.delimited import fields, read_message, varint
 from planetserve.swarm.sockets import send_all
 from planetserve.types import PeerId
 
@@ -151,32 +151,17 @@ def _parse(request: bytes) -> tuple[int, bytes]:
         RemoteProtocolError: it is none that is answered here.
     """
     kind, key = 0, b""
-    for field, value in _fields(request):
-        if field == _TYPE and isinstance(value, int):
-            kind = value
-        elif field == _KEY and isinstance(value, bytes):
-            key = value
+    try:
+        for field, value in fields(memoryview(request)):
+            if field == _TYPE and isinstance(value, int):
+                kind = value
+            elif field == _KEY and isinstance(value, memoryview):
+                key = bytes(value)
+    except IndexError:
+        raise RemoteProtocolError("a question of peer routing is cut short") from None
     if kind not in (_FIND_NODE, _PING):
         raise RemoteProtocolError("a question of peer routing that is not answered")
     return kind, key
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Fields of a protobuf message that has numbers and bytes only."""
-    try:
-        offset = 0
-        while offset < len(message):
-            tag, offset = read_varint(message, offset)
-            number, offset = read_varint(message, offset)
-            if tag & 7 == 0:
-                yield tag >> 3, number
-            elif tag & 7 == 2 and offset + number <= len(message):
-                yield tag >> 3, message[offset : offset + number]
-                offset += number
-            else:
-                raise RemoteProtocolError("not a question of peer routing")
-    except IndexError:
-        raise RemoteProtocolError("a question of peer routing is cut short") from None
 
 
 def _number(field: int, value: int) -> bytes:

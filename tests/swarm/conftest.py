@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from swarm_helpers import LOOPBACK, StartNode
 
+from planetserve.clock import Clock
 from planetserve.swarm import peer_routing
 from planetserve.swarm.node import NodeConfig, SwarmNode
 
@@ -24,12 +25,14 @@ async def start_node() -> AsyncIterator[StartNode]:
     """Starts nodes: `await start_node(join=other_node, ...)`, options as of `NodeConfig`."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(join: SwarmNode | None = None, **options: Any) -> SwarmNode:
+        async def start(
+            join: SwarmNode | None = None, clock: Clock | None = None, **options: Any
+        ) -> SwarmNode:
             if not options.get("client_mode"):
                 options.setdefault("host_maddrs", LOOPBACK)
             if join is not None:
                 options.setdefault("initial_peers", join.addresses())
-            node = await SwarmNode.start(NodeConfig(**options))
+            node = await SwarmNode.start(NodeConfig(**options), clock)
             return await stack.enter_async_context(node)
 
         yield start

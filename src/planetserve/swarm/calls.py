@@ -21,8 +21,8 @@ from planetserve.swarm.delimited import check_shape, read_message, varint
 from planetserve.swarm.sockets import send_all
 from planetserve.types import PeerId
 
-MAX_REQUEST_BYTES = 64 * 1024
-"""A dozen records of 4 KB; nothing that is asked of the directory needs more."""
+MAX_REQUEST_BYTES = 128 * 1024
+"""Thirty records of 4 KB; nothing that is asked of the directory needs more."""
 REQUEST_TIMEOUT_S = 5.0
 """For a whole request; hivemind's callers wait three seconds for the answer."""
 _ANSWER_TIMEOUT_S = 10.0

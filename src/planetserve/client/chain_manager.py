@@ -246,7 +246,7 @@ class ChainManager:
             # `plan` has already waited for as long as it may.
             return None
         least_s, most_s = self.config.min_backoff, self.config.max_backoff
-        if isinstance(error, PeerReportedError):
+        if isinstance(error, PeerReportedError) and error.edge is None:
             # Later than it wishes does no harm, and by its wish alone nobody waits for long.
             own_s = least_s * 2 ** (attempt - 1)
             return min(max(own_s, min(error.retry_after_s, _MAX_WISH * own_s)), most_s)

@@ -43,9 +43,12 @@ T = TypeVar("T")
 Inbox = asyncio.Queue[tuple["HopLink", FrameHeader, bytearray] | tuple["HopLink", PlanetServeError]]
 
 _CLOSE_TIMEOUT_S = 1.0
+_NOTICES = (FrameType.LEAVING, FrameType.REWIRED, FrameType.STATUS)
 LEAST_CHUNK_TOKENS = 16
 ENOUGH_CHUNK_TOKENS = 64
 """Chunks this large cost a prompt little; single tokens would make it as slow as a text."""
+MAX_NOTICES = 8
+"""LEAVING frames, of which one would do; an answer that no question is left for counts as one."""
 MAX_UNREAD = 16
 """Frames of one hop that wait for the ring. More than an honest one ever has there while the ring
 reads nothing: answers to the chunks in flight and news of a lost neighbour."""
@@ -92,6 +95,8 @@ class HopLink:
         self._reader: asyncio.Task[None] | None = None
         self._rewired: asyncio.Future[None] | None = None
         self._progress: asyncio.Future[Progress] | None = None
+        self._num_asked = 0
+        self._num_unasked = -MAX_NOTICES
         self.ended = asyncio.Event()
         """Set together with `lost`."""
 
@@ -190,6 +195,7 @@ class HopLink:
         Raises:
             PlanetServeError: it has gone, or does not answer; `peer_id` names it.
         """
+        self._num_asked += 1
         self._rewired = asyncio.get_running_loop().create_future()
         self._note_edges(message.previous, message.next)
         if message.next is not None:
@@ -205,6 +211,7 @@ class HopLink:
         Raises:
             PlanetServeError: it has gone, or does not answer; `peer_id` names it.
         """
+        self._num_asked += 1
         self._progress = asyncio.get_running_loop().create_future()
         await self._send(FrameType.STATUS, b"")
         return await self._answered(self._progress, timeout_s)
@@ -255,6 +262,7 @@ class HopLink:
         try:
             while True:
                 header, payload = await stream.receive()
+                self._count_notice(header.type)
                 match header.type:
                     case FrameType.STEP:
                         await self._unread.acquire()
@@ -280,6 +288,11 @@ class HopLink:
             self.lost = error
             self.ended.set()
             self._inbox.put_nowait((self, error))
+
+    def _count_notice(self, kind: FrameType) -> None:
+        self._num_unasked += kind in _NOTICES
+        if self._num_unasked > self._num_asked:
+            raise RemoteProtocolError("frames that nobody asked for")
 
     def _on_parked(self, header: FrameHeader, payload: bytearray) -> None:
         accused = decode(ErrorReply, payload).blamed_peer

@@ -18,6 +18,8 @@ _MAX_NAMED = 3
 _MAX_ADDRESS = 100
 """Bytes of an address; it ends with the peer id, which is said already."""
 
+_MAX_SHOWN = 5
+
 
 async def explain(
     failure: NoChainAvailable, view: SwarmView, planner: ChainPlanner
@@ -48,7 +50,7 @@ async def explain(
         if others:
             return ModelMismatchError(
                 f"no server of {name} ({view.prefix}) in this swarm, which serves "
-                f"{', '.join(others)}; load one of these or start servers of yours",
+                f"{_some(others)}; load one of these or start servers of yours",
                 missing,
             )
     peers = ", ".join(view.config.initial_peers) or "none given"
@@ -95,7 +97,7 @@ def other_revision(missing: Sequence[tuple[int, int]], view: SwarmView) -> Model
     theirs = sorted({info.fingerprint[:12] for info in view.strangers.values()})
     return ModelMismatchError(
         f"{spans_text(missing)} of {view.facts.name} are served only in another revision "
-        f"({', '.join(theirs)}; yours is {view.facts.fingerprint[:12]}); load the same files "
+        f"({_some(theirs)}; yours is {view.facts.fingerprint[:12]}); load the same files "
         "or --revision as the servers",
         missing,
     )
@@ -115,6 +117,14 @@ def _ruled_out_by(
     if barred:
         reasons.append(f"trusted_servers ({len(barred)} of them)")
     return reasons
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of names that anybody may have announced, and how many more there are."""
+    shown = list(names[:_MAX_SHOWN])
+    if len(names) > len(shown):
+        shown.append(f"{len(names) - len(shown)} more")
+    return ", ".join(shown)
 
 
 def _holds_some(info: ServerInfo, blocks: Iterable[tuple[int, int]]) -> bool:

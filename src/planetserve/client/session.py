@@ -434,7 +434,8 @@ class InferenceSession:
             await self._leave()
         if delay_s is None:
             return None
-        if isinstance(error, PeerReportedError) and self._manager.has_chain(num_rows, lease_tokens):
+        refused = isinstance(error, PeerReportedError) and error.edge is None
+        if refused and self._manager.has_chain(num_rows, lease_tokens):
             delay_s = 0.0  # whoever takes the place of one that refuses need not be waited for
         logger.warning("%s (%s); going on without it (attempt %d)", error, error.code, attempt)
         return delay_s

@@ -122,6 +122,39 @@ async def test_a_session_closed_between_two_attempts_makes_no_other() -> None:
     assert len(manager.rings) == 1
 
 
+async def test_a_text_that_outgrows_its_servers_goes_to_others() -> None:
+    """By what they announce, before they would have to refuse it."""
+
+    class ShortRing(FailingRing):
+        max_row_tokens = 3
+        loads_ms: dict[str, float] = {}
+
+        async def step(self, _table: object, hidden_TD: torch.Tensor, **_: object) -> torch.Tensor:
+            return hidden_TD
+
+    class LongManager(Manager):
+        def __init__(self) -> None:
+            super().__init__()
+            self.leases: list[Any] = []
+
+        async def open_ring(self, _num_rows: object, lease_tokens: int, *_: object) -> FailingRing:
+            self.leases.append(lease_tokens)
+            self.rings.append(ShortRing())
+            return self.rings[-1]
+
+        def note_loads(self, *_: object) -> None:
+            pass
+
+    manager = LongManager()
+    session = session_of(manager)
+    await asyncio.to_thread(session.run, 1, TABLE, HIDDEN_TD)
+    more = StepTable((RowSlice(0, 3, 2),))
+    await asyncio.to_thread(session.run, 1, more, torch.zeros(2, 16))
+    assert manager.leases == [3, 5]
+    assert [ring.closed.is_set() for ring in manager.rings] == [True, False]
+    await session.release()
+
+
 async def test_a_ring_that_opens_after_its_session_was_closed_is_closed() -> None:
     manager = Manager()
     manager.may_open.clear()

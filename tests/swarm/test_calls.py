@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import pytest
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2, p2pd_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 from swarm_helpers import StartNode, exchange, until
 
+from planetserve.errors import RemoteProtocolError
 from planetserve.swarm import calls
-from planetserve.swarm.delimited import varint
+from planetserve.swarm.delimited import check_shape, varint
 from planetserve.swarm.node import SwarmNode
 
 PING = "PlanetServeDHT.rpc_ping"
@@ -80,6 +84,42 @@ async def test_half_a_request_is_waited_for_so_long(
     assert await send(data) == b""
     assert server.refused == {"call": 1}
     await until(lambda: not server._num_incoming)
+
+
+async def test_a_request_is_no_longer_than_it_needs_to_be(send: Send, server: SwarmNode) -> None:
+    """Its first bytes say how long it is; the rest is not waited for."""
+    assert await send(varint(calls.MAX_REQUEST_BYTES + 1)) == b""
+    assert server.refused == {"call": 1}
+
+
+@pytest.mark.parametrize("field", [b"\x12\x00", b"\x10\x00", b"\x1a\x00"])
+async def test_many_small_fields_are_refused_before_they_are_decoded(
+    start_node: StartNode, server: SwarmNode, field: bytes
+) -> None:
+    """Each would take some fifty bytes and more time than its sender spent on it."""
+    client = await start_node(server, client_mode=True)
+
+    body = field * (calls.MAX_REQUEST_BYTES // 4)
+    for name in ("ping", "find", "store"):
+        protocol = f"PlanetServeDHT.rpc_{name}"
+        request = p2pd_pb2.PersistentConnectionRequest(
+            callId=bytes(16),
+            callUnary=p2pd_pb2.CallUnaryRequest(peer=b"", proto=protocol, data=body),
+        ).SerializeToString()
+        data = varint(len(request)) + request
+        answer = await exchange(client, server, protocol, (data,))
+        message = p2pd_pb2.PersistentConnectionRequest.FromString(answer[1:])
+        assert message.unaryResponse.error == b"protocol"
+    before = server.refused.copy()
+    request = field * 100
+    assert await exchange(client, server, PING, (varint(len(request)) + request,)) == b""
+    assert server.refused["call"] == before["call"] + 1
+
+
+@given(st.binary(max_size=60))
+def test_the_shape_of_a_message_is_checked_without_surprises(data: bytes) -> None:
+    with contextlib.suppress(RemoteProtocolError):
+        check_shape(memoryview(data), most=5, most_inside=5)
 
 
 async def test_streams_of_calls_count_with_the_others(

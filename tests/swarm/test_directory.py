@@ -26,7 +26,12 @@ from planetserve.errors import ConfigError, RemoteProtocolError, TransportError
 from planetserve.swarm import calls, dht, dht_protocol, guards, records
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.storage import MAX_RECORDS_PER_OWNER
+from planetserve.swarm.storage import (
+    MAX_FOREIGN,
+    MAX_FOREIGN_PER_KEY,
+    MAX_FOREIGN_PER_PEER,
+    MAX_RECORDS_PER_OWNER,
+)
 from planetserve.types import PeerId, ServerState
 
 CLOCK = SystemClock()
@@ -454,6 +459,134 @@ class TestBoundedStorage:
         storage = dht.BoundedStorage()
         assert not storage.store(DHTID(1), b"v", time.time() + 60)
         assert storage.get(DHTID(1)) is None
+
+
+class TestCrowding:
+    """What one peer, or one owner, can take of a node's storage."""
+
+    def test_of_others_records_a_peer_stores_few(self) -> None:
+        storage, ends = dht.BoundedStorage(), time.time() + 60
+        taken = [
+            storage.store_subkey(DHTID(key), f"{key} {n}", b"v", ends, sender="crowder")
+            for key in range(8)
+            for n in range(50)
+        ]
+        assert sum(taken) == MAX_FOREIGN_PER_PEER
+        assert len(storage.get(DHTID(0)).value) == MAX_FOREIGN_PER_KEY
+        assert storage.store_subkey(DHTID(0), "0 0", b"w", ends + 1, sender="crowder"), "renewed"
+
+    def test_of_others_records_all_peers_store_a_bounded_number(self) -> None:
+        storage, ends = dht.BoundedStorage(), time.time() + 60
+        taken = [
+            storage.store_subkey(DHTID(n % 900), f"{n}", b"v", ends, sender=f"crowder {n % 500}")
+            for n in range(3000)
+        ]
+        assert sum(taken) == MAX_FOREIGN
+
+    def test_what_owners_bring_comes_first(self) -> None:
+        storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
+        for number in range(4):
+            storage.store_subkey(key, f"guest {number}", b"v", ends, sender="crowder")
+        for number in range(guards.MAX_RECORDS_PER_KEY):
+            assert storage.store_subkey(key, f"{number}", b"v", ends, sender=f"{number}")
+        assert not storage.store_subkey(key, "one more", b"v", ends, sender="one more")
+        assert {*storage.get(key).value.data} == {
+            f"{number}" for number in range(guards.MAX_RECORDS_PER_KEY)
+        }
+
+    def test_an_owner_of_many_keys_gives_way_when_there_are_no_more(self) -> None:
+        storage, ends = dht.BoundedStorage(), time.time() + 60
+        for number in range(dht.MAX_KEYS):
+            owner = f"crowder {number // MAX_RECORDS_PER_OWNER}"
+            assert storage.store_subkey(DHTID(number), owner, b"v", ends)
+        for number in range(100):
+            key = DHTID(dht.MAX_KEYS + number)
+            assert storage.store_subkey(key, f"server {number}", b"v", ends)
+        assert len(storage) == dht.MAX_KEYS
+        kept = [f"server {n}" in storage.data[DHTID(dht.MAX_KEYS + n)].value for n in range(100)]
+        assert all(kept)
+
+    def test_owners_of_few_records_do_not_give_way(self) -> None:
+        storage, ends = dht.BoundedStorage(), time.time() + 60
+        for number in range(dht.MAX_KEYS):
+            assert storage.store_subkey(DHTID(number), f"server {number // 2}", b"v", ends)
+        assert not storage.store_subkey(DHTID(dht.MAX_KEYS), "crowder", b"v", ends)
+
+    async def test_one_peer_crowds_nobody_out(self, start_node: StartNode) -> None:
+        """It signs records of made-up owners, as many as a key holds."""
+        victim = await start_node(peer_lookup_burst=100_000)
+        attacker, honest = await start_node(victim), await start_node(victim)
+        stub = attacker.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))
+        for _ in range(guards.MAX_RECORDS_PER_KEY // 16):
+            request = dht_pb2.StoreRequest()
+            for _ in range(16):
+                identity = Identity.generate()
+                body, envelope = signed(identity)
+                request.keys.append(DHTID.generate(body.dht_key()).to_bytes())
+                request.subkeys.append(bytes(msgpack.packb(identity.peer_id)))
+                request.values.append(wrapped(envelope))
+                request.expiration_time.append(body.expires_at_s)
+                request.in_cache.append(False)
+            await stub.rpc_store(request, timeout=30.0)
+        await Directory(honest, CLOCK).announce(make_info(honest.identity), ttl_s=60)
+        kept = [len(found.value) for found in victim.dht.protocol.storage.data.values()]
+        assert sum(kept) <= MAX_FOREIGN_PER_PEER + 2
+        found = {info.peer_id for info in await Directory(victim, CLOCK).lookup(MODEL)}
+        assert honest.peer_id in found
+
+
+class TestNewPeers:
+    """What it costs a node that peer ids cost nothing."""
+
+    @staticmethod
+    async def meet(node: SwarmNode, count: int) -> None:
+        for _ in range(count):
+            peer = PeerID.from_base58(Identity.generate().peer_id)
+            await node.dht.protocol.update_routing_table(None, peer)
+
+    async def test_newcomers_are_handed_nothing(
+        self, start_node: StartNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All that they might keep would be a full directory for each."""
+        node = await start_node()
+        await Directory(node, CLOCK).announce(make_info(node.identity), ttl_s=60)
+        sent: list[object] = []
+
+        async def send(*args: object, **_options: object) -> None:
+            sent.append(args)
+
+        monkeypatch.setattr(node.dht.protocol, "call_store", send)
+        await self.meet(node, 5)
+        await asyncio.sleep(0)
+        assert not sent
+
+    async def test_those_that_wait_for_a_place_are_bounded(
+        self, start_node: StartNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node = await start_node()
+
+        async def ping(*_args: object, **_options: object) -> None:
+            return None
+
+        monkeypatch.setattr(node.dht.protocol, "call_ping", ping)
+        await self.meet(node, 3000)
+        table = node.dht.protocol.routing_table
+        assert len(table.uid_to_peer_id) <= 40 * len(table.buckets)
+        assert len(table.peer_id_to_uid) == len(table.uid_to_peer_id)
+        assert all(len(bucket.replacement_nodes) <= 20 for bucket in table.buckets)
+
+
+async def test_those_that_vouch_for_other_files_keep_a_model_out_of_no_index(
+    start_node: StartNode,
+) -> None:
+    """Under the same name, and before its own servers."""
+    liars = await start_nodes(start_node, 5)
+    for liar in liars:
+        await Directory(liar, CLOCK).announce(make_info(liar.identity, fingerprint="0" * 64), 60)
+    honest = await start_node(liars[0])
+    await Directory(honest, CLOCK).announce(make_info(honest.identity), ttl_s=60)
+    index = await dht.get(honest.dht, [records.MODELS_KEY], timeout_s=10)
+    assert honest.peer_id in index[records.MODELS_KEY]
 
 
 def test_the_node_uses_our_protocol() -> None:

@@ -256,6 +256,13 @@ def test_forward_gives_local_logits(
     torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
+def test_a_compiled_model_gives_local_logits(model: Any, local: Any, prompt: torch.Tensor) -> None:
+    with torch.no_grad():
+        got = torch.compile(model, backend="eager")(prompt).logits
+        torch.testing.assert_close(got, local(prompt).logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.generate(prompt, **GREEDY), local.generate(prompt, **GREEDY))
+
+
 def test_returned_cache_continues_and_rolls_back(
     model: Any, local: Any, prompt: torch.Tensor
 ) -> None:

@@ -5,16 +5,19 @@ The local model gets the whole text so far. Rollbacks and turns that fail may li
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from planetserve import AutoDistributedModelForCausalLM
 from planetserve.client.session import InferenceSession
 from planetserve.errors import ConfigError, SessionClosed
+from planetserve.testing.swarm import LocalSwarm
 
 COMMON: dict[str, Any] = {"max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -232,6 +235,50 @@ def test_one_turn_at_a_time(talk: Talk, model: Any) -> None:
     model.generate(tokens(1, 3), max_new_tokens=2, do_sample=False, streamer=Intruder())
 
 
+@pytest.mark.parametrize("local_blocks", [None, "0:1,-1:"])
+@pytest.mark.parametrize("when", [1, 3, 5])
+def test_an_interrupt_between_the_servers_and_the_model(
+    swarm: LocalSwarm,
+    llama_folder: Path,
+    local: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    local_blocks: str | None,
+    when: int,
+) -> None:
+    """Ctrl-C when a step has gone through and its answer has not been seen."""
+    with AutoDistributedModelForCausalLM.from_pretrained(
+        str(llama_folder),
+        initial_peers=swarm.initial_peers,
+        torch_dtype=torch.float32,
+        local_blocks=local_blocks,
+    ) as model:
+        with model.inference_session(max_length=200) as session:
+            talk = Talk(model, local, session)
+            talk.turn("beams", tokens(1, 6))
+            plain_call, left = session._portal.call, when
+
+            def interrupted_call(work: Any) -> Any:
+                nonlocal left
+                left -= 1
+                answer = plain_call(work)
+                if not left:
+                    raise KeyboardInterrupt
+                return answer
+
+            monkeypatch.setattr(session._portal, "call", interrupted_call)
+            with pytest.raises(KeyboardInterrupt):
+                run(model, "beams", local, tokens(2, 3))
+            monkeypatch.undo()
+            talk.turn("beams", tokens(3, 3))
+            talk.turn("greedy", tokens(4, 2))
+            fork = copy.deepcopy(session.cache)
+        with torch.no_grad():
+            assert talk.text is not None
+            got = model(talk.text[:, -1:], past_key_values=fork).logits
+            wanted = local(talk.text).logits[:, -1:]
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_a_session_without_a_length_grows(model: Any, local: Any) -> None:
     with model.inference_session() as session:
         talk = Talk(model, local, session)
@@ -243,6 +290,23 @@ def test_a_session_without_a_length_grows(model: Any, local: Any) -> None:
 def test_a_closed_session_is_refused(model: Any, local: Any) -> None:
     with model.inference_session(max_length=20) as session:
         pass
-    ask: Callable[[], Any] = lambda: model.generate(tokens(1, 3), session=session)  # noqa: E731
     with pytest.raises(SessionClosed):
-        ask()
+        model.generate(tokens(1, 3), session=session)
+
+
+def test_a_session_of_another_model_is_refused(
+    swarm: LocalSwarm, llama_folder: Path, model: Any
+) -> None:
+    with (
+        AutoDistributedModelForCausalLM.from_pretrained(
+            str(llama_folder), initial_peers=swarm.initial_peers
+        ) as other,
+        other.inference_session(max_length=20) as session,
+    ):
+        with pytest.raises(ConfigError, match="belongs to another model"):
+            model.generate(tokens(1, 3), session=session)
+        with (
+            pytest.raises(ConfigError, match="belongs to another model"),
+            model.use_session(session),
+        ):
+            pass

@@ -181,6 +181,7 @@ def attach(
     # A model that is forgotten must not leave its thread and libp2p daemon behind.
     model.membership = Membership(runtime)
 
+    @torch.compiler.disable
     def note_logits(module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         runtime.check_process()
         wants_states = kwargs.get("output_hidden_states") or module.config.output_hidden_states

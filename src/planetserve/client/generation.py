@@ -74,7 +74,8 @@ class SwarmMixin:
 
     @contextlib.contextmanager
     def inference_session(self, max_length: int | None = None) -> Iterator[InferenceSession]:
-        """Keep the servers' caches across several `generate()` calls.
+        """Keep the servers' caches across several `generate()` calls, also those of threads that
+        are started inside (not of workers of a pool: give them `session=`).
 
         Args:
             max_length: tokens per row the session may hold, prompt and answers together.
@@ -84,7 +85,10 @@ class SwarmMixin:
 
     @contextlib.contextmanager
     def use_session(self, session: InferenceSession | None) -> Iterator[InferenceSession | None]:
-        """Make `session` the one that `generate()` continues in this block."""
+        """Make `session` the one that `generate()` continues in this block; with None, each call
+        makes a text of its own."""
+        if session is not None and not self.runtime.owns(session):
+            raise ConfigError("this session belongs to another model; open one with this model")
         token = self.runtime.active.set(session)
         try:
             yield session
@@ -136,7 +140,7 @@ class DistributedMixin(SwarmMixin):
         if session is None:
             session = self._active_session()
         elif not self.runtime.owns(session):
-            raise ConfigError("session= belongs to another model; open one with this model")
+            raise ConfigError("this session belongs to another model; open one with this model")
         if session is None:
             return self._generate(None, inputs, *args, **kwargs)
         with Turn.begin(session) as turn, self.use_session(None):

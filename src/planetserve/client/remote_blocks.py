@@ -41,7 +41,7 @@ class _Call:
 
 
 class RemoteBlocks:
-    """The remote layers of one model.
+    """The remote layers of one model. `torch.compile` leaves a break where they are called.
 
     Args:
         new_session: makes a session for a forward pass that brings no cache; its argument is the
@@ -62,11 +62,13 @@ class RemoteBlocks:
         """Note how many logits this thread's next pass needs (0: all)."""
         self._thread.keep_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
 
+    @torch.compiler.disable
     def forget(self) -> None:
         """The call that this thread has announced is over, also if it never came to the layers."""
         self._thread.keep_last = False
         self._thread.call = None
 
+    @torch.compiler.disable
     def on_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Look at, and where needed complete, the decoder's arguments.
 
@@ -93,6 +95,7 @@ class RemoteBlocks:
         self._thread.call = _Call(mask, positions, kwargs.get("input_ids"), cache, keep_last)
         return kwargs
 
+    @torch.compiler.disable
     def __call__(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Run the remote layers on `[batch, tokens, hidden]`; padding comes back as zeros."""
         call: _Call | None = getattr(self._thread, "call", None)
@@ -138,7 +141,7 @@ class RemoteBlocks:
             if count
         )
         if not rows:
-            raise ConfigError("attention_mask leaves no token in any row")
+            raise ConfigError("the input has no token that counts: none at all, or all are masked")
         positions = _explicit_positions(call.positions_BT, columns_BT, cache, rows)
         device = hidden_BTD.device
         local_BTD = hidden_BTD.detach().cpu()

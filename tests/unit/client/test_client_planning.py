@@ -163,3 +163,20 @@ def test_servers_of_another_dtype_are_planned_on_only_where_needed() -> None:
     assert list(planner().candidates(other, 1, 50)) == other
     trusting = planner(trusted_servers=("b",), trusted_blocks="0:1")
     assert list(trusting.candidates(everybody, 1, 50)) == everybody
+
+
+def test_the_longest_session_is_what_every_block_has_a_server_for() -> None:
+    whole, first = server("a", 0, 8, max_session_tokens=500), server("b", 0, 4)
+    assert planner().longest([whole, first], 1, 100) == 500
+    assert planner().longest([first, server("c", 4, 8, max_session_tokens=900)], 1, 100) == 900
+    assert planner(local_blocks="4:").longest([first], 1, 100) == 2048
+    assert planner().longest([first], 1, 100) is None
+    assert planner(trusted_servers=("b",), trusted_blocks="0:1").longest([whole], 1, 9) is None
+
+
+def test_the_longest_session_has_room_or_waits_for_a_little() -> None:
+    busy = server("a", free_cache_tokens=90)
+    assert planner().longest([busy], 1, 50) == 90
+    assert planner().longest([busy], 3, 20) == 30
+    assert planner().longest([busy], 1, 300) == 300
+    assert planner().longest([busy], 1, 9000) == 2048

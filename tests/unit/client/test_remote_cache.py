@@ -10,6 +10,8 @@ from planetserve.client.remote_cache import RemoteCache
 class NoSession:
     """A session that only closes."""
 
+    num_steps = 0
+
     def close(self) -> None:
         pass
 
@@ -58,3 +60,59 @@ def test_a_reset_keeps_the_rows() -> None:
     assert (cache.num_rows, cache.row_lengths()) == (2, (0, 0))
     cache.commit(2, 2, None)
     assert (cache.row_lengths(), cache.is_padded) == ((2, 2), False)
+
+
+def holding(rows: list[list[int]], mask: list[list[int]] | None = None) -> RemoteCache:
+    cache = RemoteCache(NoSession(), keep_session=True, keep_ids=True)
+    mask_BT = None if mask is None else torch.tensor(mask, dtype=torch.bool)
+    cache.commit(len(rows), len(rows[0]), mask_BT, torch.tensor(rows))
+    return cache
+
+
+def keep(cache: RemoteCache, rows: list[list[int]], mask: list[list[int]] | None = None) -> None:
+    ids = torch.tensor(rows)
+    cache.keep_common(ids, torch.ones_like(ids) if mask is None else torch.tensor(mask))
+
+
+def test_of_a_text_is_kept_what_the_rows_hold() -> None:
+    cache = holding([[5, 6, 7, 8]])
+    keep(cache, [[5, 6, 9, 9, 9]])
+    assert (cache.num_columns, cache.reorder) == (2, None)
+    keep(cache, [[5, 6, 7]])
+    assert cache.num_columns == 2
+    keep(cache, [[5, 6]])
+    assert cache.num_columns == 1  # its last token is to be fed
+    keep(cache, [[4, 6]])
+    assert cache.num_columns == 0
+
+
+def test_rows_go_on_from_whichever_holds_most_of_their_text() -> None:
+    cache = holding([[5, 6, 1, 1], [5, 6, 7, 1], [5, 6, 7, 8]])
+    keep(cache, [[5, 6, 7, 8, 9], [5, 6, 7, 3, 3], [5, 6, 7, 8, 4]])
+    assert (cache.num_columns, cache.reorder) == (3, (2, 1, 2))
+
+
+def test_masked_columns_are_equal_whatever_their_ids_are() -> None:
+    cache = holding([[0, 5, 6]], [[0, 1, 1]])
+    keep(cache, [[9, 5, 6, 7]], [[0, 1, 1, 1]])
+    assert (cache.num_columns, cache.row_lengths()) == (3, (2,))
+    keep(cache, [[9, 5, 6, 7]], [[0, 1, 0, 1]])
+    assert (cache.num_columns, cache.row_lengths()) == (2, (1,))
+
+
+def test_what_is_held_may_be_fed_again() -> None:
+    cache = holding([[5, 6, 7]])
+    cache.feed_again()
+    assert (cache.get_seq_length(), cache.num_columns) == (0, 3)
+    cache.commit(1, 2, None, torch.tensor([[8, 9]]))
+    assert cache.get_seq_length() == 5
+
+
+def test_an_order_that_servers_have_taken_is_not_sent_again() -> None:
+    cache = cache_of(2, 3)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.begin()
+    assert cache.reorder == (1, 0)
+    cache.session.num_steps += 1  # the step went through, but whoever waited was interrupted
+    cache.begin()
+    assert cache.reorder is None

@@ -5,6 +5,7 @@ Shares no code with `planetserve.routing`: a chain is a host per block; all are 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -45,6 +46,12 @@ def random_snapshot(
         if rng.random() < 0.9:
             first, second = (second, first) if rng.random() < 0.5 else (first, second)
             rtt.setdefault(first, {})[second] = float(rng.uniform(0.1, 100)) * scale
+    # Half of them wait for others, as under load.
+    waits_ms = rng.uniform(0, 20, num_servers) * (rng.random(num_servers) < 0.5) * scale
+    servers = [
+        dataclasses.replace(server, wait_ms=wait_ms)
+        for server, wait_ms in zip(servers, waits_ms.tolist(), strict=True)
+    ]
     return SwarmSnapshot(
         num_blocks=num_blocks,
         activation_bytes_per_token=16384,

@@ -129,7 +129,7 @@ def info(name: str) -> ServerInfo:
 def test_a_load_of_now_counts_for_a_while() -> None:
     clock = ManualClock()
     known = Experience(16, clock)
-    known.note_loads({"a": 7.0})
+    known.note_loads(Chain((Hop("a", 0, 8),)), {"a": 7.0}, elapsed_ms=1000.0)
     assert known.loaded(info("a")).decode_ms_per_block == 7.0
     assert known.loaded(info("b")) == info("b")
     clock.now = 100.0

@@ -112,7 +112,10 @@ def test_a_copy_is_a_client_of_the_same_swarm(
         model.lm_head.weight.zero_()
     assert torch.equal(copied.generate(prompt, max_new_tokens=4, **GREEDY), expected)
     assert shallow.lm_head.weight is model.lm_head.weight
-    del model, shallow
+    base = copy.deepcopy(copied.model)
+    with torch.no_grad():
+        assert close(base(prompt).last_hidden_state, local.model(prompt).last_hidden_state)
+    del model, shallow, base
     gc.collect()
     assert torch.equal(copied.generate(prompt, max_new_tokens=4, **GREEDY), expected)
     copied.close()
@@ -122,6 +125,8 @@ def test_a_copy_is_a_client_of_the_same_swarm(
     ("ask", "words"),
     [
         (lambda model, folder: model.save_pretrained(folder), "without its blocks"),
+        (lambda model, folder: model.model.save_pretrained(folder), "without its blocks"),
+        (lambda model, folder: type(model).from_pretrained(folder), "use AutoDistributed"),
         (lambda model, folder: model.push_to_hub("org/model"), "without its blocks"),
         (lambda model, folder: pickle.dumps(model), "cannot be pickled"),
         (lambda model, folder: torch.save(model, folder / "model.pt"), "cannot be pickled"),
@@ -134,6 +139,12 @@ def test_what_half_a_model_cannot_do_is_refused(
         ask(model, tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_it_can_be_compiled(model: Any, prompt: torch.Tensor) -> None:
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        assert close(compiled(prompt).logits, model(prompt).logits)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")

@@ -49,7 +49,7 @@ class AutoDistributedModelForCausalLM:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | None = None,
         *,
         config: ClientConfig | PretrainedConfig | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -60,7 +60,7 @@ class AutoDistributedModelForCausalLM:
         """Load the client's half of `model` and join the swarm.
 
         Args:
-            model: hub id, local folder, or "demo".
+            model: hub id, local folder, or "demo"; `pretrained_model_name_or_path` is the same.
             config: all client options at once, instead of `options`; or the model's own
                 configuration.
             torch_dtype: dtype of the local half and of the activations; "auto" (the default) is
@@ -80,6 +80,8 @@ class AutoDistributedModelForCausalLM:
             PeerUnreachable: no initial peer answers.
         """
         drop_habits(options)
+        if not isinstance(config, ClientConfig | PretrainedConfig | None):
+            raise ConfigError("config is a ClientConfig, or the model's own configuration")
         device = parse_device(device_map)
         checkpoint = open_checkpoint(model, options)
         hf_config = config if isinstance(config, PretrainedConfig) else None
@@ -106,7 +108,7 @@ class AutoDistributedConfig:
     """The only Hugging Face model type this class loads; None loads any."""
 
     @classmethod
-    def from_pretrained(cls, model: str | os.PathLike[str], **options: Any) -> Any:
+    def from_pretrained(cls, model: str | os.PathLike[str] | None = None, **options: Any) -> Any:
         """The Hugging Face configuration of `model` (hub id, local folder, or "demo").
 
         Raises:
@@ -177,6 +179,9 @@ def attach(
     base = type(model)
     # Of the same name: transformers knows by it what a model can do.
     model.__class__ = type(base.__name__, (mixin, ModuleMixin, base), {})
+    for inner in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+        if inner is not model:
+            inner.__class__ = type(type(inner).__name__, (ModuleMixin, type(inner)), {})
     model.runtime = runtime
     # A model that is forgotten must not leave its thread and libp2p daemon behind.
     model.membership = Membership(runtime)
@@ -187,10 +192,15 @@ def attach(
         wants_states = kwargs.get("output_hidden_states") or module.config.output_hidden_states
         blocks.on_logits(0 if wants_states else kwargs.get("logits_to_keep", 0))
 
+    @torch.compiler.disable
     def see_output(_module: Any, _args: Any, output: Any) -> None:
         refuse_backward(output)
+
+    @torch.compiler.disable
+    def forget(*_: Any) -> None:
+        blocks.forget()
 
     model.register_forward_pre_hook(note_logits, with_kwargs=True)
     model.register_forward_hook(see_output)
     for module in {model, model.base_model}:
-        module.register_forward_hook(lambda *_: blocks.forget(), always_call=True)
+        module.register_forward_hook(forget, always_call=True)

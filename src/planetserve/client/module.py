@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class Membership:
-    """Shared by a model and its copies; when the last of them is forgotten, the runtime closes."""
+    """Shared by a model and its copies; when the last of them is forgotten, the runtime closes.
+
+    The base model alone has none: it lives as long as the model that it is part of.
+    """
 
     def __init__(self, runtime: ClientRuntime):
         weakref.finalize(self, runtime.close)
@@ -30,10 +33,7 @@ class Membership:
 
 
 class ModuleMixin:
-    """Put in front of a model's own class."""
-
-    runtime: ClientRuntime
-    membership: Membership
+    """Put in front of the class of a model, and of the base model within it."""
 
     def __copy__(self) -> Self:
         copied = self.__class__.__new__(self.__class__)
@@ -44,7 +44,8 @@ class ModuleMixin:
         """The local half is copied; both are clients through one place in the swarm."""
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        memo[id(self.runtime)] = self.runtime
+        runtime = self.__dict__.get("runtime")
+        memo[id(runtime)] = runtime
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
 
@@ -54,6 +55,15 @@ class ModuleMixin:
             "a distributed model cannot be pickled: it is connected to a swarm. Save what you have "
             "changed with torch.save(model.state_dict(), FILE), and load the model where it is used"
         )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: it would load a whole model, without a swarm.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("use AutoDistributedModelForCausalLM.from_pretrained to load a model")
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: the folder would look like a whole model.

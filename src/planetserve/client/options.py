@@ -84,16 +84,19 @@ def drop_habits(options: dict[str, Any]) -> None:
         logger.warning("%s: no effect on a distributed model", ", ".join(named))
 
 
-def open_checkpoint(model: str | os.PathLike[str], options: dict[str, Any]) -> Checkpoint:
+def open_checkpoint(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> Checkpoint:
     """The checkpoint that `model` and the hub's arguments among `options` name.
 
     Raises:
         ModelError: there is none.
     """
+    named = options.pop("pretrained_model_name_or_path", None)
     hub = {name: options.pop(name, None) for name in ("revision", "token", "cache_dir")}
     hub["token"] = options.pop("use_auth_token", None) or hub["token"]
     local_files_only = bool(options.pop("local_files_only", False))
-    return Checkpoint.open(model, **hub, local_files_only=local_files_only)
+    return Checkpoint.open(
+        named if model is None else model, **hub, local_files_only=local_files_only
+    )
 
 
 def parse_device(device_map: Any) -> torch.device:

@@ -98,12 +98,13 @@ class _Pass:
 
 
 def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
-    # The hooks hold no module: a copy of the model has them too.
+    # The hooks hold no module: a copy of the model has them too. Nothing in them can be compiled.
     skipped = family_of(decoder.base.config.model_type).norm_calls_before_layers
     names = decoder.parameter_names
     # Threads share the modules and run calls of their own through them.
     thread = threading.local()
 
+    @torch.compiler.disable
     def see_call(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -111,6 +112,7 @@ def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
         thread.now = _Pass(skipped, take_wanted_states(module.config, bound))
         return (), bound if on_call is None else on_call(bound)
 
+    @torch.compiler.disable
     def replace_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         now: _Pass | None = getattr(thread, "now", None)
         if now is None:
@@ -125,6 +127,7 @@ def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
             output_BTD = without_backward(hidden_BTD, output_BTD)
         return (output_BTD, *args[1:])
 
+    @torch.compiler.disable
     def end_call(module: nn.Module, _args: Any, output: Any) -> None:
         now: _Pass | None = getattr(thread, "now", None)
         thread.now = None

@@ -177,6 +177,7 @@ def test_the_models_own_configuration_may_be_passed(llama: Path) -> None:
         ({"initial_peers": ["x"], "dtype": "int8"}, "int8"),
         ({"initial_peers": ["x"], "dtype": 16}, "16"),
         ({"initial_peers": 5}, "initial_peers"),
+        ({"initial_peers": ["x"], "config": {"hidden_size": 5}}, "config is a ClientConfig"),
     ],
 )
 def test_a_load_checks_before_it_joins(llama: Path, options: dict[str, Any], words: str) -> None:
@@ -190,6 +191,8 @@ def test_a_configuration_takes_what_the_model_takes(llama: Path) -> None:
         llama, token=False, trust_remote_code=False, local_files_only=True, use_auth_token=None
     )
     assert config.num_hidden_layers == 4
+    named = AutoDistributedConfig.from_pretrained(pretrained_model_name_or_path=str(llama))
+    assert named.to_dict() == config.to_dict()
     for options in ({"initial_peer": "x"}, {"hidden_size": 5}, {"load_in_4bit": True}):
         with pytest.raises(ConfigError):
             AutoDistributedConfig.from_pretrained(llama, **options)

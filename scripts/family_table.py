@@ -53,8 +53,11 @@ within 1e-4) for a prompt and for single tokens after it.
   not listed may.
 - **refused**: both ends say so in one line before they load anything.
 
-Not served, whatever the family: checkpoints without safetensors, checkpoints whose weights are
-stored quantised (GPTQ, AWQ, MXFP4, FP8), models that need code from their repository,
+Of several files in a folder, the one that transformers would read counts. What `config.json` says
+about how to run a model (attention or expert implementations, kernels, code) has no effect.
+
+Not served, whatever the family: adapters, checkpoints without safetensors, checkpoints whose
+weights are stored quantised (GPTQ, AWQ, MXFP4, FP8), models that need code from their repository,
 encoder-decoder models, and models that take images or audio (their text-only checkpoints are
 served).
 

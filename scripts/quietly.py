@@ -16,11 +16,11 @@ from pathlib import Path
 
 _SHOWN_ON_FAILURE = 25
 _STAGES = {
-    "Collecting": "looking up and downloading packages",
-    "Building": "building what comes as source",
-    "Installing": "installing packages; nothing is heard of this for a while",
+    "Collecting ": "looking up and downloading packages",
+    "Building wheel": "building what comes as source",
+    "Installing collected": "installing packages; nothing is heard of this for a while",
 }
-"""First word of a line of pip's -> what it does from then on."""
+"""Beginning of a line of pip's -> what it does from then on."""
 
 
 def main(log_path: str, command: list[str]) -> int:
@@ -67,7 +67,7 @@ class _Progress:
             sys.stdout.write(f"\r\x1b[K{text[: self._width]}")
             sys.stdout.flush()
             return
-        stage = _STAGES.get(line.partition(" ")[0], "")
+        stage = next((_STAGES[start] for start in _STAGES if line.startswith(start)), "")
         if stage not in ("", self._stage):
             self._stage = stage
             print(f"  {stage}", flush=True)

@@ -99,7 +99,8 @@ def weight_files(source: Files, named: Any = None) -> tuple[list[str], Mapping[s
         return [SINGLE_FILE], {}
     if source.has(INDEX_FILE):
         return _from_index(source, INDEX_FILE)
-    instead = _what_instead(source.listing())
+    names = source.listing()
+    instead = _unreadable(source, names, SINGLE_FILE, INDEX_FILE) or _what_instead(names)
     raise ModelError(f"{source.name} has no {SINGLE_FILE}{instead or _DOWNLOAD}")
 
 
@@ -113,7 +114,11 @@ def why_no_config(source: Files) -> str:
     below = [name for name in sorted(names) if source.has(f"{name}/config.json")]
     if below:
         return f"; its folder {below[0]} has one: give that"
-    return _what_instead(names) or "; give a model folder saved by save_pretrained"
+    if any(name.endswith(".safetensors") for name in names):
+        instead = "; download the whole folder again, not the weights alone"
+    else:
+        instead = _what_instead(names) or "; give a model folder saved by save_pretrained"
+    return _unreadable(source, names, "config.json") or instead
 
 
 def locate(files: Iterable[str], header: Callable[[str], Iterable[str]]) -> dict[str, str]:
@@ -167,6 +172,14 @@ def _look_at_unused_index(source: Files) -> None:
         "%s: %s is read; %s beside it is not, as in transformers",
         source.name, SINGLE_FILE, INDEX_FILE,
     )  # fmt: skip
+
+
+def _unreadable(source: Files, names: Iterable[str], *wanted: str) -> str:
+    """That one of the wanted names is there and yet no file, as the end of a sentence."""
+    for name in names:
+        if name in wanted and source.is_folder and not source.has(name):
+            return f" that can be read: {name} is a folder, a pipe or a link to nowhere"
+    return ""
 
 
 def _what_instead(listing: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -277,6 +278,24 @@ def test_a_folder_without_a_configuration_is_told_by_what_it_holds(
     (tmp_path / filename).write_text("{}")
     with pytest.raises(ModelError, match=words):
         Checkpoint.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("filename", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
+def test_what_has_the_name_but_is_no_file_is_told(
+    llama: Path, tmp_path: Path, filename: str, kind: str
+) -> None:
+    shutil.copy(llama / "config.json", tmp_path)
+    path = tmp_path / filename
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "absent")
+    with pytest.raises(ModelError, match="a folder, a pipe or a link to nowhere"):
+        Checkpoint.open(str(tmp_path)).tensor_names()
 
 
 def test_a_git_lfs_pointer_is_told_from_a_file(llama: Path, tmp_path: Path) -> None:

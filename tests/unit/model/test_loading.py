@@ -89,6 +89,39 @@ def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
         SpanBlocks.load(Checkpoint.open(str(folder)), BlockSpan(0, 1), torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("more layers", r"lacks weights.*layers\.4\."),
+        ("one missing", r"lacks weights.*layers\.3\.mlp\.up_proj"),
+        ("other shape", r"layers\.3\.mlp\.up_proj.*shape"),
+        ("whole numbers", r"layers\.3\.mlp\.up_proj.*stored as int8"),
+    ],
+)
+def test_what_headers_show_to_be_wrong_is_refused_before_weights_are_read(
+    tmp_path: Path, change: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path)
+    name = "model.layers.3.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    if change == "more layers":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
+    elif change == "one missing":
+        del tensors[name]
+    elif change == "other shape":
+        tensors[name] = tensors[name][1:].contiguous()
+    else:
+        tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    read = []
+    monkeypatch.setattr(Checkpoint, "read_tensor", lambda self, name: read.append(name))
+    checkpoint = Checkpoint.open(str(folder))
+    with pytest.raises(ModelError, match=message):
+        SpanBlocks.load(checkpoint, BlockSpan(0, checkpoint.num_blocks), torch.float32)
+    assert read == []
+
+
 def test_damage_in_a_shard_stays_an_error_of_that_file(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path)
     path = folder / "model.safetensors"

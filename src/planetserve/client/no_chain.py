@@ -16,7 +16,7 @@ from planetserve.types import ServerInfo
 _MAX_ASKED = 8
 _MAX_NAMED = 3
 _MAX_ADDRESS = 100
-"""Bytes of an address; it ends with the peer id, which is said already."""
+"""Characters of an address."""
 
 _MAX_SHOWN = 5
 
@@ -87,8 +87,8 @@ async def _what_ails(
 
 def _place(info: ServerInfo) -> str:
     """Peer id and where it says that it is."""
-    told = [text[:_MAX_ADDRESS] for text in info.addresses[:2] if text.isascii()]
-    shown = [text for text in told if text.isprintable()]
+    told = [text.partition("/p2p/")[0][:_MAX_ADDRESS] for text in info.addresses[:2]]
+    shown = [text for text in told if text.isascii() and text.isprintable()]
     return f"{info.peer_id} at {' or '.join(shown) or 'no address'}"
 
 

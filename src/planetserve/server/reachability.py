@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 
@@ -26,7 +25,7 @@ async def warn_if_unreachable(node: SwarmNode) -> None:
             async with asyncio.timeout(_TIMEOUT_S):
                 _, writer = await asyncio.open_connection(address.host, address.port)
         except (OSError, TimeoutError) as error:
-            reason = os.strerror(error.errno) if error.errno in errno.errorcode else "no answer"
+            reason = os.strerror(error.errno) if error.errno else "no answer"
             logger.warning(
                 "this server cannot be reached from here at %s, which it announces (%s); if "
                 "clients cannot reach it either, check --public_ip or --announce_maddrs and that "

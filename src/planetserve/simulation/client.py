@@ -40,6 +40,8 @@ FRESH_S = 5.0
 """A view of the directory this old is not renewed, as in `ChainManager`."""
 _BLIND = frozenset({"random", "petals_max_throughput"})
 """Optimizers that look at neither links nor speeds."""
+_FLAGS = ("moves", "folded", "informed")
+"""Fields of `Policy` that its text may set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +59,30 @@ class Policy:
     folded: bool = False
     """Whether load counts as time per block instead of as a wait per visit: for optimizers such as
     Petals' that do not know of waits."""
+    informed: bool = False
+    """Whether clients know all present loads, which no real one can: what better news would be
+    worth."""
 
     def __post_init__(self) -> None:
         self.create(0)  # a mistyped name should fail here
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        """Read `"NAME"` or `"NAME:option=value"`, with `"+moves"` or `"+folded"` behind it or not.
+        """Read `"NAME"` or `"NAME:option=value"`, with any of `_FLAGS` behind it, as in `"+moves"`.
 
         Raises:
             ConfigError: it is nothing of the kind.
         """
         optimizer, *flags = text.split("+")
-        unknown = sorted(set(flags) - {"moves", "folded"})
+        unknown = sorted(set(flags) - set(_FLAGS))
         if unknown:
-            raise ConfigError(f"{text[:80]!r}: write +moves or +folded, not +{unknown[0]}")
-        return cls(optimizer, "moves" in flags, "folded" in flags)
+            known = " or ".join(f"+{flag}" for flag in _FLAGS)
+            raise ConfigError(f"{text[:80]!r}: write {known}, not +{unknown[0]}")
+        return cls(optimizer, **{flag: flag in flags for flag in _FLAGS})
 
     @override
     def __str__(self) -> str:
-        return self.optimizer + "+moves" * self.moves + "+folded" * self.folded
+        return self.optimizer + "".join(f"+{flag}" for flag in _FLAGS if getattr(self, flag))
 
     @property
     def is_blind(self) -> bool:
@@ -249,7 +255,7 @@ class SimClient:
             if self._banned_until_s.get(number, 0.0) > now_s:
                 continue
             server = self._servers[number]
-            if number in in_use and server.is_up:
+            if (number in in_use or self._policy.informed) and server.is_up:
                 now = server.point()
                 point = replace(
                     point, decode_ms_per_block=now.decode_ms_per_block, wait_ms=now.wait_ms

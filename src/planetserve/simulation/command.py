@@ -42,6 +42,7 @@ An optimiser's name may be followed by its options, and by
   +moves    running sessions look for better chains, as those of the real client do by default
   +folded   load counts as time per block instead of as a wait per visit, so that optimisers see it
             that know of no waits; without it Petals' see what Petals announces, speeds without load
+  +informed clients know all loads of the moment, which no real one can
 
 The scenarios home_4, city_14, continent_100, planet_1000 and planet_10000 are in configs/scenarios/
 of the source code; a file of your own has the same form. docs/chain_optimization.md explains the

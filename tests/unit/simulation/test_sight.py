@@ -320,6 +320,9 @@ def test_a_client_knows_the_present_load_of_servers_that_it_uses() -> None:
     ring.servers = [0]
     client.rings[ring] = None
     assert hosts(choice(client)) == ["s1"] * 8
+    informed = client_of(world, f"{BEST}+informed")
+    informed._servers = client._servers
+    assert hosts(choice(informed)) == ["s1"] * 8
 
 
 def test_a_session_that_looks_for_a_better_chain_counts_its_own_room_as_free() -> None:

@@ -144,7 +144,7 @@ def test_policies_are_read_from_text() -> None:
     assert str(Policy.parse("petals_min_latency+folded")) == "petals_min_latency+folded"
     with pytest.raises(ConfigError, match="choose one of"):
         Policy.parse("shortest")
-    with pytest.raises(ConfigError, match=r"\+moves or \+folded"):
+    with pytest.raises(ConfigError, match=r"\+moves or \+folded or \+informed, not \+fast"):
         Policy.parse("random+fast")
 
 

@@ -34,6 +34,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     raise ConfigError(f"dtype {dtype} cannot be served; use float32, bfloat16 or float16")
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """The inverse of `dtype_name`."""
+    return _NAMES[name]
+
+
 def wire_dtype(dtype: torch.dtype) -> WireDtype:
     """The wire's name for a torch dtype."""
     return _TO_WIRE[dtype]

@@ -171,6 +171,7 @@ class Stranger:
             "epoch": 0,
             "previous": CLIENT,
             "next": None,
+            "first_step": 0,
             "offer": to_text(public_key),
         }
         return OpenSession.model_validate({**fields, **changes})

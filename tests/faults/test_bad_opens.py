@@ -55,7 +55,7 @@ async def test_an_open_that_is_refused(server: Server, meet: MeetServer, name: s
 async def test_a_session_cannot_be_opened_twice(server: Server, meet: MeetServer) -> None:
     owner = await meet()
     session = await owner.open()
-    with pytest.raises(RemoteProtocolError, match="already open"):
+    with pytest.raises(RemoteProtocolError):
         await owner.open(session.session_id)
     assert (await session.step(2)).shape[0] == 2
 

@@ -26,9 +26,17 @@ from planetserve.errors import (
 )
 from planetserve.server import handler as handler_module
 from planetserve.server.server import Server
-from planetserve.wire.frame import MAX_STEP_BYTES, Direction, FrameHeader, FrameType, WireDtype
+from planetserve.wire.frame import (
+    FLAG_KEEP_LAST,
+    FLAG_REPLAY,
+    MAX_STEP_BYTES,
+    Direction,
+    FrameHeader,
+    FrameType,
+    WireDtype,
+)
 from planetserve.wire.protocols import PUSH_PROTOCOL
-from planetserve.wire.step import MAX_POSITION, RowSlice, StepTable
+from planetserve.wire.step import MAX_POSITION, HopLoad, RowSlice, StepTable
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -139,6 +147,9 @@ NOT_A_STEP: dict[str, BadFrame] = {
     "of a row named twice": with_table(rows((0, 0, 1), (0, 1, 1))),
     "of an empty row": with_table(rows((0, 0, 0)), num_tokens=0),
     "past the largest position": with_table(rows((0, MAX_POSITION - 1, 2))),
+    "with the loads of hops that there are not": with_table(
+        rows((0, 0, 2), loads=(HopLoad(0, 5),) * 1000)
+    ),
     "with a reorder of too many rows": with_table(rows((0, 0, 2), reorder=(0, 0))),
     "with a reorder of an unknown row": with_table(rows((0, 0, 2), reorder=(1,))),
     "with a negative position": with_table(rows((0, 0, 2), positions=(-1, 0))),
@@ -223,6 +234,61 @@ async def test_a_bad_frame_from_a_hop(
     error = await session.error()
     assert type(error) is kind
     assert error.peer_id == hop.node.peer_id
+    await check_others(server, bystander)
+
+
+OUT_OF_ORDER: dict[str, dict[str, Any]] = {
+    "a later step": {"step": 10},
+    "an earlier step": {"step": 0},
+    "a step that begins in its middle": {"chunk": 1, "num_chunks": 2},
+    "a replay in the middle of a text": {"flags": FLAG_REPLAY},
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_ORDER)
+async def test_a_step_that_does_not_follow_is_refused_and_not_passed_on(
+    server: Server, meet: MeetServer, bystander: Opened, name: str
+) -> None:
+    """Or the client would blame the hop that passes on what another one has altered."""
+    client, hop = await meet(), await meet()
+    session = await client.open(edge=1, previous=hop.node.peer_id)
+    session.upstream = await hop.push(session.session_id, of=client)
+    await session.step(2)
+    table, hidden_TD = session.numbers_for(1, start=2)
+    num_items = server.engine._num_items
+    await session.send(*session.sealed(table, hidden_TD, **OUT_OF_ORDER[name]))
+    error = await session.error()
+    assert type(error) is RemoteProtocolError
+    assert error.peer_id == hop.node.peer_id
+    assert server.engine._num_items == num_items
+    await check_others(server, bystander)
+
+
+async def test_the_first_step_is_the_one_that_the_client_named(
+    server: Server, meet: MeetServer, bystander: Opened
+) -> None:
+    client, hop = await meet(), await meet()
+    session = await client.open(edge=1, previous=hop.node.peer_id, first_step=3)
+    session.upstream = await hop.push(session.session_id, of=client)
+    await session.send(*good(session, step=12))
+    error = await session.error()
+    assert (type(error), error.peer_id) == (RemoteProtocolError, hop.node.peer_id)
+    await check_others(server, bystander)
+
+
+@pytest.mark.parametrize("changes", [{"flags": 0}, {"num_chunks": 3}, {"step": 2}])
+async def test_chunks_of_one_step_agree(
+    server: Server, meet: MeetServer, bystander: Opened, changes: dict[str, Any]
+) -> None:
+    client, hop = await meet(), await meet()
+    session = await client.open(edge=1, previous=hop.node.peer_id)
+    session.upstream = await hop.push(session.session_id, of=client)
+    for chunk, more in enumerate(({}, changes)):
+        table, hidden_TD = session.numbers_for(2, start=2 * chunk)
+        right = {"chunk": chunk, "num_chunks": 2, "flags": FLAG_KEEP_LAST}
+        await session.send(*session.sealed(table, hidden_TD, **{**right, **more}))
+    error = await session.error()
+    assert (type(error), error.peer_id) == (RemoteProtocolError, hop.node.peer_id)
     await check_others(server, bystander)
 
 

@@ -167,7 +167,7 @@ def test_who_refuses_a_session_speaks_for_itself(
         refused.append(stream.remote)
         reply = FrameHeader(FrameType.ERROR, session=header.session, edge=header.edge)
         report = ErrorReply(
-            code=code, message="your fault", retry_after_s=3600.0, blamed_peer=blamed
+            code=code, retry_after_s=3600.0, blamed_peer=blamed
         )
         await stream.send(reply, report.encode())
 
@@ -197,7 +197,7 @@ def test_a_user_whom_all_servers_refuse_is_told_who_says_what(
         with pytest.raises(RefusedByServers) as caught:
             model.generate(material.prompt, **GREEDY)
     names = [host.server.node.peer_id[-6:] for host in swarm.hosts[:2]]
-    assert all(f"…{name} says: 'config: run: curl evil.example'" in str(caught.value)
+    assert all(f"…{name} says: 'config: " in str(caught.value)
                for name in names)  # fmt: skip
     assert swarm.leaked() == Held.nothing()
 

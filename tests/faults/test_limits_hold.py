@@ -7,6 +7,8 @@ a test must show that nobody waits for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,13 +16,21 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import torch
-from hostile import MeetServer, Opened, Stranger, Target, until
+from hostile import MeetServer, Opened, Stranger, Target, error_on, until
 
-from planetserve.errors import CacheExhausted, HandshakeFailed, PlanetServeError, QueueFull
+from planetserve.errors import (
+    CacheExhausted,
+    HandshakeFailed,
+    PlanetServeError,
+    QueueFull,
+    RemoteProtocolError,
+    StreamClosed,
+)
 from planetserve.server.server import Server
 from planetserve.testing.swarm import LocalSwarm
 from planetserve.types import PeerId
-from planetserve.wire.frame import FrameHeader, FrameType
+from planetserve.wire.frame import MAX_STEP_BYTES, FrameHeader, FrameType
+from planetserve.wire.step import StepTable
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -127,7 +137,7 @@ async def test_a_full_cache_refuses_without_waiting_for_the_engine(
     newest = await sessions.pop().error()
     assert isinstance(newest, CacheExhausted)
     assert newest.retry_after_s > 0
-    assert "--max_peer_kv_share" in str(await refusal(greedy, max_length=16))
+    assert isinstance(await refusal(greedy, max_length=16), CacheExhausted)
     assert isinstance(await refusal(modest, max_length=quarter), CacheExhausted)
     assert isinstance(await refusal(late, max_length=64, num_rows=1024), CacheExhausted)
     smaller = await late.open(max_length=quarter // 2)
@@ -165,6 +175,114 @@ async def test_what_is_queued_is_bounded_and_stops_its_own_producer_only(
             assert (await item.answer()).shape[0] == num_tokens
         await sender
     await until(lambda: server.handler.queued_bytes == 0)
+
+
+async def test_a_frame_is_read_when_there_is_room_for_it_and_not_before(
+    server: Server, meet: MeetServer, engine_held_up: threading.Event
+) -> None:
+    """Every session of a peer announces as much as a frame may hold; the rest stays in the network,
+    and one header does not take the place of many."""
+    greedy, modest = await meet(), await meet()
+    limit = OPTIONS["max_peer_queued_mib"] << 20
+    sessions = [await greedy.open(max_length=CACHE_TOKENS // 16) for _ in range(8)]
+    width_bytes = server.checkpoint.config.hidden_size * 4
+    num_tokens = (MAX_STEP_BYTES - (64 << 10)) // (width_bytes + 4)
+    table, hidden_TD = sessions[0].numbers_for(num_tokens)
+    before = sum(stream.bytes_received for stream in server.node.streams)
+    senders = [asyncio.create_task(send(item, table, hidden_TD)) for item in sessions]
+    gate, peer = server.handler._gate, greedy.node.peer_id
+    await until(lambda: len(gate._waiting.get(peer, ())) == len(sessions) - 1)
+    assert gate.queued.of(peer) <= MAX_STEP_BYTES
+    received = sum(stream.bytes_received for stream in server.node.streams) - before
+    # One frame, which a peer with nothing queued may always send, and what came with the headers.
+    assert received < MAX_STEP_BYTES + len(sessions) * (64 << 10) + limit
+    answer = asyncio.create_task((await modest.open()).step(2))
+    await until(lambda: gate.queued.of(modest.node.peer_id))
+    for session in sessions:
+        await session.close()
+    await asyncio.gather(*senders)
+    engine_held_up.set()
+    assert (await answer).shape[0] == 2
+    await until(lambda: not server.handler.queued_bytes and not gate._waiting)
+
+
+async def send(session: Opened, table: StepTable, hidden_TD: torch.Tensor) -> None:
+    with contextlib.suppress(StreamClosed):
+        await session.send(*session.sealed(table, hidden_TD))
+
+
+WRONG_SIZES: dict[str, dict[str, object]] = {
+    "one token in the longest payload": {},
+    "a step instead of OPEN": {},
+    "no tensor": {"shape": ()},
+    "other blocks": {"span_end": 1},
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SIZES)
+async def test_what_cannot_be_right_is_refused_by_its_header(
+    server: Server, meet: MeetServer, name: str
+) -> None:
+    stranger = await meet()
+    if name == "a step instead of OPEN":
+        stream = await stranger.stream()
+        header = FrameHeader(FrameType.STEP, session=bytes(16))
+    else:
+        session = await stranger.open()
+        stream = session.control
+        header = session.header(session.numbers_for(1)[0], **WRONG_SIZES[name])
+    announced = dataclasses.replace(header, payload_bytes=MAX_STEP_BYTES)
+    # Nothing follows the header, so the answer proves that nothing was waited for.
+    stream._socket.send(announced.pack())
+    assert isinstance(await error_on(stream), RemoteProtocolError)
+
+
+async def test_chunks_that_are_held_for_a_whole_step_are_within_the_lease(
+    server: Server, meet: MeetServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the engine cannot take steps in parts: they count at the gate, and end at the lease."""
+    monkeypatch.setattr(server.engine.runner, "chunkable", False)
+    honest, greedy, other = await meet(), await meet(), await meet()
+    session = await honest.open(max_length=64)
+    for chunk in range(4):
+        table, hidden_TD = session.numbers_for(16, start=16 * chunk)
+        await session.send(*session.sealed(table, hidden_TD, chunk=chunk, num_chunks=4))
+        if chunk == 2:
+            await until(lambda: server.handler.queued_bytes >= 3 * hidden_TD.nbytes)  # noqa: B023
+    for _ in range(4):
+        assert (await session.answer()).shape[0] == 16
+    rest = await other.open(max_length=CACHE_TOKENS // 4)
+    most = CACHE_TOKENS // 4  # of one peer, while another holds some
+    hoard = await greedy.open(max_length=most - 64)
+    num_tokens, num_sent = 2048, 0
+
+    async def fill() -> None:
+        nonlocal num_sent
+        for chunk in range(64):
+            table, hidden_TD = hoard.numbers_for(num_tokens, start=num_tokens * chunk)
+            await hoard.send(*hoard.sealed(table, hidden_TD, chunk=chunk, num_chunks=64))
+            num_sent += 1
+
+    filling = asyncio.create_task(fill())
+    assert isinstance(await hoard.error(), CacheExhausted)
+    assert server.handler.queued_bytes == 0
+    filling.cancel()
+    await asyncio.gather(filling, return_exceptions=True)
+    assert num_sent <= 2 * most // num_tokens
+    await rest.close()
+
+
+async def test_a_journal_keeps_no_more_than_the_lease(server: Server, meet: MeetServer) -> None:
+    """One endless step that takes itself back would be kept whole for a next hop."""
+    greedy = await meet()
+    session = await greedy.open(max_length=64, next=greedy.nowhere())
+    table, hidden_TD = session.numbers_for(64)
+    await session.send(*session.sealed(table, hidden_TD, num_chunks=65535))
+    await until(lambda: server.handler.journal_bytes == hidden_TD.nbytes)
+    await session.send(*session.sealed(table, hidden_TD, chunk=1, num_chunks=65535))
+    assert isinstance(await session.error(), RemoteProtocolError)
+    await until(lambda: not server.handler.num_sessions)
+    assert server.handler.journal_bytes == 0
 
 
 async def send_steps(session: Opened, num_tokens: int, count: int) -> None:

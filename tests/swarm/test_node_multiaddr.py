@@ -92,3 +92,33 @@ def test_no_text_surprises_the_parser(text: str) -> None:
         except ConfigError:
             continue
     assert isinstance(multiaddr.dialable(PEER, [text]), list)
+
+
+LOOPBACK = ("/ip4/127.0.0.1/tcp/1", "/ip6/::1/tcp/1", "/ip4/0.0.0.0/tcp/1", "/ip6/::/tcp/1",
+            "/ip6/::ffff:127.0.0.1/tcp/1")  # fmt: skip
+LINK_LOCAL = ("/ip4/169.254.169.254/tcp/80", "/ip6/fe80::1/tcp/1")
+PRIVATE = ("/ip4/10.0.0.5/tcp/1", "/ip4/192.168.1.5/tcp/1", "/ip4/100.64.0.1/tcp/1",
+           "/ip6/fd00::1/tcp/1", "/ip6/::ffff:10.0.0.5/tcp/1", "/ip6/64:ff9b::a00:5/tcp/1",
+           "/ip6/2002:a00:5::/tcp/1", "/ip4/240.0.0.1/tcp/1", "/ip4/224.0.0.1/tcp/1")  # fmt: skip
+PUBLIC = ("/ip4/8.8.8.8/tcp/1", "/ip6/2606:4700::1111/tcp/1")
+NAMED = ("/dns4/example.org/tcp/1", "/dns/localhost/tcp/1")
+
+
+@pytest.mark.parametrize(
+    ("own", "kinds"),
+    [
+        ((PUBLIC[0],), (PUBLIC,)),
+        ((PUBLIC[0], "/ip4/127.0.0.1/tcp/9"), (PUBLIC,)),
+        ((PUBLIC[1], PRIVATE[1]), (PUBLIC, PRIVATE)),
+        ((PUBLIC[0], NAMED[0]), (PUBLIC, NAMED)),
+        (("/ip4/192.168.1.9/tcp/9", "/ip4/127.0.0.1/tcp/9"), (PUBLIC, PRIVATE, LOOPBACK, NAMED)),
+        (("/ip4/127.0.0.1/tcp/9",), (PUBLIC, LOOPBACK, NAMED)),
+        ((LINK_LOCAL[0],), (PUBLIC, LINK_LOCAL, NAMED)),
+    ],
+)
+def test_strangers_make_a_node_dial_only_places_like_its_own(
+    own: tuple[str, ...], kinds: tuple[tuple[str, ...], ...]
+) -> None:
+    everywhere = (*LOOPBACK, *LINK_LOCAL, *PRIVATE, *PUBLIC, *NAMED, "nonsense")
+    allowed = {address for kind in kinds for address in kind}
+    assert set(multiaddr.permitted(own, everywhere)) == allowed

@@ -73,6 +73,21 @@ async def stream(
     return await open_stream(opener, server.peer_id, server.addresses(), ECHO, 10)
 
 
+async def test_a_header_is_seen_before_its_payload_is_read(
+    stream: FrameStream, server: SwarmNode
+) -> None:
+    payload = os.urandom(MAX_STEP_BYTES)
+    sending = asyncio.create_task(stream.send(STEP, payload))
+    for _ in range(2):
+        header = await stream.peek(30)
+        assert (header.type, header.payload_bytes) == (FrameType.STEP, len(payload))
+    # What had come with the header, and no more.
+    assert stream.bytes_received < 256 * 1024
+    _, received = await stream.receive(30)
+    await sending
+    assert received == payload
+
+
 @pytest.mark.parametrize("size", [0, 1, 16 * 1024, 100_000, MAX_STEP_BYTES])
 async def test_frames_come_back_whole(stream: FrameStream, server: SwarmNode, size: int) -> None:
     payload = os.urandom(size)

@@ -129,6 +129,7 @@ class HopLink:
         epoch: int,
         previous: str,
         following: NextHop | None,
+        first_step: int,
     ) -> None:
         """OPEN and handshake.
 
@@ -149,6 +150,7 @@ class HopLink:
             epoch=epoch,
             previous=previous,
             next=following,
+            first_step=first_step,
             offer=to_text(handshake.offer),
         ).encode()
         self.epoch_out = epoch

@@ -135,9 +135,11 @@ class RingHops:
                     epoch=self._epoch,
                     previous=previous,
                     following=following,
+                    first_step=first_step,
                 )
             )
-            following = links[index].as_next(fresh=True)
+            if index:
+                following = links[index].as_next(fresh=True)
         if after is not None:
             message = self._rewiring(first_step, previous=links[-1].peer_id)
             jobs.append(self._rewire(after, message, secrets[-1], new_edge_secret()))

@@ -134,6 +134,20 @@ class Engine:
                 future.exception()  # nobody has to wait for a step of a session they closed
         self._worker.post(functools.partial(self._worker.forget, session_id))
 
+    def reserve(self, session_id: bytes, num_tokens: int) -> None:
+        """Lease room for a step of so many tokens, of which only a part is here.
+
+        Raises:
+            SessionError: no such session.
+            CacheExhausted: past what the session leased, with nothing left to lease.
+        """
+        self._note_shortage()
+        self._leases.ensure_tokens(session_id, num_tokens)
+
+    def leased_tokens(self, session_id: bytes) -> int:
+        """Tokens that a session may hold, all rows together; 0 when it has been closed."""
+        return self._leases.leased_tokens(session_id)
+
     def submit(
         self, session_id: bytes, table: StepTable, hidden_TD: torch.Tensor
     ) -> asyncio.Future[torch.Tensor]:

@@ -126,6 +126,16 @@ class Leases:
             lease.num_pages += missing
             self._peer_pages[lease.peer_id] += missing
 
+    def ensure_tokens(self, session_id: bytes, num_tokens: int) -> None:
+        """Grow the lease if a step of `num_tokens`, however they are spread over rows, exceeds it.
+
+        Raises as `ensure` does.
+        """
+        lease = self._leases.get(session_id)
+        if lease is None:
+            raise SessionError("no session with this id is open here")
+        self.ensure(session_id, -(-num_tokens // lease.num_rows))
+
     def over_share(self, peer_id: str, num_rows: int, max_length: int) -> list[bytes]:
         """Sessions to end so that `peer_id` can lease so much within its share.
 
@@ -155,8 +165,9 @@ class Leases:
         return ended
 
     def leased_tokens(self, session_id: bytes) -> int:
-        """Tokens that an open session's lease holds, all rows together."""
-        return self._leases[session_id].num_pages * self._page_size
+        """Tokens that a session's lease holds, all rows together; 0 if it is not open."""
+        lease = self._leases.get(session_id)
+        return 0 if lease is None else lease.num_pages * self._page_size
 
     def close(self, session_id: bytes) -> None:
         """Take the promise back; closing twice does nothing."""

@@ -273,18 +273,29 @@ class Preemption:
 
 
 def _shared(rows: list[Sequence], page_size: int) -> list[tuple[int, int]]:
-    """For each row the earlier one with which it shares most, and how many tokens."""
+    """For each row the earliest one before it with which it shares most, and how many tokens.
+
+    Rows get common pages by forking alone, so those that have one have all the pages before it as
+    well: the last page that a row has in common tells everything, and only its own are passed.
+    """
+    # Per page the rows that hold it and fill it further than those before them, at most one for
+    # each of its slots: (row, tokens up to the end of the page).
+    holders: dict[int, list[tuple[int, int]]] = {}
     found = []
     for row, sequence in enumerate(rows):
+        pages, length = sequence.pages, sequence.length
         best = (row, 0)
-        for earlier, other in enumerate(rows[:row]):
-            count = 0
-            for mine, theirs in zip(sequence.pages, other.pages, strict=False):
-                if mine != theirs:
-                    break
-                count += 1
-            tokens = min(count * page_size, sequence.length, other.length)
-            if tokens > best[1]:
-                best = (earlier, tokens)
-        found.append(best)
+        index = len(pages)
+        while index:
+            index -= 1
+            end = min(length, (index + 1) * page_size)
+            known = holders.get(pages[index])
+            if known is None:
+                holders[pages[index]] = [(row, end)]
+                continue
+            best = next((holder for holder in known if holder[1] >= end), known[-1])
+            if end > known[-1][1]:
+                known.append((row, end))
+            break
+        found.append((best[0], min(best[1], length)))
     return found

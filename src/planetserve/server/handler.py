@@ -25,9 +25,11 @@ from planetserve.errors import (
     SessionExpired,
 )
 from planetserve.server.counters import Refusals
+from planetserve.server.dials import Dials
 from planetserve.server.gate import StepGate
+from planetserve.server.journal import JournalBytes
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
-from planetserve.server.session import ServerSession
+from planetserve.server.session import ServerSession, Shared, check_neighbours
 from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.streams import FrameStream, serve_streams
 from planetserve.types import CLIENT, BlockSpan, PeerId
@@ -82,6 +84,8 @@ class SessionHandler:
         clock = clock or SystemClock()
         self._admission = Admission(limits, clock)
         self._gate = StepGate(QueuedBytes(limits))
+        self._journals = JournalBytes()
+        self._shared = Shared(engine, self._gate, Dials(node, limits, clock), self._journals)
         self._refusals = Refusals(clock)
         self._sessions: dict[SessionKey, ServerSession] = {}
         # Pushes whose OPEN is still on its way, by session and the peer that pushes: a stranger
@@ -106,6 +110,11 @@ class SessionHandler:
         return self._gate.queued.total
 
     @property
+    def journal_bytes(self) -> int:
+        """Bytes of what was passed on, kept for hops that may have to be replaced."""
+        return self._journals.total
+
+    @property
     def num_sessions(self) -> int:
         """Sessions open now."""
         return len(self._sessions)
@@ -126,35 +135,56 @@ class SessionHandler:
                     await self._idle.wait()
 
     async def _on_session(self, stream: FrameStream) -> None:
-        first = await self._first_frame(stream)
-        if first is None:
+        over_s = asyncio.get_running_loop().time() + _FIRST_FRAME_TIMEOUT_S
+        header = await self._first_header(stream, over_s)
+        if header is None:
             return
-        header, payload = first
-        try:
-            session, opened = self._admit(stream, header, payload)
-        except PlanetServeError as error:
-            await self._refuse(stream, header, error, f"open.{error.code}")
-            return
-        key = (stream.remote, header.session, header.edge)
-        try:
+        # Whatever the session takes goes onto this stack at once.
+        with contextlib.ExitStack() as held:
+            try:
+                self._check_asker(stream.remote, header)
+                payload = await self._first_payload(stream, over_s)
+                if payload is None:
+                    return
+                session, opened = self._admit(held, stream, header, payload)
+            except PlanetServeError as error:
+                held.close()
+                await self._refuse(stream, header, error, f"open.{error.code}")
+                return
             answer = FrameHeader(FrameType.OPENED, session=header.session, edge=header.edge)
-            await stream.send(answer, opened.encode())
+            async with asyncio.timeout(_FIRST_FRAME_TIMEOUT_S):
+                await stream.send(answer, opened.encode())
             failure = await self._run(session)
             if failure is not None:
                 self._refusals.add(f"session.{failure.code}", failure.peer_id or stream.remote)
-        finally:
-            del self._sessions[key]
-            self._admission.closed(stream.remote)
-            self._engine.close_session(session.key)
-            if not self._sessions:
-                self._idle.set()
 
-    async def _first_frame(self, stream: FrameStream) -> tuple[FrameHeader, bytearray] | None:
+    def _forget(self, key: SessionKey) -> None:
+        del self._sessions[key]
+        self._admission.closed(key[0])
+        if not self._sessions:
+            self._idle.set()
+
+    async def _first_header(self, stream: FrameStream, over_s: float) -> FrameHeader | None:
+        """The header of a stream's first frame; None if there is none by `over_s`."""
         try:
-            return await stream.receive(_FIRST_FRAME_TIMEOUT_S)
+            return await stream.peek(over_s - asyncio.get_running_loop().time())
         except PlanetServeError:
             self._refusals.add("frame", stream.remote)
             return None
+
+    async def _first_payload(self, stream: FrameStream, over_s: float) -> bytearray | None:
+        try:
+            return (await stream.receive(over_s - asyncio.get_running_loop().time()))[1]
+        except PlanetServeError:
+            self._refusals.add("frame", stream.remote)
+            return None
+
+    def _check_asker(self, remote: PeerId, header: FrameHeader) -> None:
+        if self._draining:
+            raise CapacityError("this server is leaving the swarm", retry_after_s=60.0)
+        self._admission.ask(remote)
+        if header.type is not FrameType.OPEN:
+            raise RemoteProtocolError(f"expected OPEN, got {header.type.name}")
 
     async def _refuse(
         self, stream: FrameStream, header: FrameHeader, error: PlanetServeError, reason: str
@@ -168,13 +198,13 @@ class SessionHandler:
 
     async def _run(self, session: ServerSession) -> PlanetServeError | None:
         loop = asyncio.get_running_loop()
-        session.last_frame_s = opened_s = loop.time()
+        opened_s = loop.time()
         running = asyncio.create_task(session.run())
         try:
             while not running.done():
                 await asyncio.wait([running], timeout=_CHECK_PERIOD_S)
                 now_s = loop.time()
-                if now_s - session.last_frame_s > self._limits.step_timeout_s:
+                if now_s - max(opened_s, session.last_frame_s) > self._limits.step_timeout_s:
                     session.fail(SessionExpired("no step within the server's step timeout"))
                 if now_s - opened_s > self._limits.session_timeout_s:
                     session.fail(SessionExpired("the session passed the server's age limit"))
@@ -184,13 +214,12 @@ class SessionHandler:
             await asyncio.gather(running, return_exceptions=True)
 
     def _admit(
-        self, stream: FrameStream, header: FrameHeader, payload: bytearray
+        self,
+        held: contextlib.ExitStack,
+        stream: FrameStream,
+        header: FrameHeader,
+        payload: bytearray,
     ) -> tuple[ServerSession, SessionOpened]:
-        if self._draining:
-            raise CapacityError("this server is leaving the swarm", retry_after_s=60.0)
-        self._admission.ask(stream.remote)
-        if header.type is not FrameType.OPEN:
-            raise RemoteProtocolError(f"expected OPEN, got {header.type.name}")
         message = decode(OpenSession, payload)
         key = (stream.remote, header.session, message.edge)
         self._check(message, header, key)
@@ -201,28 +230,19 @@ class SessionHandler:
             bytes(payload),
             from_text(message.offer),
         )
-        session = ServerSession(
-            self._node,
-            self._engine,
-            self._gate,
-            header.session,
-            message,
-            stream,
-            channel,
-            self._model.max_session_tokens * message.num_rows,
-        )
+        held.callback(channel.erase)
+        session = ServerSession(self._shared, header.session, message, stream, channel)
         try:
             self._lease(session, stream.remote)
         except CacheExhausted as refusal:
             if not self._make_room(message, stream.remote, refusal.retry_after_s):
                 raise
             self._lease(session, stream.remote)
+        held.callback(self._engine.close_session, session.key)
         self._sessions[key] = session
         self._admission.opened(stream.remote)
+        held.callback(self._forget, key)
         self._idle.clear()
-        waiting = self._waiting.pop((key, message.previous), None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(session)
         opened = SessionOpened(
             max_chunk_tokens=self._limits.max_chunk_tokens,
             chunkable=self._engine.runner.chunkable,
@@ -230,6 +250,11 @@ class SessionHandler:
             answer=to_text(answer),
             signature=to_text(signature),
         )
+        # A push stream waits for the session's keys, even if the client never sends them.
+        held.callback(session.end_ingesting)
+        waiting = self._waiting.pop((key, message.previous), None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(session)
         return session, opened
 
     def _lease(self, session: ServerSession, peer_id: PeerId) -> None:
@@ -258,18 +283,22 @@ class SessionHandler:
             raise RemoteProtocolError(f"this server serves blocks {model.span}")
         if message.edge == 0 and message.previous != CLIENT or header.edge != message.edge:
             raise RemoteProtocolError("edge 0 comes from the client")
+        check_neighbours(message, message.previous, message.next)
         if key in self._sessions:
             raise RemoteProtocolError("this session is already open here")
 
     async def _on_push(self, stream: FrameStream) -> None:
-        first = await self._first_frame(stream)
-        if first is None:
+        over_s = asyncio.get_running_loop().time() + _FIRST_FRAME_TIMEOUT_S
+        header = await self._first_header(stream, over_s)
+        if header is None:
             return
-        header, payload = first
         reason = "push.protocol"
         try:
             if header.type is not FrameType.HELLO:
                 raise RemoteProtocolError(f"expected HELLO, got {header.type.name}")
+            payload = await self._first_payload(stream, over_s)
+            if payload is None:
+                return
             hello = decode(PushHello, payload)
             reason = "push.unknown"
             key = (hello.client, header.session, hello.edge)
@@ -280,11 +309,7 @@ class SessionHandler:
             # The session, if there is one, goes on: whoever said this is not its upstream hop.
             await self._refuse(stream, header, error, reason)
             return
-        try:
-            await session.ingest(stream)
-        except PlanetServeError as error:
-            session.blame_upstream(error, stream.remote)
-            session.fail(error)
+        await session.ingest(stream)
 
     async def _find(self, key: SessionKey, remote: PeerId) -> ServerSession:
         """The session a push belongs to; its OPEN may still be on the way from the client."""

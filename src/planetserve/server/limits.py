@@ -22,6 +22,8 @@ SMALL_FRAME_BYTES = 64 * 1024
 """A step frame up to this size is one of decoding, not a piece of a prompt."""
 
 _SESSIONS_RETRY_S = 5.0
+_RESERVED_SHARE = 0.25
+"""Part of all that may be queued which only peers with nothing queued get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +99,18 @@ class Admission:
 
 
 class QueuedBytes:
-    """Bytes of step frames that were accepted and whose results have not been sent on yet.
+    """Bytes of step frames that may be read, or were, and whose results have not been sent on yet.
 
     Counted for the peer that opened the session, since it decides who sends and who consumes. A
-    peer with nothing queued may always queue one frame, so that no one's hoard stops another; a
-    session with nothing queued a small one, so that a stuck prompt does not stop the decoding of
-    the same peer's other sessions.
+    part of the whole (`_RESERVED_SHARE`) is for peers that have nothing queued, so that hoards of
+    others do not stop them; each may queue one frame, whatever its size. A session with nothing
+    queued may always queue a small one, so that a stuck prompt does not stop the decoding of the
+    same peer's other sessions: `max_sessions` bounds how many of those come on top of the whole.
     """
 
     def __init__(self, limits: ServerLimits):
         self._max_total = limits.max_queued_bytes
+        self._max_shared = int(limits.max_queued_bytes * (1 - _RESERVED_SHARE))
         self._max_per_peer = limits.max_peer_queued_bytes
         self._per_peer: Counter[PeerId] = Counter()
         self.total = 0
@@ -125,15 +129,25 @@ class QueuedBytes:
             peer: who opened the session.
             num_bytes: the frame's payload.
             is_only: nothing else of the frame's session is queued.
-            must: the rest of a step whose beginning waits for it: counted in any case.
+            must: the rest of a step whose beginning waits for it, within what the session has
+                leased: counted in any case.
         """
-        held = self._per_peer[peer]
-        fits = held + num_bytes <= self._max_per_peer and self.total + num_bytes <= self._max_total
-        if fits or must or not held or (is_only and num_bytes <= SMALL_FRAME_BYTES):
-            self._per_peer[peer] += num_bytes
-            self.total += num_bytes
-            return True
-        return False
+        if not (
+            must
+            or (is_only and num_bytes <= SMALL_FRAME_BYTES)
+            or self._fits(self._per_peer[peer], num_bytes)
+        ):
+            return False
+        self._per_peer[peer] += num_bytes
+        self.total += num_bytes
+        return True
+
+    def _fits(self, held: int, num_bytes: int) -> bool:
+        if not held:
+            # Where nothing at all is queued, the largest frame passes the smallest limit.
+            return self.total + num_bytes <= self._max_total or not self.total
+        fits_peer = held + num_bytes <= self._max_per_peer
+        return fits_peer and self.total + num_bytes <= self._max_shared
 
     def give(self, peer: PeerId, num_bytes: int) -> None:
         """The results of `num_bytes` have been sent on, or their session has ended."""

@@ -16,10 +16,10 @@ import torch
 
 from planetserve.crypto.channel import Sealer
 from planetserve.errors import PlanetServeError, StreamClosed, TransportError
+from planetserve.server.dials import Dials
 from planetserve.server.journal import Journal, SentChunk
-from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.streams import FrameStream, open_stream
-from planetserve.tensors import tensor_bytes, wire_dtype
+from planetserve.swarm.streams import FrameStream
+from planetserve.tensors import named_dtype, tensor_bytes, wire_dtype
 from planetserve.wire.frame import (
     ANSWER_EDGE,
     FLAG_KEEP_LAST,
@@ -33,22 +33,22 @@ from planetserve.wire.messages import NextHop, OpenSession, PushHello, Rewire
 from planetserve.wire.protocols import PUSH_PROTOCOL
 from planetserve.wire.step import MAX_LOADS, HopLoad, StepTable, pack_answer_head
 
-_CONNECT_TIMEOUT_S = 5.0
 _TABLE_ROOM_BYTES = 64 * 1024
 _POSITION_BYTES = 4
 
 Report = Callable[[PlanetServeError], Coroutine[Any, Any, None]]
-Fail = Callable[[PlanetServeError], None]
+Fail = Callable[[Exception], None]
 
 
 class Outlet:
     """The sending side of one session at one hop.
 
     Args:
+        dials: makes connections to next hops.
         session_id: of the session.
         message: its OPEN.
         control: the client's stream, where the last hop answers.
-        dtype: of what travels.
+        journal: what has been sent on, None at the last hop.
         load_ms: the present time of a decode step in one block, which the client is told.
         report: tells the client that the next hop is lost.
         fail: ends the session, when something else goes wrong here.
@@ -56,20 +56,20 @@ class Outlet:
 
     def __init__(
         self,
-        node: SwarmNode,
+        dials: Dials,
         session_id: bytes,
         message: OpenSession,
         control: FrameStream,
-        dtype: torch.dtype,
+        journal: Journal | None,
         load_ms: Callable[[], float],
         report: Report,
         fail: Fail,
     ):
-        self._node = node
+        self._dials = dials
         self._session_id = session_id
         self._span_end = message.end
         self._control = control
-        self._dtype = dtype
+        self._dtype = named_dtype(message.dtype)
         self._load_ms = load_ms
         self._own_edge = message.edge
         self._report = report
@@ -77,7 +77,7 @@ class Outlet:
         self._next = message.next
         self.epoch = message.epoch
         """Of the edge that leaves this hop."""
-        self._journal = None if message.next is None else Journal(message.num_rows)
+        self._journal = journal
         self._target: FrameStream | None = control if message.next is None else None
         self._sealer: Sealer | None = None
         self._lock = asyncio.Lock()
@@ -151,14 +151,18 @@ class Outlet:
 
     async def close(self) -> None:
         """Stop sending and drop the keys. The client's stream stays open."""
-        if self._connecting is not None:
-            self._connecting.cancel()
-            await asyncio.gather(self._connecting, return_exceptions=True)
-        target, self._target = self._target, None
-        if target is not None and target is not self._control:
-            await target.close()
         if self._sealer is not None:
             self._sealer.erase()
+        try:
+            if self._connecting is not None:
+                self._connecting.cancel()
+                await asyncio.gather(self._connecting, return_exceptions=True)
+            if self._target is not None and self._target is not self._control:
+                await self._target.close()
+        finally:
+            # Also when this is cancelled meanwhile.
+            if self._target is not self._control:
+                self._drop_target()
 
     async def _fill(self, following: NextHop, message: Rewire | None) -> None:
         """Connect to the next hop and send it what it lacks."""
@@ -177,7 +181,7 @@ class Outlet:
                         await self._send(target, chunk)
                 except StreamClosed as error:
                     await self._lost(target, error)
-        except PlanetServeError as error:
+        except Exception as error:  # noqa: BLE001 - the session reports it, whatever it is
             self._fail(error)
 
     def _replayed(self, message: Rewire) -> list[SentChunk]:
@@ -210,13 +214,11 @@ class Outlet:
         return chunks
 
     async def _connect(self, following: NextHop) -> FrameStream:
-        stream = await open_stream(
-            self._node, following.peer_id, following.addresses, PUSH_PROTOCOL, _CONNECT_TIMEOUT_S
-        )
         hello = PushHello(client=self._control.remote, edge=following.edge, epoch=self.epoch)
         header = FrameHeader(
             FrameType.HELLO, session=self._session_id, edge=hello.edge, epoch=hello.epoch
         )
+        stream = await self._dials.open(self._control.remote, following, PUSH_PROTOCOL)
         try:
             await stream.send(header, hello.encode())
         except BaseException:

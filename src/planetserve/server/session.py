@@ -1,9 +1,10 @@
 """One session at one hop: frames in, engine steps, frames out, in order and bounded.
 
 The client's stream brings deals, rewirings and the end, and at the first hop the STEP frames;
-`ingest` takes those of the hop before from its push stream. What they become goes through the
-engine, and `_pump` hands its answers to the outlet (`outlet.py`) in the same order. The queue
-between them is bounded, so a slow consumer stops the reading of its own producer and nobody else's.
+`ingest` takes those of the hop before from its push stream. The inlet says what they are
+(`inlet.py`); what they become goes through the engine, and `_pump` hands its answers to the outlet
+(`outlet.py`) in the same order. The queue between them is bounded, so a slow consumer stops the
+reading of its own producer and nobody else's.
 
 A neighbour that is lost leaves the session waiting: the client names another in its place. Any
 other failure ends the session with one typed error to the client.
@@ -21,24 +22,29 @@ from typing import ClassVar
 import torch
 
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
+from planetserve.crypto.identity import peer_id_bytes
 from planetserve.crypto.secrets import ChannelSecret, open_deal, wipe
 from planetserve.engine.engine import Engine
 from planetserve.errors import (
     DecryptionFailed,
+    HopTimeout,
+    PeerUnreachable,
     PlanetServeError,
     RemoteProtocolError,
     SessionError,
     StreamClosed,
 )
-from planetserve.server.gate import StepGate
+from planetserve.server.dials import Dials
+from planetserve.server.gate import GateShare, StepGate
+from planetserve.server.inlet import Arrived, Inlet
+from planetserve.server.journal import Journal, JournalBytes
 from planetserve.server.outlet import Outlet
-from planetserve.server.step_order import StepOrder
-from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.streams import FrameStream
-from planetserve.tensors import is_finite, tensor_from_payload
+from planetserve.tensors import is_finite
 from planetserve.types import CLIENT
-from planetserve.wire.frame import HEADER_BYTES, Direction, FrameHeader, FrameType, WireDtype
+from planetserve.wire.frame import Direction, FrameHeader, FrameType
 from planetserve.wire.messages import (
+    NextHop,
     OpenSession,
     Progress,
     PushHello,
@@ -46,7 +52,6 @@ from planetserve.wire.messages import (
     decode,
     error_reply,
 )
-from planetserve.wire.step import StepTable
 
 logger = logging.getLogger(__name__)
 
@@ -58,26 +63,43 @@ _LEAST_ASKING_PERIOD_S = 0.1
 """An answer to STATUS that comes sooner after the one before is held back, and so is what follows
 on the stream: a question costs more to answer than to ask."""
 _LAST_WORDS_TIMEOUT_S = 1.0
-_WIRE_DTYPES = {
-    "float32": (WireDtype.FLOAT32, torch.float32),
-    "float16": (WireDtype.FLOAT16, torch.float16),
-    "bfloat16": (WireDtype.BFLOAT16, torch.bfloat16),
-}
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all sessions of a server share."""
+
+    engine: Engine
+    gate: StepGate
+    dials: Dials
+    journals: JournalBytes
 
 
 @dataclass(slots=True)
 class _Pending:
     """One engine step and the frames that its output becomes."""
 
-    chunks: Sequence[tuple[FrameHeader, StepTable]]
+    arrived: Arrived
     output: asyncio.Future[torch.Tensor]
     entering_s: float
     """From the arrival of the last of these frames to the engine."""
 
-    @property
-    def num_bytes(self) -> int:
-        """What these frames count for at the gate."""
-        return sum(header.payload_bytes for header, _ in self.chunks)
+
+def check_neighbours(message: OpenSession, previous: str | None, following: NextHop | None) -> None:
+    """Refuse neighbours that a session of OPEN `message` cannot have.
+
+    Raises:
+        RemoteProtocolError: no peer ids, or a next hop that does not come after this one.
+    """
+    for peer in (previous, None if following is None else following.peer_id):
+        if peer is not None and peer != CLIENT:
+            peer_id_bytes(peer)
+    if following is not None and (
+        following.peer_id == CLIENT
+        or following.end <= message.end
+        or following.edge == message.edge
+    ):
+        raise RemoteProtocolError("a next hop that does not come after this one")
 
 
 class ServerSession:
@@ -86,10 +108,11 @@ class ServerSession:
     Activations are opened and sealed with keys of this session's two edges only.
 
     Args:
-        gate: where step frames wait when too much is queued for the client already.
+        shared: the engine, and what bounds the sessions of all peers together.
+        session_id: the client's own name for it.
+        message: its OPEN.
         control: the client's stream.
         channel: this hop's end of the handshake, through which the client deals edge secrets.
-        max_step_tokens: largest step that is assembled when prefills cannot be chunked.
     """
 
     sealer_type: ClassVar[Callable[..., Sealer]] = EdgeSealer
@@ -97,41 +120,45 @@ class ServerSession:
 
     def __init__(
         self,
-        node: SwarmNode,
-        engine: Engine,
-        gate: StepGate,
+        shared: Shared,
         session_id: bytes,
         message: OpenSession,
         control: FrameStream,
         channel: ChannelSecret,
-        max_step_tokens: int,
     ):
         self.key = session_id + message.edge.to_bytes(2, "big") + control.remote.encode()
         """Names the session in the engine; unique in this process. A session id is its client's
         own: whoever learns it, as every hop does, can open nothing in the client's place."""
         self.session_id = session_id
         self.open = message
-        self._engine = engine
-        self._gate = gate
-        self._num_queued_bytes = 0
+        self._engine = engine = shared.engine
+        self._share = GateShare(shared.gate, control.remote)
         self._control = control
-        self._max_step_tokens = max_step_tokens
-        self._dtype, self._torch_dtype = _WIRE_DTYPES[message.dtype]
         self._queue: asyncio.Queue[_Pending] = asyncio.Queue(MAX_STEPS_IN_FLIGHT)
-        self._held: list[tuple[FrameHeader, StepTable, torch.Tensor]] = []
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._previous = message.previous
-        self._epoch = message.epoch
-        self._inlet: FrameStream | None = control if message.previous == CLIENT else None
-        self._order = StepOrder()
         self._channel = channel
-        self._opener: Opener | None = None
+        self._inlet = Inlet(
+            message,
+            control,
+            self._share,
+            engine.runner.hidden_size,
+            chunkable=engine.runner.chunkable,
+            reserve=lambda num_tokens: engine.reserve(self.key, num_tokens),
+        )
+        self._journal: Journal | None = None
+        if message.next is not None:
+            self._journal = Journal(
+                message.num_rows,
+                control.remote,
+                shared.journals,
+                max_tokens=lambda: engine.leased_tokens(self.key),
+            )
         self._outlet = Outlet(
-            node,
+            shared.dials,
             session_id,
             message,
             control,
-            self._torch_dtype,
+            self._journal,
             load_ms=lambda: engine.decode_ms_per_block,
             report=self._report_parked,
             fail=self.fail,
@@ -139,12 +166,13 @@ class ServerSession:
         self._dealt = asyncio.Event()
         self._num_rewires = 0
         self._ingesting: set[asyncio.Task[None]] = set()
-        self._frames_received = 0
         self._num_running = 0
-        self._num_questions = 0
         self._next_answer_s = 0.0
-        self.last_frame_s = 0.0
-        """Monotonic time of the latest frame; the handler's idle check reads it."""
+
+    @property
+    def last_frame_s(self) -> float:
+        """Monotonic time of the latest step frame; 0 before the first."""
+        return self._inlet.last_frame_s
 
     async def run(self) -> PlanetServeError | None:
         """Serve until the client closes, something fails, or the task is cancelled.
@@ -164,29 +192,43 @@ class ServerSession:
             errors = [task.exception() for task in finished if not task.cancelled()]
             error = next((item for item in errors if item is not None), None)
         finally:
-            # Whatever still comes is not taken, and no other stream accepted.
-            self._inlet, self._epoch = None, -1
-            for task in (*tasks, *self._ingesting):
-                task.cancel()
-            self._failure.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._channel.erase()
-            self._set_opener(None)
-            await self._outlet.close()
-            self._leave_gate(self._num_queued_bytes)
+            await self._release(tasks)
         return None if error is None else await self._report(error)
 
-    def fail(self, error: PlanetServeError) -> None:
+    async def _release(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        """Give back all that the session holds, even if this is cancelled half-way."""
+        with contextlib.ExitStack() as held:
+            held.callback(self._share.close)
+            if self._journal is not None:
+                held.callback(self._journal.close)
+            held.callback(self._channel.erase)
+            self.end_ingesting()
+            for task in tasks:
+                task.cancel()
+            self._failure.cancel()
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:
+                await self._outlet.close()
+
+    def end_ingesting(self) -> None:
+        """Take no frame that still comes, and no other stream."""
+        self._inlet.close()
+        for task in self._ingesting:
+            task.cancel()
+
+    def fail(self, error: Exception) -> None:
         """End the session with `error`, from any task."""
         if not self._failure.done():
             self._failure.set_exception(error)
 
-    def blame_upstream(self, error: PlanetServeError, previous: str) -> None:
+    def blame_upstream(self, error: Exception, previous: str) -> None:
         """Name the hop before, if `error` is about what it sent: that a server is full, or that a
         pass fails, is not."""
         is_about_a_frame = isinstance(error, RemoteProtocolError | DecryptionFailed)
         # The client's own mistakes end at the first hop.
-        if previous != CLIENT and (is_about_a_frame or type(error) is SessionError):
+        is_about_a_frame = is_about_a_frame or type(error) is SessionError
+        if previous != CLIENT and isinstance(error, PlanetServeError) and is_about_a_frame:
             error.peer_id = error.peer_id or previous
 
     async def announce_leaving(self) -> None:
@@ -202,16 +244,12 @@ class ServerSession:
         Raises:
             RemoteProtocolError: not the peer, edge or epoch the client named, or a second stream.
         """
-        expected = (self._previous, self.open.edge, self._epoch)
-        if (stream.remote, hello.edge, hello.epoch) != expected or self._inlet is not None:
-            raise RemoteProtocolError("a push stream that this session does not expect")
-        self._inlet = stream
+        self._inlet.attach(stream, hello)
 
     async def ingest(self, stream: FrameStream) -> None:
         """Take STEP frames from the attached push stream, until it ends or another takes its place.
 
-        Raises:
-            PlanetServeError: a frame that does not belong here, or a step the engine refuses.
+        What goes wrong ends the session.
         """
         task = asyncio.current_task()
         if task is not None:
@@ -219,15 +257,18 @@ class ServerSession:
             self._ingesting.add(task)
             task.add_done_callback(self._ingesting.discard)
         await self._dealt.wait()
-        while stream is self._inlet:
-            try:
-                header, payload = await stream.receive()
-            except StreamClosed:
-                # The client learns of a lost hop from its own stream, and names another here.
-                return
-            if header.type is not FrameType.STEP:
-                raise RemoteProtocolError(f"unexpected {header.type.name} frame")
-            await self._take_step(stream, header, payload)
+        try:
+            while stream is self._inlet.stream:
+                header = await stream.peek()
+                if header.type is not FrameType.STEP:
+                    raise RemoteProtocolError(f"unexpected {header.type.name} frame")
+                await self._take_step(stream, header)
+        except (StreamClosed, HopTimeout):
+            # The client learns of a lost hop from its own stream, and names another here.
+            return
+        except Exception as error:  # noqa: BLE001 - the session reports it, whatever it is
+            self.blame_upstream(error, stream.remote)
+            self.fail(error)
 
     async def _follow_client(self) -> None:
         """Do what the client's stream says, until CLOSE or its end."""
@@ -235,14 +276,18 @@ class ServerSession:
         await self._take_first_deal()
         while True:
             try:
+                header = await control.peek()
+                if header.type is FrameType.STEP and self._inlet.is_control:
+                    await self._take_step(control, header)
+                    continue
+                if header.type not in (FrameType.CLOSE, FrameType.REWIRE, FrameType.STATUS):
+                    raise RemoteProtocolError(f"unexpected {header.type.name} frame")
                 header, payload = await control.receive()
             except StreamClosed:
                 return
             match header.type:
                 case FrameType.CLOSE:
                     return
-                case FrameType.STEP if self._inlet is control:
-                    await self._take_step(control, header, payload)
                 case FrameType.REWIRE:
                     await self._rewire(payload)
                 case FrameType.STATUS if not payload:
@@ -250,63 +295,20 @@ class ServerSession:
                 case _:
                     raise RemoteProtocolError(f"unexpected {header.type.name} frame")
 
-    async def _take_step(
-        self, stream: FrameStream, header: FrameHeader, payload: bytearray
-    ) -> None:
-        self.last_frame_s = arrived_s = asyncio.get_running_loop().time()
-        await self._enter_gate(len(payload))
-        if stream is not self._inlet:  # replaced while this frame waited
-            self._leave_gate(len(payload))
+    async def _take_step(self, stream: FrameStream, header: FrameHeader) -> None:
+        arrived = await self._inlet.take(stream, header)
+        if arrived is None:
             return
-        table, hidden_TD = self._read_step(header, payload)
-        self._frames_received += 1
-        if not self._order.take(header):  # what it became has left
-            self._leave_gate(len(payload))
-            return
-        await self._submit(header, table, hidden_TD, arrived_s)
-
-    def _read_step(self, header: FrameHeader, payload: bytearray) -> tuple[StepTable, torch.Tensor]:
-        message, opener = self.open, self._opener
-        if opener is None:
-            raise RemoteProtocolError("a step frame before its keys")
-        plaintext = opener.open(header, payload)
-        if (header.span_start, header.span_end) != (message.start, message.end):
-            raise RemoteProtocolError("a step frame for other blocks")
-        shape = (header.num_tokens, self._engine.runner.hidden_size)
-        if header.shape != shape or header.dtype is not self._dtype:
-            raise RemoteProtocolError("a step tensor of the wrong shape or dtype")
-        table, offset = StepTable.unpack(plaintext, message.num_rows, header.num_tokens)
-        if header.position != table.rows[0].start:
-            raise RemoteProtocolError("a step frame whose position is not its first row's")
-        return table, tensor_from_payload(plaintext, offset, header.dtype, header.shape)
-
-    async def _submit(
-        self, header: FrameHeader, table: StepTable, hidden_TD: torch.Tensor, arrived_s: float
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        if self._engine.runner.chunkable or header.num_chunks == 1:
-            self._num_running += 1
-            future = self._engine.submit(self.key, table, hidden_TD)
-            await self._queue.put(_Pending([(header, table)], future, loop.time() - arrived_s))
-            return
-        # Rotary tables that depend on the longest position must see the whole step at once.
-        self._held.append((header, table, hidden_TD))
-        held_tokens = sum(piece.num_tokens for _, piece, _ in self._held)
-        if held_tokens > self._max_step_tokens:
-            raise RemoteProtocolError("a step of too many tokens")
-        if header.chunk == header.num_chunks - 1:
-            held, self._held = self._held, []
-            whole = StepTable.merge([piece for _, piece, _ in held])
-            self._num_running += 1
-            future = self._engine.submit(self.key, whole, torch.cat([part for *_, part in held]))
-            chunks = [(head, piece) for head, piece, _ in held]
-            await self._queue.put(_Pending(chunks, future, loop.time() - arrived_s))
+        future = self._engine.submit(self.key, arrived.table, arrived.hidden_TD)
+        self._num_running += 1
+        entering_s = asyncio.get_running_loop().time() - arrived.arrived_s
+        await self._queue.put(_Pending(arrived, future, entering_s))
 
     async def _take_first_deal(self) -> None:
         """Receive the secrets of this hop's two edges; only then can a step be opened or sent."""
         inbound, outbound = await self._take_deal(self.open.epoch)
         try:
-            self._set_opener(inbound)
+            self._inlet.set_opener(self._new_opener(inbound, self.open.epoch))
             sealer = self._new_sealer(outbound, self._outlet.edge, self.open.epoch)
         finally:
             wipe(inbound, outbound)
@@ -322,15 +324,16 @@ class ServerSession:
             self._num_rewires > _MAX_REWIRES
             or (following is None and previous is None)
             or (following is not None and self.open.next is None)
-            or (previous is not None and self._inlet is self._control)
+            or (previous is not None and self.open.previous == CLIENT)
             or previous == CLIENT
         ):
             raise RemoteProtocolError("a rewiring that does not fit the session")
+        check_neighbours(self.open, previous, following)
         inbound, outbound = await self._take_deal(message.epoch, payload)
         try:
             if previous is not None:
-                self._change_inlet(previous, message.epoch)
-                self._set_opener(inbound)
+                self._inlet.change(previous, message.epoch)
+                self._inlet.set_opener(self._new_opener(inbound, message.epoch))
             if following is not None:
                 sealer = self._new_sealer(outbound, following.edge, message.epoch)
                 self._outlet.rewire(message, sealer)
@@ -341,37 +344,21 @@ class ServerSession:
         )
         await self._control.send(header)
 
-    def _change_inlet(self, previous: str, epoch: int) -> None:
-        inlet, self._inlet = self._inlet, None
-        if inlet is not None and inlet is not self._control:
-            inlet.abort()
-        self._previous, self._epoch = previous, epoch
-        self._frames_received = 0
-        if self._held:  # the rest of that step comes from the new hop, from its beginning
-            self._leave_gate(sum(header.payload_bytes for header, _, _ in self._held))
-            self._held.clear()
-            self._order.restart_step()
-
     async def _take_deal(
         self, expected_epoch: int, rewire: bytearray | bytes = b""
     ) -> tuple[bytearray, bytearray]:
-        header, payload = await self._control.receive(_DEAL_TIMEOUT_S)
+        header = await self._control.peek(_DEAL_TIMEOUT_S)
         if header.type is not FrameType.DEAL:
             raise RemoteProtocolError(f"expected DEAL, got {header.type.name}")
+        _, payload = await self._control.receive(_DEAL_TIMEOUT_S)
         epoch, inbound, outbound = open_deal(self._channel, bytes(payload), rewire)
         if epoch != expected_epoch:
             wipe(inbound, outbound)
             raise RemoteProtocolError("secrets for another epoch than was announced")
         return inbound, outbound
 
-    def _set_opener(self, secret: bytearray | None) -> None:
-        if self._opener is not None:
-            self._opener.erase()
-        self._opener = None
-        if secret is not None:
-            self._opener = self.opener_type(
-                secret, self.session_id, self.open.edge, self._epoch, Direction.FORWARD
-            )
+    def _new_opener(self, secret: bytearray, epoch: int) -> Opener:
+        return self.opener_type(secret, self.session_id, self.open.edge, epoch, Direction.FORWARD)
 
     def _new_sealer(self, secret: bytearray, edge: int, epoch: int) -> Sealer:
         now_s = asyncio.get_running_loop().time()
@@ -382,22 +369,18 @@ class ServerSession:
         if (wait_s := self._next_answer_s - loop.time()) > 0:
             await asyncio.sleep(wait_s)
         self._next_answer_s = loop.time() + _LEAST_ASKING_PERIOD_S
-        inlet = self._inlet
-        # A question must not look like movement to the one who asks.
-        self._num_questions += inlet is self._control
-        asked_bytes = self._num_questions * HEADER_BYTES
         progress = Progress(
-            frames_received=self._frames_received,
+            frames_received=self._inlet.frames_received,
             frames_sent=self._outlet.frames_sent,
-            bytes_received=0 if inlet is None else inlet.bytes_received - asked_bytes,
+            bytes_received=self._inlet.bytes_received(),
             steps_running=self._num_running,
         )
         header = FrameHeader(FrameType.STATUS, session=self.session_id, edge=self.open.edge)
         await self._control.send(header, progress.encode())
 
     async def _report_parked(self, error: PlanetServeError) -> None:
-        """Tell the client that the next hop is lost; it may name another."""
-        reply = error_reply(error, error.peer_id or "")
+        """Tell the client that the next hop is lost; it may name another. Why is not said."""
+        reply = error_reply(PeerUnreachable(), error.peer_id or "")
         header = FrameHeader(
             FrameType.PARKED,
             session=self.session_id,
@@ -407,20 +390,12 @@ class ServerSession:
         async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
             await self._control.send(header, reply.encode())
 
-    async def _enter_gate(self, num_bytes: int) -> None:
-        is_only, must = not self._num_queued_bytes, bool(self._held)
-        await self._gate.enter(self._control.remote, num_bytes, is_only=is_only, must=must)
-        self._num_queued_bytes += num_bytes
-
-    def _leave_gate(self, num_bytes: int) -> None:
-        self._num_queued_bytes -= num_bytes
-        self._gate.leave(self._control.remote, num_bytes)
-
     async def _pump(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             while True:
                 pending = await self._queue.get()
+                arrived = pending.arrived
                 output_TD = await pending.output
                 done_s = loop.time()
                 self._num_running -= 1
@@ -428,17 +403,17 @@ class ServerSession:
                     # The next one would take it for this hop's fault.
                     raise RemoteProtocolError("what came in makes numbers that are not finite")
                 offset = 0
-                for header, table in pending.chunks:
+                for header, table in arrived.chunks:
                     end = offset + table.num_tokens
                     await self._outlet.push(header, table, output_TD[offset:end])
                     offset = end
-                if all(table.is_decode for _, table in pending.chunks):
+                if arrived.table.is_decode:
                     handling_s = pending.entering_s + loop.time() - done_s
                     self._engine.count_handling(1000 * handling_s)
-                self._leave_gate(pending.num_bytes)
+                self._inlet.leave(arrived)
         except PlanetServeError as error:
             # The engine refused what the upstream hop computed, or was handed.
-            self.blame_upstream(error, self._previous)
+            self.blame_upstream(error, self._inlet.previous)
             raise
 
     async def _report(self, error: BaseException) -> PlanetServeError:

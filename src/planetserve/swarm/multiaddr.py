@@ -7,9 +7,10 @@ deserves a clear message, and from strangers' records, where it only deserves to
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from planetserve.crypto.identity import peer_id_bytes
@@ -21,6 +22,10 @@ MAX_DIALLED = 8
 """Addresses of one peer that are tried; the rest are ignored."""
 
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?$")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_PUBLIC, _PRIVATE, _LINK_LOCAL, _LOOPBACK, _NAMED = (
+    "public", "private", "link-local", "loopback", "named",
+)  # fmt: skip
 _P2P_CODE = bytes.fromhex("a503")
 
 
@@ -97,6 +102,49 @@ def dialable(peer_id: PeerId, addresses: Iterable[str]) -> list[bytes]:
         if address.peer_id == peer_id and len(found) < MAX_DIALLED:
             found.append(_binary(address))
     return found
+
+
+def permitted(own: Iterable[str], addresses: Iterable[str]) -> list[str]:
+    """Those of a stranger's addresses that a node with the addresses `own` may be made to dial.
+
+    Public ones always. Private and link-local ones if the node has one of the same kind; loopback
+    ones if, besides, it has no public one; names if it has a name, or no public address.
+    """
+    places = {_place(address) for address in _parsed(own)}
+    is_public = _PUBLIC in places
+    allowed = {_PUBLIC} | places
+    if is_public:
+        allowed.discard(_LOOPBACK)
+    else:
+        allowed.add(_NAMED)
+    return [address.text for address in _parsed(addresses) if _place(address) in allowed]
+
+
+def _parsed(addresses: Iterable[str]) -> Iterator[Address]:
+    for text in addresses:
+        with contextlib.suppress(ConfigError):
+            yield parse(text)
+
+
+def _place(address: Address) -> str:
+    """From where an address can be reached."""
+    if address.kind not in ("ip4", "ip6"):
+        return _NAMED
+    ip = ipaddress.ip_address(address.host)
+    if isinstance(ip, ipaddress.IPv6Address):
+        ip = _embedded(ip) or ip
+    if ip.is_loopback or ip.is_unspecified:
+        return _LOOPBACK
+    if ip.is_link_local:
+        return _LINK_LOCAL
+    return _PUBLIC if ip.is_global and not ip.is_multicast else _PRIVATE
+
+
+def _embedded(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that some IPv6 addresses stand for."""
+    if ip in _NAT64:
+        return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    return ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
 
 
 def _binary(address: Address) -> bytes:

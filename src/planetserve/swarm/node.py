@@ -25,7 +25,7 @@ from weakref import WeakValueDictionary
 from hivemind.dht.node import DHTNode
 
 from planetserve.clock import Clock, SystemClock
-from planetserve.crypto.identity import Identity
+from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import (
     ConfigError,
     PeerUnreachable,
@@ -267,6 +267,14 @@ class SwarmNode:
             PeerUnreachable: there is none; with no usable address, peers were asked for one.
         """
         await self._daemon.connect(peer_id, addresses, self.config.connect_timeout_s)
+
+    async def is_connected(self, peer_id: PeerId) -> bool:
+        """Whether there is a connection to a peer.
+
+        Raises:
+            TransportError: the daemon does not answer.
+        """
+        return peer_id_bytes(peer_id) in await self._daemon.connected()
 
     async def open_socket(self, peer_id: PeerId, protocol: str) -> socket.socket:
         """Open a raw stream to a connected peer.

@@ -19,7 +19,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import override
 
@@ -48,6 +48,7 @@ _MAX_BUFFERS_PER_CALL = 64
 _FRAMES_PER_TURN = 8
 _LINGER_S = 1.0
 
+T = TypeVar("T")
 Buffer = bytes | bytearray | memoryview
 StreamHandler = Callable[["FrameStream"], Coroutine[Any, Any, None]]
 
@@ -55,10 +56,10 @@ StreamHandler = Callable[["FrameStream"], Coroutine[Any, Any, None]]
 class FrameStream:
     """One bidirectional stream of frames with one authenticated remote peer.
 
-    Any number of tasks may send; one may receive at a time. `receive` may be cancelled or time out
-    and be called again without losing a byte. After a `send` that failed or was cancelled half-way
-    nothing more can be sent, since the peer could not tell where the next frame starts; what the
-    peer had sent can still be received.
+    Any number of tasks may send; one may receive at a time. `peek` and `receive` may be cancelled
+    or time out and be called again without losing a byte. After a `send` that failed or was
+    cancelled half-way nothing more can be sent, since the peer could not tell where the next frame
+    starts; what the peer had sent can still be received.
     """
 
     def __init__(self, node: SwarmNode, sock: socket.socket, remote: PeerId, head: bytes = b""):
@@ -149,6 +150,14 @@ class FrameStream:
         if rate is not None:
             self._node.send_rates.add(self.remote, rate)
 
+    async def peek(self, timeout_s: float | None = None) -> FrameHeader:
+        """The header of the next frame, which `receive` returns with its payload.
+
+        What follows the header stays where it is, so the caller can make room before it is read.
+        Raises as `receive` does.
+        """
+        return await self._reading(self._receive_header(), timeout_s)
+
     async def receive(self, timeout_s: float | None = None) -> tuple[FrameHeader, bytearray]:
         """The next frame. The payload is the caller's to keep.
 
@@ -158,18 +167,24 @@ class FrameStream:
             RemoteProtocolError: a bad header; the stream is closed.
             LocalProtocolError: another task is receiving.
         """
-        if self._closed:
-            raise StreamClosed(f"the stream from {short(self.remote)} is closed")
-        if self._receiving:
+        header, payload = await self._reading(self._receive_frame(), timeout_s)
+        self._node.tap("received", self.remote, header)
+        return header, payload
+
+    async def _reading(self, work: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
+        """Await `work`, the only reader of this stream, and turn what it raises into our errors."""
+        if self._closed or self._receiving:
+            work.close()
+            if self._closed:
+                raise StreamClosed(f"the stream from {short(self.remote)} is closed")
             raise LocalProtocolError("another task is receiving from this stream")
         self._receiving = True
         self._num_active += 1
         try:
             if timeout_s is None:
-                header, payload = await self._receive_frame()
-            else:
-                async with asyncio.timeout(timeout_s):
-                    header, payload = await self._receive_frame()
+                return await work
+            async with asyncio.timeout(timeout_s):
+                return await work
         except TimeoutError:
             raise HopTimeout(f"no frame from {short(self.remote)} in {timeout_s:g} s") from None
         except (OSError, EOFError) as error:
@@ -181,10 +196,10 @@ class FrameStream:
         finally:
             self._receiving = False
             self._release()
-        self._node.tap("received", self.remote, header)
-        return header, payload
 
-    async def _receive_frame(self) -> tuple[FrameHeader, bytearray]:
+    async def _receive_header(self) -> FrameHeader:
+        if self._header is not None:
+            return self._header
         if len(self._ahead) < HEADER_BYTES:
             self._num_unwaited = 0
         elif self._num_unwaited >= _FRAMES_PER_TURN:
@@ -192,15 +207,17 @@ class FrameStream:
             self._num_unwaited = 0
             await asyncio.sleep(0)
         self._num_unwaited += 1
-        while self._header is None:
-            if len(self._ahead) >= HEADER_BYTES:
-                self._header = FrameHeader.unpack(memoryview(self._ahead)[:HEADER_BYTES])
-                end = HEADER_BYTES + self._header.payload_bytes
-                self._payload = self._ahead[HEADER_BYTES:end]
-                del self._ahead[:end]
-            else:
-                await self._read_into(self._ahead, _LARGE_BYTES)
-        header = self._header
+        while len(self._ahead) < HEADER_BYTES:
+            await self._read_into(self._ahead, _LARGE_BYTES)
+        header = FrameHeader.unpack(memoryview(self._ahead)[:HEADER_BYTES])
+        end = HEADER_BYTES + header.payload_bytes
+        self._payload = self._ahead[HEADER_BYTES:end]
+        del self._ahead[:end]
+        self._header = header
+        return header
+
+    async def _receive_frame(self) -> tuple[FrameHeader, bytearray]:
+        header = await self._receive_header()
         if header.payload_bytes > _LARGE_BYTES and not self._holds_slot:
             await self._take_slot()
         while len(self._payload) < header.payload_bytes:

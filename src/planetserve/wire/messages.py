@@ -20,14 +20,33 @@ ShortText = Annotated[str, Field(max_length=256)]
 PeerText = Annotated[str, Field(min_length=1, max_length=128)]
 Block = Annotated[int, Field(ge=0, le=65535)]
 Edge = Annotated[int, Field(ge=0, le=MAX_EDGE)]
+InnerEdge = Annotated[int, Field(ge=1, le=MAX_EDGE)]
+"""An edge between two hops: edge 0 comes from the client."""
 Epoch = Annotated[int, Field(ge=0, le=2**31)]
 StepNumber = Annotated[int, Field(ge=0, lt=2**32)]
 KeyText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")]
 """32 bytes in base64 (RFC 4648, 4)."""
 SignatureText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{86}==$")]
 """64 bytes in base64."""
-PrintableLine = Annotated[str, Field(max_length=512, pattern=r"^\P{C}*$")]
-"""Text that people will see: no line breaks, escape sequences or other control characters."""
+
+_TEXTS = {
+    "protocol": "a peer broke a rule of the protocol",
+    "handshake": "a handshake was not completed",
+    "decryption": "a sealed message could not be opened",
+    "rekey": "a key is used up; a new session has fresh ones",
+    "capacity": "the server is full or leaving the swarm",
+    "cache_exhausted": "the server has no room in its KV cache for this session",
+    "queue_full": "the server has as many sessions or steps, in all or of one client, as it takes",
+    "model_mismatch": "the server serves another model or revision",
+    "session": "a step does not fit its session",
+    "session_length": "more tokens than the server allows in a session",
+    "session_closed": "the session was closed",
+    "session_expired": "the session was idle, or open, for longer than the server allows",
+    "unreachable": "the next server cannot be reached",
+    "stream_closed": "a neighbour has closed its stream",
+    "timeout": "a neighbour has stopped sending",
+}
+_OTHER_TEXT = "the server failed to run the step"
 
 
 class Message(BaseModel):
@@ -48,7 +67,7 @@ class NextHop(Message):
     """
 
     peer_id: PeerText
-    edge: Edge
+    edge: InnerEdge
     fresh: bool
     end: Block
     addresses: Annotated[list[ShortText], Field(max_length=16)]
@@ -59,8 +78,9 @@ class OpenSession(Message):
 
     `previous` is the peer whose frames this hop accepts ("client" for the first hop), `next` the
     peer it pushes to (None for the last hop, which answers the client on this stream). `edge` is
-    the edge that enters this hop and names the hop in the session. `offer` begins the handshake
-    (`crypto/handshake.py`).
+    the edge that enters this hop and names the hop in the session. `first_step` is the number of
+    the first step that it answers or passes on; one with FLAG_REPLAY may come before. `offer`
+    begins the handshake (`crypto/handshake.py`).
     """
 
     model: ShortText
@@ -74,6 +94,7 @@ class OpenSession(Message):
     epoch: Epoch
     previous: PeerText
     next: NextHop | None
+    first_step: StepNumber
     offer: KeyText
 
 
@@ -94,7 +115,7 @@ class PushHello(Message):
     """Hop -> next hop: this stream carries the named edge of the session that `client` opened."""
 
     client: PeerText
-    edge: Annotated[int, Field(ge=1, le=MAX_EDGE)]
+    edge: InnerEdge
     epoch: Epoch
 
 
@@ -128,12 +149,19 @@ class Progress(Message):
 
 
 class ErrorReply(Message):
-    """Hop -> client or upstream: why a session failed, or (PARKED) cannot go on as it is."""
+    """Hop -> client or upstream: why a session failed, or (PARKED) cannot go on as it is.
+
+    Nothing that a person or an exception has worded travels: the receiver words the code itself.
+    """
 
     code: Annotated[str, Field(max_length=32, pattern=r"^[a-z_]+$")]
-    message: PrintableLine
     retry_after_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
     blamed_peer: Annotated[str, Field(max_length=128)] = ""
+
+    @property
+    def message(self) -> str:
+        """What the code says, for people."""
+        return _TEXTS.get(self.code, _OTHER_TEXT)
 
 
 M = TypeVar("M", bound=Message)
@@ -169,12 +197,8 @@ def from_text(text: str) -> bytes:
 
 
 def error_reply(error: PlanetServeError, blamed_peer: str = "") -> ErrorReply:
-    """What a peer may learn about `error`: its code, its text cut to size, when to come back."""
+    """What a peer may learn about `error`: its code and when to come back."""
     retry_after_s = error.retry_after_s if isinstance(error, CapacityError) else 0.0
-    line = "".join(char if char.isprintable() else " " for char in str(error)[:512])
     return ErrorReply(
-        code=error.code,
-        message=line,
-        retry_after_s=min(retry_after_s, 3600.0),
-        blamed_peer=blamed_peer,
+        code=error.code, retry_after_s=min(retry_after_s, 3600.0), blamed_peer=blamed_peer
     )

@@ -31,6 +31,7 @@ _PREFIX = struct.Struct(">BBH")
 _SLICE = struct.Struct(">HII")
 _COUNT = struct.Struct(">H")
 _LOAD = struct.Struct(">HI")
+_POSITION_BYTES = 4
 _HAS_POSITIONS = 1
 _HAS_REORDER = 2
 _HAS_LOADS = 4
@@ -199,10 +200,10 @@ class StepTable:
                 offset += 2 + 2 * length
             positions = None
             if flags & _HAS_POSITIONS:
-                if 4 * num_tokens > len(view) - offset:
+                if _POSITION_BYTES * num_tokens > len(view) - offset:
                     raise RemoteProtocolError("bad step: positions are cut short")
                 positions = struct.unpack_from(f">{num_tokens}i", view, offset)
-                offset += 4 * num_tokens
+                offset += _POSITION_BYTES * num_tokens
             loads: tuple[HopLoad, ...] = ()
             if flags & _HAS_LOADS:
                 loads, offset = _unpack_loads(view, offset)
@@ -211,6 +212,14 @@ class StepTable:
         table = cls(tuple(rows), positions, reorder, loads)
         _check(table, num_rows, num_tokens)
         return table, offset + -offset % _ALIGNMENT
+
+
+def max_table_bytes(num_rows: int, num_tokens: int, num_loads: int) -> int:
+    """Most bytes that a table may have in front of its tensor, in a session of `num_rows` rows."""
+    slices = _PREFIX.size + min(num_rows, num_tokens) * _SLICE.size
+    reorder = _COUNT.size * (1 + num_rows)
+    loads = _COUNT.size + num_loads * _LOAD.size
+    return slices + reorder + _POSITION_BYTES * num_tokens + loads + _ALIGNMENT
 
 
 def pack_answer_head(loads: Sequence[HopLoad]) -> bytes:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from planetserve.errors import ConfigError
+from planetserve.scheduler import preemption
 from planetserve.scheduler.batch import ScheduledBatch, WorkItem
+from planetserve.scheduler.page_allocator import PageAllocator
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from planetserve.scheduler.sequence import Sequence
 from planetserve.wire.step import RowSlice
 
 SIZE = 4
@@ -230,3 +235,59 @@ def test_a_session_that_fills_the_cache_gets_all_of_it():
 def test_models_that_need_whole_steps_cannot_lose_pages():
     with pytest.raises(ConfigError):
         make(4, chunkable=False)
+
+
+def forked_rows(seed: int) -> list[Sequence]:
+    """Rows that were forked, cut and appended to as beams are."""
+    chance = random.Random(seed)
+    allocator = PageAllocator(4096)
+    rows = [Sequence(index, allocator, SIZE) for index in range(12)]
+    for _ in range(40):
+        index = chance.randrange(len(rows))
+        if chance.random() < 0.4:
+            rows[index].release()
+            rows[index] = chance.choice(rows).fork(index)
+        rows[index].truncate(chance.randint(rows[index].length // 2, rows[index].length))
+        rows[index].append(chance.randrange(9))
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_shared_rows_are_those_of_a_comparison_of_all_pairs(seed: int):
+    rows = forked_rows(seed)
+    expected = []
+    for index, row in enumerate(rows):
+        best = (index, 0)
+        for earlier, other in enumerate(rows[:index]):
+            common = [a for a, b in zip(row.pages, other.pages, strict=False) if a == b]
+            tokens = min(len(common) * SIZE, row.length, other.length)
+            if tokens > best[1]:
+                best = (earlier, tokens)
+        expected.append(best)
+    assert preemption._shared(rows, SIZE) == expected
+
+
+class CountedPages(list):
+    """A page table that counts how many of its entries are read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        CountedPages.reads += 1
+        return super().__getitem__(index)
+
+    def __iter__(self):
+        for index in range(len(self)):
+            yield self[index]
+
+
+def test_finding_shared_rows_reads_each_page_a_few_times():
+    allocator = PageAllocator(4096)
+    first = Sequence(0, allocator, SIZE)
+    first.append(16 * SIZE)
+    rows = [first] + [first.fork(index) for index in range(1, 1024)]
+    for row in rows:
+        row.pages = CountedPages(row.pages)
+    CountedPages.reads = 0
+    preemption._shared(rows, SIZE)
+    assert CountedPages.reads < 4 * len(rows) + 16 * 4

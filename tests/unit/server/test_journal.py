@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from planetserve.server.journal import Journal, SentChunk
+from planetserve.errors import RemoteProtocolError
+from planetserve.server.journal import Journal, JournalBytes, SentChunk
 from planetserve.wire.frame import FrameHeader, FrameType
 from planetserve.wire.step import RowSlice, StepTable
 
@@ -23,6 +25,12 @@ def chunk(
     return SentChunk(header, table, torch.tensor(values))
 
 
+def new_journal(
+    num_rows: int, *, leased: int = 1000, counted: JournalBytes | None = None
+) -> Journal:
+    return Journal(num_rows, "peer", counted or JournalBytes(), lambda: leased)
+
+
 def rows_of(journal: Journal) -> dict[int, list[tuple[float, ...]]]:
     replay = journal.replay()
     if replay is None:
@@ -38,7 +46,7 @@ def rows_of(journal: Journal) -> dict[int, list[tuple[float, ...]]]:
 
 
 def test_only_the_latest_step_is_kept_as_frames() -> None:
-    journal = Journal(2)
+    journal = new_journal(2)
     journal.add(chunk(0, (0, 0, 3), index=0))
     journal.add(chunk(0, (1, 0, 2), index=1))
     assert [item.header.chunk for item in journal.recent()] == [0, 1]
@@ -49,7 +57,7 @@ def test_only_the_latest_step_is_kept_as_frames() -> None:
 
 
 def test_a_step_that_is_answered_counts_as_rows() -> None:
-    journal = Journal(1)
+    journal = new_journal(1)
     journal.add(chunk(0, (0, 0, 3)))
     journal.settle(0)
     assert len(journal.recent()) == 1
@@ -59,7 +67,7 @@ def test_a_step_that_is_answered_counts_as_rows() -> None:
 
 
 def test_rollback_and_beams_are_applied() -> None:
-    journal = Journal(2)
+    journal = new_journal(2)
     journal.add(chunk(0, (0, 0, 3), (1, 0, 3)))
     journal.add(chunk(1, (0, 2, 1), (1, 3, 1), reorder=(1, 1)))
     journal.settle(2)
@@ -70,9 +78,37 @@ def test_rollback_and_beams_are_applied() -> None:
 
 
 def test_a_row_does_not_keep_the_batch_it_was_computed_in() -> None:
-    journal = Journal(1)
+    journal = new_journal(1)
     batch_TD = torch.zeros(64, 3)
     one = chunk(0, (0, 0, 1))
     journal.add(SentChunk(one.header, one.table, batch_TD[5:6]))
     (kept,) = journal.recent()
     assert kept.hidden_TD.untyped_storage().nbytes() == kept.hidden_TD.nbytes
+
+
+def test_a_step_of_more_tokens_than_are_leased_is_refused() -> None:
+    journal = new_journal(1, leased=7)
+    journal.add(chunk(0, (0, 0, 4), index=0))
+    with pytest.raises(RemoteProtocolError, match="leased"):
+        journal.add(chunk(0, (0, 0, 4), index=1))
+    journal.add(chunk(1, (0, 4, 3)))
+
+
+def test_bytes_are_counted_per_peer_and_in_all_and_given_back() -> None:
+    counted = JournalBytes()
+    first, second = (new_journal(1, counted=counted) for _ in range(2))
+    other = Journal(1, "other", counted, lambda: 1000)
+    token_bytes = 3 * 4
+    first.add(chunk(0, (0, 0, 5)))
+    first.add(chunk(1, (0, 5, 1)))
+    second.add(chunk(0, (0, 0, 2)))
+    other.add(chunk(0, (0, 0, 3)))
+    assert counted.per_peer == {"peer": 8 * token_bytes, "other": 3 * token_bytes}
+    first.add(chunk(2, (0, 1, 1)))  # takes back four tokens
+    first.add(chunk(3, (0, 2, 1)))
+    assert first.num_bytes == 3 * token_bytes
+    first.close()
+    second.close()
+    assert counted.total == 3 * token_bytes
+    other.close()
+    assert counted.per_peer == {}

@@ -10,7 +10,7 @@ import pytest
 from planetserve.errors import ConfigError, QueueFull
 from planetserve.server import counters, limits
 from planetserve.server.counters import Refusals
-from planetserve.server.gate import StepGate
+from planetserve.server.gate import GateShare, StepGate
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
 from planetserve.testing.clock import ManualClock
 
@@ -66,10 +66,20 @@ def test_queued_bytes_are_bounded_per_peer_and_in_all() -> None:
     assert (queued.total, queued.of("a"), queued.of("b")) == (60, 0, 60)
 
 
-def test_nobodys_hoard_stops_the_first_frame_of_another() -> None:
-    queued = QueuedBytes(ServerLimits(max_queued_bytes=100, max_peer_queued_bytes=100))
-    assert queued.take("a", 100)
-    assert queued.take("b", 500), "a peer with nothing queued may queue one frame of any size"
+def test_hoards_leave_room_for_the_first_frames_of_others_within_the_whole() -> None:
+    queued = QueuedBytes(ServerLimits(max_queued_bytes=100, max_peer_queued_bytes=60))
+    assert queued.take("a", 40)
+    assert queued.take("b", 30)
+    assert not queued.take("a", 10), "a quarter is for those who have nothing queued"
+    assert queued.take("c", 30)
+    for number in range(50):
+        assert not queued.take(f"peer {number}", 10), "peer ids cost nothing"
+    assert queued.total == 100
+
+
+def test_where_nothing_is_queued_a_frame_of_any_size_passes() -> None:
+    queued = QueuedBytes(ServerLimits(max_queued_bytes=100, max_peer_queued_bytes=10))
+    assert queued.take("a", 500)
     assert not queued.take("b", 1)
 
 
@@ -90,18 +100,52 @@ def test_the_rest_of_a_begun_step_is_counted_in_any_case() -> None:
 
 async def test_the_gate_opens_when_there_is_room_again() -> None:
     gate = StepGate(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
-    await gate.enter("a", 8)
+    await gate.enter("a", 7)
     waiting = [asyncio.create_task(gate.enter("a", 4)) for _ in range(2)]
     await gate.enter("b", 2)
     await asyncio.sleep(0)
     waiting[0].cancel()
     await asyncio.sleep(0)
     assert not waiting[1].done()
-    gate.leave("a", 8)
+    gate.leave("a", 7)
     await waiting[1]
     assert gate.queued.of("a") == 4
     gate.leave("a", 4)
     gate.leave("b", 2)
+    assert gate.queued.total == 0
+
+
+async def test_what_another_peer_leaves_lets_in_who_waited_for_the_whole() -> None:
+    gate = StepGate(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    await gate.enter("a", 10)
+    waiting = asyncio.create_task(gate.enter("b", 4))
+    await asyncio.sleep(0)
+    gate.leave("a", 10)
+    await waiting
+    assert gate.queued.total == 4
+
+
+async def test_who_is_let_in_and_cancelled_at_once_holds_nothing() -> None:
+    gate = StepGate(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    await gate.enter("a", 10)
+    waiting = asyncio.create_task(gate.enter("b", 4))
+    await asyncio.sleep(0)
+    gate.leave("a", 10)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert gate.queued.total == 0
+    assert not gate._waiting
+
+
+async def test_a_session_that_ends_gives_back_what_it_has_in_the_gate() -> None:
+    gate = StepGate(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    share = GateShare(gate, "a")
+    await share.enter(6)
+    share.close()
+    share.leave(6)  # by whoever still held some
+    share.close()
+    assert gate.queued.total == 0
+    await share.enter(3)
     assert gate.queued.total == 0
 
 

@@ -1,74 +1,129 @@
-"""Steps follow one another without gaps, and a hop passes on nothing that does not follow."""
+"""Which frames a hop takes in which order: steps one by one, chunks one by one, others refused."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import pytest
 
 from planetserve.errors import RemoteProtocolError
 from planetserve.server.step_order import StepOrder
 from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY, FrameHeader, FrameType
+from planetserve.wire.step import RowSlice, StepTable
 
 
-def frame(step: int, chunk: int = 0, num_chunks: int = 1, flags: int = 0) -> FrameHeader:
-    return FrameHeader(FrameType.STEP, step=step, chunk=chunk, num_chunks=num_chunks, flags=flags)
+class Hop:
+    """A hop that is sent one frame after the other."""
+
+    def __init__(self, first_step: int = 0):
+        self.order = StepOrder(first_step)
+
+    def take(
+        self, step: int, chunk: int = 0, num_chunks: int = 1, flags: int = 0, **more: Any
+    ) -> bool:
+        start = more.get("start", 10 * chunk)
+        table = StepTable((RowSlice(0, start, 10),), None, more.get("reorder"))
+        header = FrameHeader(
+            FrameType.STEP, step=step, chunk=chunk, num_chunks=num_chunks, flags=flags
+        )
+        return self.order.is_new(header, table)
+
+    def refuses(self, *args: Any, **more: Any) -> None:
+        with pytest.raises(RemoteProtocolError):
+            self.take(*args, **more)
 
 
-def after(*frames: FrameHeader) -> StepOrder:
-    order = StepOrder()
-    assert all(order.take(header) for header in frames)
-    return order
+def test_steps_and_their_chunks_follow_one_another() -> None:
+    hop = Hop()
+    assert hop.take(0)
+    for chunk in range(3):
+        assert hop.take(1, chunk, 3, FLAG_KEEP_LAST)
+    assert hop.take(2, flags=FLAG_KEEP_LAST)
+    assert hop.take(3)
 
 
-def test_steps_and_chunks_in_order_are_taken_and_repeated_ones_are_not() -> None:
-    frames = [frame(0), *(frame(1, chunk, 3) for chunk in range(3)), frame(2)]
-    order = after(*frames)
-    assert not any(order.take(header) for header in frames)
-    assert order.take(frame(3))
+@pytest.mark.parametrize("step", [0, 1, 3, 9, 2**32 - 1])
+def test_another_step_than_the_next_is_refused(step: int) -> None:
+    hop = Hop()
+    hop.take(0)
+    hop.take(1)
+    hop.refuses(step)
 
 
-@pytest.mark.parametrize("number", [0, 5, 2**32 - 2])
-def test_a_hop_that_joins_later_is_filled_first(number: int) -> None:
-    replay = [frame(number, chunk, 2, FLAG_REPLAY) for chunk in range(2)]
-    after(*replay, frame(number + 1, flags=FLAG_KEEP_LAST), frame(number + 2))
+@pytest.mark.parametrize("changes", [
+    {"step": 2}, {"step": 0}, {"chunk": 0}, {"chunk": 2}, {"num_chunks": 65535}, {"num_chunks": 3},
+    {"flags": 0}, {"flags": FLAG_REPLAY}, {"start": 0}, {"start": 9}, {"start": 11},
+    {"reorder": (0,)},
+])  # fmt: skip
+def test_a_chunk_goes_on_with_its_step(changes: dict[str, Any]) -> None:
+    right = {"step": 1, "chunk": 1, "num_chunks": 4, "flags": FLAG_KEEP_LAST}
+    hop = Hop()
+    hop.take(0)
+    hop.take(1, 0, 4, FLAG_KEEP_LAST)
+    hop.refuses(**{**right, **changes})
 
 
-NOT_NEXT = {
-    "a step too many": frame(6),
-    "a step far away": frame(14),
-    "a later chunk first": frame(5, 1, 2),
-    "a replay between steps": frame(5, flags=FLAG_REPLAY),
-}
+def test_a_step_begins_with_its_first_chunk() -> None:
+    Hop().refuses(0, 1, 2)
 
 
-@pytest.mark.parametrize("name", NOT_NEXT)
-def test_what_does_not_follow_a_step_is_refused(name: str) -> None:
-    with pytest.raises(RemoteProtocolError, match="does not follow"):
-        after(frame(3), frame(4)).take(NOT_NEXT[name])
+@pytest.mark.parametrize("step", [0, 6, 8, 9])
+def test_the_first_step_is_the_one_that_the_client_named(step: int) -> None:
+    Hop(first_step=7).refuses(step)
+    assert Hop(first_step=7).take(7)
 
 
-NOT_NEXT_CHUNK = {
-    "a chunk left out": frame(4, 2, 3, FLAG_KEEP_LAST),
-    "the next step": frame(5),
-    "another number of chunks": frame(4, 1, 2, FLAG_KEEP_LAST),
-    "other flags": frame(4, 1, 3),
-    "a replay": frame(4, 1, 3, FLAG_REPLAY),
-}
+def test_a_replay_comes_before_everything_else() -> None:
+    for first_step, number in ((7, 6), (1, 0), (0, 0)):
+        hop = Hop(first_step)
+        assert hop.take(number, 0, 2, FLAG_REPLAY)
+        assert hop.take(number, 1, 2, FLAG_REPLAY)
+        hop.refuses(number + 1, flags=FLAG_REPLAY)
+        assert hop.take(number + 1)
+        hop.refuses(number + 2, flags=FLAG_REPLAY)
+    Hop(7).refuses(7, flags=FLAG_REPLAY)
+    Hop(7).refuses(6, flags=FLAG_REPLAY | FLAG_KEEP_LAST)
 
 
-@pytest.mark.parametrize("name", NOT_NEXT_CHUNK)
-def test_what_does_not_follow_a_chunk_is_refused(name: str) -> None:
-    with pytest.raises(RemoteProtocolError, match="does not follow"):
-        after(frame(4, 0, 3, FLAG_KEEP_LAST)).take(NOT_NEXT_CHUNK[name])
+def test_what_is_here_is_sent_again_only_by_another_hop_upstream() -> None:
+    hop = Hop()
+    hop.take(0)
+    hop.take(1, 0, 3)
+    hop.take(1, 1, 3)
+    hop.refuses(1, 0, 3)
+    hop.order.repeat(drops_step=False)
+    assert not hop.take(1, 0, 3)
+    assert not hop.take(1, 1, 3)
+    hop.refuses(0)
+    assert hop.take(1, 2, 3)
+    hop.refuses(1, 2, 3)
+    hop.order.repeat(drops_step=False)
+    assert not hop.take(1, 2, 3)
+    assert hop.take(2)
+    hop.refuses(1, 2, 3)
 
 
-def test_a_session_cannot_begin_in_the_middle_of_a_step() -> None:
-    with pytest.raises(RemoteProtocolError, match="does not follow"):
-        StepOrder().take(frame(0, 1, 2))
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_step_that_was_dropped_in_part_begins_again(is_first: bool) -> None:
+    hop = Hop(first_step=4)
+    if not is_first:
+        hop.take(4)
+    number = 5 - is_first
+    hop.take(number, 0, 3)
+    hop.order.repeat(drops_step=True)
+    hop.refuses(number, 1, 3)
+    assert [hop.take(number, chunk, 3) for chunk in range(3)] == [True] * 3
+    assert hop.take(number + 1)
 
 
-@pytest.mark.parametrize("step", [0, 7])
-def test_a_step_that_was_held_back_comes_again_from_another_hop(step: int) -> None:
-    order = after(*(frame(step, chunk, 3) for chunk in range(2)))
-    order.restart_step()
-    assert all(order.take(frame(step, chunk, 3)) for chunk in range(3))
-    assert order.take(frame(step + 1))
+def test_one_step_brings_each_token_of_a_row_once() -> None:
+    """Or a journal, which keeps a step's frames, would grow with what a hop upstream likes."""
+    order, header = StepOrder(0), FrameHeader(FrameType.STEP, num_chunks=65535)
+    pieces = [((0, 0, 5), (1, 0, 3)), ((1, 3, 2), (2, 7, 1)), ((2, 8, 1), (0, 5, 1))]
+    for chunk, rows in enumerate(pieces):
+        table = StepTable(tuple(RowSlice(*row) for row in rows))
+        assert order.is_new(dataclasses.replace(header, chunk=chunk), table)
+    table = StepTable((RowSlice(1, 0, 5),))
+    with pytest.raises(RemoteProtocolError, match="go on"):
+        order.is_new(dataclasses.replace(header, chunk=3), table)

@@ -49,6 +49,7 @@ OPEN = OpenSession(
     next=NextHop(
         peer_id=PEER, edge=1, fresh=True, addresses=[f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}"], end=8
     ),
+    first_step=0,
     offer=KEY,
 )
 NEXT = {"peer_id": PEER, "edge": 1, "fresh": True, "end": 8, "addresses": []}
@@ -61,7 +62,7 @@ MESSAGES: list[Message] = [
     PushHello(client=PEER, edge=1, epoch=0),
     Rewire(epoch=3, previous=PEER, next=OPEN.next, first_step=7, max_chunk_tokens=64),
     Progress(frames_received=2, frames_sent=1, bytes_received=2**40, steps_running=1),
-    ErrorReply(code="capacity", message="full", retry_after_s=1.5, blamed_peer=PEER),
+    ErrorReply(code="capacity", retry_after_s=1.5, blamed_peer=PEER),
 ]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -193,34 +194,32 @@ def test_one_strange_value_is_a_message_or_a_protocol_error(data: st.DataObject)
     decode_hostile(type(message), changed(message, **{name: data.draw(JSON)}))
 
 
-@pytest.mark.parametrize(
-    "text", ["two\nlines", "\x1b[2J", "bell\x07", "turned \u202e round", "\x9b"]
-)
-def test_an_error_text_that_could_forge_output_is_refused(text: str) -> None:
-    payload = json.dumps({"code": "remote", "message": text}).encode()
-    with pytest.raises(RemoteProtocolError, match="bad fields message"):
+def test_an_error_has_no_text() -> None:
+    payload = json.dumps({"code": "remote", "message": "from a stranger"}).encode()
+    with pytest.raises(RemoteProtocolError, match="unknown"):
         decode(ErrorReply, payload)
 
 
 @pytest.mark.parametrize("value", [-1, 3601, "1"])
 def test_retry_after_is_bounded(value: object) -> None:
-    payload = json.dumps({"code": "capacity", "message": "", "retry_after_s": value}).encode()
+    payload = json.dumps({"code": "capacity", "retry_after_s": value}).encode()
     with pytest.raises(RemoteProtocolError, match="bad fields retry_after_s"):
         decode(ErrorReply, payload)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 def test_retry_after_is_a_number(number: str) -> None:
-    payload = f'{{"code": "capacity", "message": "", "retry_after_s": {number}}}'.encode()
+    payload = f'{{"code": "capacity", "retry_after_s": {number}}}'.encode()
     with pytest.raises(RemoteProtocolError, match="bad fields retry_after_s"):
         decode(ErrorReply, payload)
 
 
-def test_an_error_crosses_with_its_code_text_and_waiting_time() -> None:
-    reply = decode(ErrorReply, error_reply(CacheExhausted("no pages", 2.5), PEER).encode())
+def test_an_error_crosses_with_its_code_and_waiting_time() -> None:
+    reply = decode(ErrorReply, error_reply(CacheExhausted("10.0.0.7:22", 2.5), PEER).encode())
     rebuilt = error_from_code(reply.code, reply.message, reply.retry_after_s)
     assert type(rebuilt) is CacheExhausted
-    assert (str(rebuilt), rebuilt.retry_after_s, reply.blamed_peer) == ("no pages", 2.5, PEER)
+    assert (rebuilt.retry_after_s, reply.blamed_peer) == (2.5, PEER)
+    assert "KV cache" in str(rebuilt)
 
 
 @given(st.text(max_size=2000), st.floats(0, 1e9))
@@ -229,3 +228,14 @@ def test_any_error_of_ours_makes_a_reply_that_a_peer_accepts(text: str, wait_s: 
     for error in errors:
         reply = error_reply(error)
         assert decode(ErrorReply, reply.encode()) == reply
+
+
+def _all_codes(kind: type[PlanetServeError] = PlanetServeError) -> set[str]:
+    return {kind.code}.union(*map(_all_codes, kind.__subclasses__()))
+
+
+def test_what_crosses_is_no_text_whatever_the_error() -> None:
+    for code in _all_codes():
+        error = error_from_code(code, "a secret")
+        assert b"secret" not in error_reply(error).encode()
+        assert ErrorReply(code=code).message

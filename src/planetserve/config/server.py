@@ -56,7 +56,8 @@ class ServerConfig:
     host_maddrs: tuple[str, ...] = ()
     """Multiaddresses to listen on; by default the TCP port of --port on every interface."""
     announce_maddrs: tuple[str, ...] = ()
-    """Multiaddresses that other peers are told to dial, if not the ones it listens on."""
+    """Multiaddresses that other peers are told to dial, if not the ones it listens on. Give IP
+    addresses: servers with a public one dial no names that clients give them."""
     port: int = 0
     """TCP port to listen on, on every interface; 0 takes a free one."""
     public_ip: str | None = None
@@ -107,9 +108,9 @@ class ServerConfig:
     peer_lookup_burst: int = 600
     """Keys that a peer which has been quiet may look up or store at once."""
     max_queued_mib: int = 512
-    """MiB of activations of all peers that wait to be computed or sent on."""
+    """MiB of activations of all peers that are being received or wait to be computed or sent on."""
     max_peer_queued_mib: int = 64
-    """MiB of activations that wait for one client; past it, its servers upstream wait."""
+    """MiB of such activations of one client's sessions; past it, its servers upstream wait."""
     max_peer_kv_share: float = 0.25
     """Share of the KV cache that one peer may hold while others hold some. A peer that is alone may
     hold it all, until others need their share: then its newest sessions have to move. 1 sets no

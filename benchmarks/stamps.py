@@ -93,11 +93,11 @@ def note_server(stamps: Stamps) -> None:
     from planetserve.engine.engine import Engine
     from planetserve.engine.span_runner import SpanRunner
     from planetserve.engine.worker import Worker
+    from planetserve.server.inlet import Inlet
     from planetserve.server.outlet import Outlet
-    from planetserve.server.session import ServerSession
     from planetserve.swarm.streams import FrameStream
 
-    note(stamps, ServerSession, "_take_step", before="received")
+    note(stamps, Inlet, "_open", before="received")
     note(stamps, Engine, "submit", before="opened")
     note(stamps, Worker, "_wait_for_work", before="waits", after="goes on")
     note(stamps, Worker, "accept", before="awake")

@@ -88,16 +88,25 @@ async def _round_trip(stream: FrameStream, number: int) -> float:
     nonce = os.urandom(16)
     started = loop.time()
     await stream.send(FrameHeader(FrameType.PING, session=nonce, sequence=number))
-    header, _ = await stream.receive()
-    if header.type is not FrameType.PONG or header.session != nonce:
-        raise RemoteProtocolError(f"{header.type.name} frame in answer to a ping")
+    header = await _receive_empty(stream, FrameType.PONG)
+    if header.session != nonce:
+        raise RemoteProtocolError("a pong for another ping")
     return 1000 * (loop.time() - started)
 
 
 async def _answer(stream: FrameStream) -> None:
     for _ in range(_MAX_PINGS_PER_STREAM):
-        header, payload = await stream.receive(_IDLE_TIMEOUT_S)
-        if header.type is not FrameType.PING or payload:
-            raise RemoteProtocolError(f"{header.type.name} frame on a ping stream")
+        header = await _receive_empty(stream, FrameType.PING, _IDLE_TIMEOUT_S)
         pong = FrameHeader(FrameType.PONG, session=header.session, sequence=header.sequence)
         await stream.send(pong)
+
+
+async def _receive_empty(
+    stream: FrameStream, kind: FrameType, timeout_s: float | None = None
+) -> FrameHeader:
+    """The next frame, which must be a `kind` without a payload: nothing else is read."""
+    header = await stream.peek(timeout_s)
+    if header.type is not kind or header.payload_bytes:
+        raise RemoteProtocolError(f"{header.type.name} frame on a ping stream")
+    await stream.receive()
+    return header

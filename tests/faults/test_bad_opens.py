@@ -75,7 +75,7 @@ async def test_a_session_id_is_worth_nothing_to_others(
     assert (await session.step(2)).shape[0] == 2
     await sessions[thief].close()
     assert (await session.step(1, start=2)).shape[0] == 1
-    assert server.handler.num_sessions == 1
+    await until(lambda: server.handler.num_sessions == 1)
 
 
 MALFORMED: dict[str, dict[str, Any] | bytes] = {

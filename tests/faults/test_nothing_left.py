@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import gc
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,6 +156,13 @@ STAGES: tuple[Stage, ...] = (
     a_next_hop_that_never_reads, a_next_hop_that_is_not_there, half_a_frame,
     half_a_frame_from_a_hop, answers_that_nobody_reads, a_rewiring_without_its_deal,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swarm(llama_folder: Path) -> Iterator[LocalSwarm]:
+    """With room for all of these sessions at once."""
+    with LocalSwarm(str(llama_folder), ["0:2"], {"attn_cache_tokens": 1 << 14}) as running:
+        yield running
 
 
 @pytest_asyncio.fixture(loop_scope="module")

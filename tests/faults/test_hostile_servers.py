@@ -268,7 +268,7 @@ def test_what_a_hop_alters_is_not_held_against_those_who_pass_it_on(
     send = Outlet._send
 
     async def alter_and_send(outlet: Outlet, target: FrameStream, chunk: SentChunk) -> None:
-        if outlet._node is liar and chunk.header.step >= first_step:
+        if outlet._dials._node is liar and chunk.header.step >= first_step:
             chunk = dataclasses.replace(chunk, header=alter(chunk.header))
         await send(outlet, target, chunk)
 

@@ -91,7 +91,11 @@ class AutoDistributedModelForCausalLM:
         check_servable(checkpoint)
         chosen = parse_dtype(dtype_text(dtype, torch_dtype), checkpoint, device)
         loaded = _load(checkpoint, chosen, device, client_config, has_head=cls.has_head)
-        own.apply(loaded)
+        try:
+            own.apply(loaded)
+        except BaseException:
+            loaded.close()
+            raise
         return loaded
 
 
@@ -117,8 +121,9 @@ class AutoDistributedConfig:
         drop_habits(options)
         checkpoint = open_checkpoint(model, options)
         OwnSettings(checkpoint, None, options)
-        # Petals' configurations held the client's options too.
-        check_mapping(ClientConfig, options)
+        # As Petals' configurations do, it holds options of the client for whoever is given it.
+        for name, value in check_mapping(ClientConfig, options).items():
+            setattr(checkpoint.config, name, value)
         _check_type(checkpoint, cls.model_type, cls.__name__)
         found: AutoConfig = checkpoint.config
         return found

@@ -6,6 +6,7 @@ lie to accept is refused with what to do instead, unless it is passed empty.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
+from planetserve.config import ClientConfig
 from planetserve.errors import ConfigError
 from planetserve.model.checkpoint import Checkpoint
 
@@ -150,7 +152,8 @@ class OwnSettings:
     Args:
         checkpoint: whose configuration everybody has.
         config: a Hugging Face configuration that was passed, if any.
-        options: keyword arguments; fields of the configuration are taken out of them.
+        options: keyword arguments; fields of the configuration are taken out of them, and options
+            of the client that `config` holds are put in.
 
     Raises:
         ConfigError: something would change what servers compute.
@@ -165,6 +168,10 @@ class OwnSettings:
         self._generation_config: GenerationConfig | None = generation_config
         own = checkpoint.config.to_dict()
         passed = {} if config is None else config.to_dict()
+        # Petals' configurations hold the client's options too.
+        for field in dataclasses.fields(ClientConfig):
+            if field.name in passed and field.name not in own:
+                options.setdefault(field.name, passed.pop(field.name))
         asked = {name: options.pop(name) for name in [*options] if name in {*own, *_CLIENTS_OWN}}
         changed = {
             name: value

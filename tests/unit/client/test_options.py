@@ -156,7 +156,8 @@ def test_settings_of_the_local_half_are_applied(llama: Path) -> None:
 
 def test_the_models_own_configuration_may_be_passed(llama: Path) -> None:
     config = AutoDistributedConfig.from_pretrained(llama, initial_peers=["x"])
-    own(llama, config, hidden_size=config.hidden_size)
+    assert own(llama, config, hidden_size=config.hidden_size)[1] == {"initial_peers": ["x"]}
+    assert own(llama, config, initial_peers=["y"])[1] == {"initial_peers": ["y"]}
     config.pad_token_id = 9
     half = Half(llama)
     own(llama, config)[0].apply(half)

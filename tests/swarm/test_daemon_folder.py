@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from planetserve.errors import ConfigError
 from planetserve.swarm.daemon import _make_folder
+from planetserve.swarm.node import NodeConfig, SwarmNode
 
 
 @pytest.fixture
@@ -74,3 +78,14 @@ def test_no_folder_is_followed_by_its_name(left: Path, tmp_path: Path) -> None:
     link.symlink_to(tmp_path)
     make_another(left)
     assert (tmp_path / "lock").exists()
+
+
+async def test_a_machine_without_a_writable_place_for_it_is_told_of_in_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read_only(**_: object) -> str:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    with pytest.raises(ConfigError, match=r"daemon in /tmp: Read-only file system; make that"):
+        await SwarmNode.start(NodeConfig(client_mode=True))

@@ -74,11 +74,18 @@ class Daemon:
         """Launch p2pd and wait until it answers.
 
         Raises:
-            ConfigError: a port is taken or an address cannot be listened on.
+            ConfigError: a port is taken, an address cannot be listened on, or there is no place for
+                the daemon's sockets.
             TransportError: the daemon did not start.
         """
         check_ports(config.listens_on)
-        daemon = cls()
+        try:
+            daemon = cls()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make a folder for the libp2p daemon in {_parent()}: {error.strerror}; "
+                "make that writable, in a container with --tmpfs /tmp"
+            ) from None
         try:
             await daemon._launch(config, identity)
         except BaseException:

@@ -13,6 +13,9 @@ from planetserve.types import BlockSpan
 MAX_RECORD_LIFETIME_S = 600.0
 """Directory records may not outlive this; `expiration` is bounded by it."""
 
+MAX_CACHE_TOKENS = 100_000_000
+"""Pages are listed before they are allocated, so that their number alone could use up a memory."""
+
 QUANT_TYPES = ("none", "int8", "nf4")
 
 
@@ -166,6 +169,11 @@ class ServerConfig:
                 f"kv_overcommit={self.kv_overcommit:g} promises less than there is; give at least 1"
             )
         require_positive(self, *(name for name in optional if getattr(self, name) is not None))
+        if (self.attn_cache_tokens or 0) > MAX_CACHE_TOKENS:
+            raise ConfigError(
+                f"attn_cache_tokens={self.attn_cache_tokens} is more than any machine holds; give "
+                f"at most {MAX_CACHE_TOKENS}"
+            )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is no TCP port; give 1 to 65535, or 0 for any")
         if self.throughput != "auto":

@@ -433,10 +433,16 @@ def _build_engine(
 ) -> Engine:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    with returning_freed_memory():
-        blocks = load()
-        convert_span(blocks, linear_backend)
-    runner = SpanRunner(blocks, config.num_pages, config.page_size, config.attention_backend)
+    try:
+        with returning_freed_memory():
+            blocks = load()
+            convert_span(blocks, linear_backend)
+        runner = SpanRunner(blocks, config.num_pages, config.page_size, config.attention_backend)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigError(
+            "this machine's memory is too small for these blocks and their KV cache; serve fewer "
+            "with --num_blocks, or give --quant_type int8 or a smaller --attn_cache_tokens"
+        ) from error
     engine = Engine(runner, config, SystemClock())
     engine.start()
     try:

@@ -73,6 +73,16 @@ def names_made_up_peers(node: SwarmNode) -> dict[str, Answer]:
     return {FIND: find}
 
 
+def names_what_are_no_peers(node: SwarmNode) -> dict[str, Answer]:
+    """Of any length, at the places that follow from them."""
+    noise = [random.Random(size).randbytes(size) for size in (0, 1, 33, 38, 64, 65, 5000)]
+
+    async def find(data: bytes, _remote: PeerId) -> bytes:
+        return bytes(naming(node, data, noise).SerializeToString())
+
+    return {FIND: find}
+
+
 def hangs(_node: SwarmNode) -> dict[str, Answer]:
     async def hang(_data: bytes, _remote: PeerId) -> bytes:
         await asyncio.Event().wait()
@@ -138,6 +148,7 @@ def answers_forged_records(node: SwarmNode) -> dict[str, Answer]:
 
 CONDUCTS: list[Conduct] = [
     names_made_up_peers,
+    names_what_are_no_peers,
     hangs,
     answers_garbage,
     answers_with_two_million_fields,

@@ -175,6 +175,22 @@ async def test_a_search_ends_in_time() -> None:
     assert search.nearest(KEYS[0]) == []
 
 
+async def test_what_fails_here_is_one_peers_failure() -> None:
+    world = World(random.Random(7), 3, {})
+    bad = world.honest[1]
+
+    async def ask(peer: bytes, keys: Sequence[int], by_name: bool) -> Named:
+        if peer == bad:
+            raise ZeroDivisionError
+        return await world.ask(peer, keys, by_name)
+
+    search = Search(
+        KEYS, ask, always=world.honest, known=(), own=b"", memory=PeerMemory(ManualClock())
+    )
+    await search.run(enough_s=5.0, timeout_s=15.0)
+    assert set(search.nearest(KEYS[0])) == set(world.honest) - {bad}
+
+
 def test_what_is_remembered_is_bounded_and_passes() -> None:
     clock = ManualClock()
     memory = PeerMemory(clock)

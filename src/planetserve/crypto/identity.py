@@ -165,7 +165,7 @@ def public_key_of(peer_id: PeerId) -> bytes:
         RemoteProtocolError: it is no peer id, or one of another kind of key.
     """
     data = _base58_decode(peer_id)
-    if len(data) != _PEER_ID_BYTES or not data.startswith(_PEER_ID_PREFIX):
+    if not is_peer_id(data):
         raise RemoteProtocolError("a peer id does not contain an Ed25519 key (12D3KooW...)")
     return data[len(_PEER_ID_PREFIX) :]
 
@@ -177,6 +177,11 @@ def peer_id_bytes(peer_id: PeerId) -> bytes:
         RemoteProtocolError: it is no peer id, or one of another kind of key.
     """
     return _PEER_ID_PREFIX + public_key_of(peer_id)
+
+
+def is_peer_id(data: bytes) -> bool:
+    """Whether these bytes can be the binary form of an Ed25519 peer id."""
+    return len(data) == _PEER_ID_BYTES and data.startswith(_PEER_ID_PREFIX)
 
 
 def peer_id_of(public_key: bytes) -> PeerId:

@@ -24,6 +24,7 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.proto import dht_pb2
 
+from planetserve.crypto.identity import is_peer_id
 from planetserve.errors import RemoteProtocolError
 from planetserve.swarm.calls import Call
 from planetserve.swarm.delimited import check_shape
@@ -336,7 +337,7 @@ class _Stub:
     async def rpc_find(
         self, request: dht_pb2.FindRequest, **options: float
     ) -> dht_pb2.FindResponse:
-        """Without the neighbours that cannot be where the peer says."""
+        """Without the neighbours that are none, or cannot be where the peer says."""
         data = await self._call("rpc_find", request, options.get("timeout"))
         check_shape(memoryview(data), most=MAX_KEYS_PER_REQUEST + 2, most_inside=_MAX_RESULT_FIELDS)
         response = dht_pb2.FindResponse.FromString(data)
@@ -345,7 +346,11 @@ class _Stub:
                 result.nearest_node_ids[:MAX_NAMED], result.nearest_peer_ids[:MAX_NAMED],
                 strict=False,
             )  # fmt: skip
-            kept = [(node, peer) for node, peer in pairs if node == dht_place(peer).to_bytes()]
+            kept = [
+                (node, peer)
+                for node, peer in pairs
+                if is_peer_id(peer) and node == dht_place(peer).to_bytes()
+            ]
             del result.nearest_node_ids[:], result.nearest_peer_ids[:]
             result.nearest_node_ids.extend(node for node, _ in kept)
             result.nearest_peer_ids.extend(peer for _, peer in kept)

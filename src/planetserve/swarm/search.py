@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 from planetserve.clock import Clock
+
+logger = logging.getLogger(__name__)
 
 NUM_NEAREST = 20
 """Peers that are asked for each key, if so many answer."""
@@ -153,7 +156,10 @@ class Search:
                     calls, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
                 )
                 for future in done:
-                    self._end(calls.pop(future), future.result())
+                    error = future.exception()
+                    if error is not None:  # whatever a peer has caused ends nobody's search
+                        logger.warning("a question failed: %s", type(error).__name__)
+                    self._end(calls.pop(future), None if error else future.result())
         finally:
             for future in calls:
                 future.cancel()

@@ -33,11 +33,11 @@ _THREE = ("random", "petals_min_latency", OURS)
 SCENARIOS = {
     "home_4": tuple(POLICIES),
     "city_14": tuple(POLICIES),
-    "continent_100": tuple(POLICIES),
+    "continent_100": tuple(POLICIES)[:4],
     "planet_1000": tuple(POLICIES)[:4],
     "planet_10000": _THREE,
 }
-"""Policies of each."""
+"""Policies of each: the larger, the fewer."""
 LOADS = {
     "home_4": (0.05, 0.2, 0.4, 0.8),
     "city_14": (0.1, 0.2, 0.5),
@@ -47,19 +47,20 @@ LOADS = {
 """Requests per second, besides the scenario's own; at home and in the city up to more than the
 swarm can serve."""
 SETTINGS = {
-    "doubt 0": "shortest_path:doubt=0",
-    "0.25": "shortest_path:doubt=0.25",
-    "0.5": "shortest_path:doubt=0.5",
+    "as by default": OURS,
+    "doubt 0.25": "shortest_path:doubt=0.25",
+    "doubt 0.5": "shortest_path:doubt=0.5",
     "spread 0": "shortest_path:spread=0",
-    "5 %": "shortest_path:spread=0.05",
-    "10 %": "shortest_path:spread=0.1",
+    "spread 5 %": "shortest_path:spread=0.05",
+    "moving": "shortest_path+moves",
     "informed": "shortest_path+informed",
 }
-"""Of ours; what is not named has its default. Informed clients know every load of the moment."""
+"""Of ours. Informed clients know every load of the moment."""
 _SET = {"home_4": 0.4, "city_14": 0.4, "continent_100": 0.6, "planet_1000": 20.0}
 """Where they are compared, and at which rate."""
 SEEDS = 5
-_SETTING_SEEDS = 3
+_FEWER_SEEDS = 3
+"""On the planets, under other loads and for settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +71,21 @@ class _Part:
     policies: tuple[str, ...]
     requests_per_s: float | None = None
     """None leaves the scenario's own."""
-    seeds: int = SEEDS
+    seeds: int = _FEWER_SEEDS
 
 
 PARTS = {
-    **{name: _Part(name, policies) for name, policies in SCENARIOS.items()},
+    **{
+        name: _Part(name, policies, seeds=_FEWER_SEEDS if name.startswith("planet") else SEEDS)
+        for name, policies in SCENARIOS.items()
+    },
     **{
         f"{name}_at_{rate:g}": _Part(name, _THREE, rate)
         for name, rates in LOADS.items()
         for rate in rates
     },
     **{
-        f"{name}_settings": _Part(name, tuple(SETTINGS.values()), rate, _SETTING_SEEDS)
+        f"{name}_settings": _Part(name, tuple(SETTINGS.values()), rate)
         for name, rate in _SET.items()
     },
 }

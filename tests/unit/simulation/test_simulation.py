@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -16,7 +17,7 @@ from planetserve.routing.optimizers import OPTIMIZERS
 from planetserve.routing.request import ChainRequest
 from planetserve.simulation.client import Policy, idle_directory, idle_snapshot
 from planetserve.simulation.run import RunResult, Simulation
-from planetserve.simulation.scenario import LoadedScenario
+from planetserve.simulation.scenario import LoadedScenario, Scenario
 from planetserve.simulation.server import passed
 from planetserve.simulation.session import Outcome
 from planetserve.simulation.summary import Objective, interval, summarise
@@ -33,6 +34,12 @@ CROWDED = {
 
 def run(loaded: LoadedScenario, policy: str = "shortest_path", seed: int = 0) -> RunResult:
     return Simulation(World(loaded, seed), Policy.parse(policy)).run()
+
+
+def numbers(loaded: LoadedScenario, seed: int, policy: str = "shortest_path") -> dict[str, float]:
+    world = World(loaded, seed)
+    result = Simulation(world, Policy.parse(policy)).run()
+    return summarise(world, Objective(world), result).values()
 
 
 def test_a_session_alone_takes_what_the_planner_predicts() -> None:
@@ -100,14 +107,8 @@ def test_sessions_survive_departures_by_replaying() -> None:
 @pytest.mark.parametrize("policy", ["random", "shortest_path+moves"])
 def test_a_seed_fixes_everything(policy: str) -> None:
     loaded = small(churn=CHURN, requests_per_s=4.0)
-
-    def numbers(seed: int) -> dict[str, float]:
-        world = World(loaded, seed)
-        result = Simulation(world, Policy.parse(policy)).run()
-        return summarise(world, Objective(world), result).values()
-
-    assert numbers(5) == numbers(5)
-    assert numbers(5) != numbers(6)
+    assert numbers(loaded, 5, policy) == numbers(loaded, 5, policy)
+    assert numbers(loaded, 5, policy) != numbers(loaded, 6, policy)
 
 
 def test_every_policy_gets_the_same_machines_requests_and_departures() -> None:
@@ -152,3 +153,46 @@ def test_interval_is_students() -> None:
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+
+
+BASE = small(churn=CHURN, requests_per_s=2.0)
+# Another value for what a scenario says in numbers. Sizes of machines matter where they are placed,
+# and patience in a crowd.
+OTHER_VALUES = {
+    "model": {"num_blocks": 7, "block_gb": 0.2, "activation_bytes_per_token": 1e5},
+    "machines": {"cache_tokens": 128},
+    "network": {
+        "last_mile_ms": (2.0, 40.0), "bandwidth_mbit_s": (1.0, 10.0), "client_mbit_s": 1.0,
+        "hop_overhead_ms": 3.0,
+    },
+    "workload": {
+        "clients": 2, "requests_per_s": 4.0, "warmup_s": 5.0, "duration_s": 20.0,
+        "prompt_tokens": 40.0, "output_tokens": 20.0, "sigma": 0.1, "max_prompt_tokens": 16,
+        "max_output_tokens": 8,
+    },
+    "churn": {
+        "mean_up_s": 30.0, "mean_down_s": 1.0, "load_s": 9.0, "graceful": 1.0, "drain_s": 0.01,
+    },
+    "slo": {"token_scale": 1.01, "first_token_s": 0.07},
+}  # fmt: skip
+
+
+def with_value(loaded: LoadedScenario, part: str, key: str, value: object) -> LoadedScenario:
+    document = loaded.scenario.model_dump()
+    document[part][key] = value
+    if (part, key) == ("model", "num_blocks"):
+        document["machines"]["spans"] = ["0:4", "4:7", "0:7", "0:4", "4:7", "0:7"]
+    return dataclasses.replace(loaded, scenario=Scenario.model_validate(document))
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [(part, key) for part, keys in OTHER_VALUES.items() for key in keys]
+)
+def test_what_a_scenario_says_matters(part: str, key: str) -> None:
+    changed = with_value(BASE, part, key, OTHER_VALUES[part][key])
+    assert numbers(changed, seed=1) != base_numbers()
+
+
+@functools.cache
+def base_numbers() -> dict[str, float]:
+    return numbers(BASE, seed=1)

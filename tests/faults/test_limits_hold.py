@@ -18,6 +18,7 @@ import pytest_asyncio
 import torch
 from hostile import MeetServer, Opened, Stranger, Target, error_on, until
 
+from planetserve.crypto.handshake import ClientHandshake
 from planetserve.errors import (
     CacheExhausted,
     HandshakeFailed,
@@ -94,6 +95,35 @@ async def test_a_peer_may_hold_so_many_sessions(server: Server, meet: MeetServer
     await sessions[0].close()
     await until(lambda: server.handler.num_sessions == OPTIONS["max_peer_sessions"])
     await greedy.open()
+
+
+async def test_sessions_that_are_opened_at_once_are_counted_as_well(
+    server: Server, meet: MeetServer
+) -> None:
+    """Their OPENs arrive header by header, when none of them is open, and then the rest."""
+    greedy = await meet()
+    most = OPTIONS["max_peer_sessions"]
+    streams, payloads = [], []
+    for number in range(most + 4):
+        payload = greedy.message(ClientHandshake(bytes(16), 0, server.node.peer_id).offer).encode()
+        header = FrameHeader(
+            FrameType.OPEN, session=bytes([number] * 16), payload_bytes=len(payload)
+        )
+        streams.append(await greedy.stream())
+        await asyncio.get_running_loop().sock_sendall(streams[-1]._socket, header.pack())
+        payloads.append(payload)
+    await until(lambda: all_headers_read(server, len(streams)))
+    for stream, payload in zip(streams, payloads, strict=True):
+        await asyncio.get_running_loop().sock_sendall(stream._socket, payload)
+    answers = [(await stream.receive(10.0))[0].type for stream in streams]
+    assert answers.count(FrameType.OPENED) == most
+    assert answers.count(FrameType.ERROR) == 4
+    for stream in streams:
+        stream.abort()
+
+
+def all_headers_read(server: Server, count: int) -> bool:
+    return sum(stream._header is not None for stream in server.node.streams) == count
 
 
 async def test_a_peer_may_open_sessions_at_a_rate(server: Server, meet: MeetServer) -> None:

@@ -82,13 +82,18 @@ class ChainManager:
 
         Raises:
             PeerUnreachable: none of the initial peers answers.
-            ModelMismatchError: servers of this model exist, all of another revision.
+            ModelMismatchError: servers of this model exist, and all that show up within
+                `wait_for_blocks_timeout` seconds are of another revision.
         """
         await self.view.start()
-        if self.view.strangers and not self.view.servers and not self.view.excluded:
-            await self.close()
-            remote = self._planner.remote
-            raise other_revision([(remote.start, remote.end)], self.view)
+        deadline_s = self._clock.monotonic() + self.config.wait_for_blocks_timeout
+        # Anybody may announce another revision, which says nothing of servers not found yet.
+        while self.view.strangers and not self.view.servers and not self.view.excluded:
+            if self._clock.monotonic() >= deadline_s:
+                await self.close()
+                remote = self._planner.remote
+                raise other_revision([(remote.start, remote.end)], self.view)
+            await self._look_again()
 
     async def close(self) -> None:
         """Leave the swarm. Idempotent."""
@@ -112,9 +117,12 @@ class ChainManager:
             if self._clock.monotonic() >= deadline_s:
                 raise await explain(failure, self.view, self._planner) from failure
             await self._revive()
-            await asyncio.sleep(_POLL_S)
-            with contextlib.suppress(PlanetServeError):
-                await self.view.refresh()
+            await self._look_again()
+
+    async def _look_again(self) -> None:
+        await asyncio.sleep(_POLL_S)
+        with contextlib.suppress(PlanetServeError):
+            await self.view.refresh()
 
     def longest_session(self, num_rows: int, least: int) -> int | None:
         """Tokens per row for which a chain has room now; as `ChainPlanner.longest`."""

@@ -180,11 +180,14 @@ class SessionHandler:
             return None
 
     def _check_asker(self, remote: PeerId, header: FrameHeader) -> None:
-        if self._draining:
-            raise CapacityError("this server is leaving the swarm", retry_after_s=60.0)
+        self._check_staying()
         self._admission.ask(remote)
         if header.type is not FrameType.OPEN:
             raise RemoteProtocolError(f"expected OPEN, got {header.type.name}")
+
+    def _check_staying(self) -> None:
+        if self._draining:
+            raise CapacityError("this server is leaving the swarm", retry_after_s=60.0)
 
     async def _refuse(
         self, stream: FrameStream, header: FrameHeader, error: PlanetServeError, reason: str
@@ -220,6 +223,9 @@ class SessionHandler:
         header: FrameHeader,
         payload: bytearray,
     ) -> tuple[ServerSession, SessionOpened]:
+        # Many may have been let through while the rest of this frame was on its way.
+        self._check_staying()
+        self._admission.check_room(stream.remote)
         message = decode(OpenSession, payload)
         key = (stream.remote, header.session, message.edge)
         self._check(message, header, key)

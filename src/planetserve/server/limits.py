@@ -74,6 +74,14 @@ class Admission:
                 "(--max_peer_opens)",
                 retry_after_s=wait_s,
             )
+        self.check_room(peer)
+
+    def check_room(self, peer: PeerId) -> None:
+        """Whether the peer may open another session, as of now.
+
+        Raises:
+            QueueFull: too many sessions are open; says when to ask again.
+        """
         num_sessions = self._open.total()
         if num_sessions >= self._limits.max_sessions:
             raise QueueFull(

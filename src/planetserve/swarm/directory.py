@@ -4,8 +4,10 @@ A server announces itself under its model's prefix, spread over a fixed number o
 answer outgrows a message. A small index lists the models of the swarm; a server adds itself there
 only while few others vouch for the model, so the index grows with models and not with servers.
 
-Look-ups return verified, unexpired records and count the rest in `rejected`. What a record claims
-(speeds, free memory) is its owner's word: authenticity is checked here, truth is not.
+Look-ups return verified, unexpired records and count the rest in `rejected`. A record that was
+found once stays known until it ends or a newer one of its owner is found: what peers do not answer,
+or hide, takes no server away that is there. What a record claims (speeds, free memory) is its
+owner's word: authenticity is checked here, truth is not.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from planetserve.clock import Clock
@@ -41,6 +43,8 @@ _TIMEOUT_S = 15.0
 _MAX_VOUCHERS = 4
 _LEAST_STEP_S = 0.001
 _OFFLINE_TTL_S = 60.0
+_MAX_UNSEEN_PER_KEY = 256
+"""Records that earlier look-ups found and the latest did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class Directory:
         self._node = node
         self._clock = clock
         self._timeout_s = timeout_s
+        self._known: dict[bytes, dict[PeerId, Body]] = {}
         self._latest_expiry: dict[bytes, float] = {}
 
     @property
@@ -175,25 +180,41 @@ class Directory:
         )
 
     async def _get(self, keys: Sequence[bytes]) -> list[Body]:
-        now = self._now()
         found = await dht.get(self._node.dht, keys, self._timeout_s)
+        now = self._now()
         bodies: dict[PeerId, Body] = {}
-        for key, records in found.items():
-            for owner, (envelope, expires_at_s) in records.items():
-                try:
-                    body = self._node.records.check(key_digest(key), owner, envelope, expires_at_s)
-                except RemoteProtocolError as error:
-                    logger.debug("ignored a directory record of …%s: %s", owner[-6:], error)
-                    continue
-                if body.expires_at_s <= now:
-                    self.rejected["expired"] += 1
-                    continue
-                bodies[owner] = body
-                if owner == self._node.peer_id:
-                    # Perhaps of an earlier run, which renewed its records less often.
-                    latest = self._latest_expiry.get(key, 0.0)
-                    self._latest_expiry[key] = max(latest, expires_at_s)
+        for key in keys:
+            for body in self._remember(key, found[key], now):
+                bodies[body.peer_id] = body
         return [bodies[owner] for owner in sorted(bodies)]
+
+    def _remember(
+        self, key: bytes, found: Mapping[PeerId, tuple[bytes, float]], now: float
+    ) -> list[Body]:
+        """What is known under a key after a look-up found this."""
+        earlier = self._known.get(key, {})
+        known = {owner: body for owner, body in earlier.items() if body.expires_at_s > now}
+        for owner, (envelope, expires_at_s) in found.items():
+            try:
+                body = self._node.records.check(key_digest(key), owner, envelope, expires_at_s)
+            except RemoteProtocolError as error:
+                logger.debug("ignored a directory record of …%s: %s", owner[-6:], error)
+                continue
+            if body.expires_at_s <= now:
+                self.rejected["expired"] += 1
+                continue
+            if owner not in known or known[owner].expires_at_s < body.expires_at_s:
+                known[owner] = body
+            if owner == self._node.peer_id:
+                # Perhaps of an earlier run, which renewed its records less often.
+                latest = self._latest_expiry.get(key, 0.0)
+                self._latest_expiry[key] = max(latest, expires_at_s)
+        # Those known longest are first: a crowd of new ones pushes none of them out.
+        unseen = [owner for owner in known if owner not in found]
+        for owner in unseen[_MAX_UNSEEN_PER_KEY:]:
+            del known[owner]
+        self._known[key] = known
+        return list(known.values())
 
 
 def _listing(model: str, bodies: Sequence[ModelBody]) -> ModelListing:

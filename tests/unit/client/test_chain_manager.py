@@ -8,6 +8,7 @@ import pytest
 from written_swarm import FACTS, Board, server
 
 from planetserve import errors
+from planetserve.client import chain_manager
 from planetserve.client.chain_manager import ChainManager
 from planetserve.client.swarm_view import SwarmView
 from planetserve.config import ClientConfig
@@ -15,6 +16,7 @@ from planetserve.errors import (
     EdgeStalled,
     HopTimeout,
     MissingBlocksError,
+    ModelMismatchError,
     PeerReportedError,
     PlanetServeError,
     RemoteProtocolError,
@@ -206,3 +208,42 @@ def test_retries_wait_longer_and_longer_and_end(
 ) -> None:
     manager = ChainManager(ClientConfig(), FACTS)
     assert manager.retry_delay_s(error, attempt) == delay_s
+
+
+async def join(board: Board, monkeypatch: pytest.MonkeyPatch, wait_s: float) -> ChainManager:
+    """A client whose view starts with what the board says."""
+    config = ClientConfig(wait_for_blocks_timeout=wait_s)
+    manager = ChainManager(config, FACTS)
+    manager.view._directory = board  # type: ignore[assignment]
+    monkeypatch.setattr(manager.view, "start", manager.view.refresh)
+    monkeypatch.setattr(manager.view, "_ping_edges", _do_nothing)
+    monkeypatch.setattr(chain_manager, "_POLL_S", 0.0)
+    await manager.start()
+    return manager
+
+
+async def _do_nothing() -> None:
+    await asyncio.sleep(0)
+
+
+class LateBoard(Board):
+    """The client's own servers are found at the third look."""
+
+    async def lookup(self, prefix: str) -> list[ServerInfo]:
+        found = await super().lookup(prefix)
+        return [*found, server("own")] if self.num_lookups > 2 else found
+
+
+async def test_another_revision_is_an_error_where_nobody_serves_the_clients_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ModelMismatchError, match="only in another revision"):
+        await join(Board(server("other files", fingerprint="0" * 64)), monkeypatch, wait_s=0.0)
+
+
+async def test_who_announces_another_revision_stops_no_client_whose_servers_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    board = LateBoard(server("liar", fingerprint="0" * 64))
+    manager = await join(board, monkeypatch, wait_s=60.0)
+    assert set(manager.view.servers) == {"own"}

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from functools import partial
 
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
@@ -22,6 +23,7 @@ from planetserve.crypto.identity import peer_id_bytes
 from planetserve.errors import ConfigError, PeerUnreachable, TransportError
 from planetserve.swarm.dht_protocol import RPC_TIMEOUT_S, PlanetServeDHT, Validator
 from planetserve.swarm.dht_protocol import dht_place as _place_of
+from planetserve.swarm.findings import Findings
 from planetserve.swarm.records import RecordChecker
 from planetserve.swarm.search import NUM_NEAREST, PeerMemory, Search
 from planetserve.swarm.storage import MAX_KEYS, MAX_RECORDS, BoundedStorage
@@ -201,13 +203,11 @@ async def get(
     """
     protocol: PlanetServeDHT = dht.protocol
     places = {int(DHTID.generate(key)): key for key in keys}
-    found: dict[bytes, dict[PeerId, tuple[bytes, float]]] = {key: {} for key in keys}
+    findings = Findings(keys)
 
     async def take(place: int, value: bytes) -> None:
-        records = found[places[place]]
-        for owner, (envelope, expires_at_s) in (await protocol.good_records(place, value)).items():
-            if owner not in records or records[owner][1] < expires_at_s:
-                records[owner] = envelope, expires_at_s
+        key = places[place]
+        findings.add(key, await protocol.good_records(place, value, partial(findings.choose, key)))
 
     for place in places:
         own = protocol.storage.get(DHTID(place))
@@ -216,7 +216,7 @@ async def get(
     search = await _search(dht, list(places), timeout_s, take)
     if protocol.client_mode and not any(map(search.nearest, places)):
         raise TransportError(f"the directory did not answer in {timeout_s:g} s")
-    return found
+    return findings.records
 
 
 async def _search(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import hivemind.dht.node
@@ -56,6 +56,8 @@ _MAX_BAD_RECORDS = 16
 _MAX_REPLACEMENTS = 20
 """Peers that wait for a place in one bucket of the routing table."""
 _BIN8, _BIN16, _STR8 = 0xC4, 0xC5, 0xD9
+
+Choose = Callable[[Mapping[PeerId, float]], Collection[PeerId]]
 
 
 class Validator(RecordValidatorBase):
@@ -287,8 +289,13 @@ class PlanetServeDHT(DHTProtocol):
             return None
         return any(response.store_ok)
 
-    async def good_records(self, key: int, value: bytes) -> dict[PeerId, tuple[bytes, float]]:
-        """Those of an answer that may be believed: owner -> (envelope, expiry)."""
+    async def good_records(
+        self, key: int, value: bytes, choose: Choose
+    ) -> dict[PeerId, tuple[bytes, float]]:
+        """Those of an answer that may be believed: owner -> (envelope, expiry).
+
+        `choose` gets the expiry of each owner's record, and returns whose are to be checked.
+        """
         try:
             records = self.serializer.loads(value)
         except Exception:  # noqa: BLE001  a stranger's bytes in msgpack's decoder
@@ -298,7 +305,9 @@ class PlanetServeDHT(DHTProtocol):
         found: dict[PeerId, tuple[bytes, float]] = {}
         num_bad = 0
         digest = key.to_bytes(DHTID.HASH_NBYTES, "big")
-        for number, (owner, item) in enumerate(records.data.items()):
+        chosen = choose({owner: item.expiration_time for owner, item in records.data.items()})
+        for number, owner in enumerate(chosen):
+            item = records.data[owner]
             if number % _KEYS_AT_ONCE == _KEYS_AT_ONCE - 1:
                 await asyncio.sleep(0)
             subkey = self.serializer.dumps(owner)

@@ -11,7 +11,6 @@ into the ring.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import threading
@@ -24,10 +23,9 @@ from planetserve.client.chain_manager import ChainManager
 from planetserve.client.conversation import Conversation
 from planetserve.client.local_blocks import LocalEnds, LocalRows
 from planetserve.client.portal import Portal
+from planetserve.client.relocation import Relocation
 from planetserve.client.reports import Reports
 from planetserve.client.ring import RingSession
-from planetserve.client.scout import Running
-from planetserve.clock import SystemClock
 from planetserve.errors import (
     ConfigError,
     NoChainAvailable,
@@ -37,7 +35,6 @@ from planetserve.errors import (
     SessionLengthError,
 )
 from planetserve.history import History
-from planetserve.routing.moving import Mover
 from planetserve.types import Chain
 from planetserve.wire.step import MAX_ROWS, RowSlice, StepTable
 
@@ -82,11 +79,8 @@ class InferenceSession:
         self._ring: RingSession | None = None
         self._history: History | None = None
         self._seed = secrets.randbits(32)
-        self._mover = Mover(manager.config, SystemClock())
+        self._relocation = Relocation(manager, self._seed)
         self._num_steps = 0
-        self._num_decoded = 0
-        self._looking: asyncio.Task[None] | None = None
-        self._target: tuple[Chain, Chain] | None = None
         self._closed = False
         self._lock = threading.Lock()
 
@@ -312,7 +306,7 @@ class InferenceSession:
                 if ring.is_waiting:
                     output_TD = await ring.resume()
                 else:
-                    await self._move_to_target(ring, history)
+                    await self._relocation.move(ring, history)
                     started_s = loop.time()
                     output_TD = await ring.step(table, hidden_TD, keep_last=keep_last)
                     if not attempt:
@@ -383,43 +377,10 @@ class InferenceSession:
         """Learn from a step that went through, and look for a better chain now and then."""
         self._manager.note_loads(ring.chain, ring.loads_ms, 1000 * elapsed_s)
         if table.is_decode:
-            self._num_decoded += 1
-            self._mover.count_step(ring.chain, 1000 * elapsed_s)
-        if (self._looking is None or self._looking.done()) and self._mover.is_due():
-            running = Running(
-                chain=ring.chain,
-                num_rows=num_rows,
-                lease_tokens=lease_tokens,
-                position=self.position,
-                measured_ms=self._mover.measured_ms,
-                seed=self._seed,
-            )
-            self._looking = asyncio.create_task(self._look(running))
-
-    async def _look(self, running: Running) -> None:
-        """One check whether a better chain exists; if so, the next step moves there."""
-        # How long a text will be is unknown: probably as long again as it is already.
-        tokens_left = float(self._num_decoded)
-        if self._lease_tokens is not None:
-            tokens_left = min(tokens_left, self._lease_tokens - running.position)
-        try:
-            if self._mover.may_decide:
-                await self._manager.view.refresh()  # others may have moved there since
-            offer = await self._manager.find_better(running)
-        except PlanetServeError as error:
-            logger.debug("no look at other chains: %s", error.code)
-            return
-        chain = self._mover.decide(offer, tokens_left)
-        if chain is not None:
-            self._target = running.chain, chain
-
-    async def _move_to_target(self, ring: RingSession, history: History) -> None:
-        target, self._target = self._target, None
-        if target is None or target[0] != ring.chain:
-            return
-        logger.info("moving from %s to %s", *target)
-        with contextlib.suppress(NoChainAvailable):
-            await self._manager.move_ring(ring, target[1], history)
+            self._relocation.count_decoded(ring.chain, 1000 * elapsed_s)
+        position = self.position
+        most = None if self._lease_tokens is None else self._lease_tokens - position
+        self._relocation.look_if_due(ring.chain, num_rows, lease_tokens, position, most)
 
     async def _recover(
         self, error: PlanetServeError, attempt: int, num_rows: int, lease_tokens: int
@@ -441,8 +402,7 @@ class InferenceSession:
         return delay_s
 
     async def _leave(self) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
+        self._relocation.stop()
         ring, self._ring = self._ring, None
         if ring is not None:
             await ring.close()

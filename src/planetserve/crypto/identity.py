@@ -13,9 +13,12 @@ Formats: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -212,3 +215,17 @@ def _signed_bytes(context: bytes, message: bytes) -> bytes:
     if not 0 < len(context) <= _MAX_CONTEXT_BYTES:
         raise LocalProtocolError(f"a signature context has 1 to {_MAX_CONTEXT_BYTES} bytes")
     return b"planetserve" + bytes([len(context)]) + context + message
+
+
+@contextlib.contextmanager
+def claimed(key_file: Path) -> Iterator[None]:
+    """Hold a lock on the key file: two nodes of one peer id would cut each other off."""
+    with key_file.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"identity file {key_file} is used by another running node; "
+                "give each node an --identity_path of its own"
+            ) from None
+        yield

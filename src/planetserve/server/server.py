@@ -19,18 +19,13 @@ import torch
 import planetserve
 from planetserve.clock import Clock, SystemClock
 from planetserve.config import ServerConfig
-from planetserve.engine.config import EngineConfig
 from planetserve.engine.engine import Engine
-from planetserve.engine.span_runner import SpanRunner
 from planetserve.errors import (
-    ConfigError,
     PlanetServeError,
     TransportError,
 )
-from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
-from planetserve.model.heap import returning_freed_memory, share_one_heap
-from planetserve.model.linear import convert_span
+from planetserve.model.heap import share_one_heap
 from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
 from planetserve.model.quantization import require_quantizer
 from planetserve.model.skeleton import SpanBlocks
@@ -38,10 +33,18 @@ from planetserve.server.announcer import Announcer
 from planetserve.server.handler import ServedModel, SessionHandler
 from planetserve.server.limits import ServerLimits
 from planetserve.server.neighbours import Neighbours
+from planetserve.server.parts import (
+    build_engine,
+    check_span,
+    device_named,
+    engine_config_of,
+    node_config,
+    open_checkpoint,
+)
 from planetserve.server.reachability import warn_if_unreachable
 from planetserve.server.span_choice import ahead_of, choose_span, is_wanted_elsewhere
 from planetserve.swarm.directory import Directory
-from planetserve.swarm.node import NodeConfig, SwarmNode
+from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.ping import serve_ping
 from planetserve.tensors import dtype_name
 from planetserve.types import BlockSpan, ServerInfo, ServerState
@@ -94,12 +97,12 @@ class Server:
             PeerUnreachable: no initial peer answers.
         """
         started_s = time.monotonic()
-        checkpoint = await asyncio.to_thread(_open_checkpoint, config)
-        device = _device(config.device)
+        checkpoint = await asyncio.to_thread(open_checkpoint, config)
+        device = device_named(config.device)
         dtype = parse_dtype(config.torch_dtype, checkpoint, device)
-        _check_span(config, checkpoint)
+        check_span(config, checkpoint)
         LINEAR_BACKENDS.check(config.linear_backend)
-        node = await SwarmNode.start(_node_config(config))
+        node = await SwarmNode.start(node_config(config))
         server = cls(config, checkpoint, node, clock or SystemClock())
         try:
             server._dtype = dtype
@@ -280,29 +283,15 @@ class Server:
 
     async def _build(self, device: torch.device) -> None:
         """Load the span and measure it, with a JOINING record so that others plan around it."""
-        config, heads = self.config, self.checkpoint.config
-        shared = getattr(heads, "num_key_value_heads", None) or heads.num_attention_heads
-        shares_kv_heads = shared < heads.num_attention_heads
-        self._max_session_tokens = config.session_tokens(shares_kv_heads=shares_kv_heads)
-        engine_config = EngineConfig(
-            attn_cache_tokens=config.cache_tokens(shares_kv_heads=shares_kv_heads),
-            page_size=config.page_size,
-            max_batch_tokens=config.max_batch_size,
-            prefill_slowdown=config.prefill_slowdown,
-            batch_patience=config.batch_patience,
-            inference_max_length=self._max_session_tokens,
-            attention_backend=config.attention_backend,
-            num_threads=config.num_threads,
-            max_peer_share=config.max_peer_kv_share,
-            kv_overcommit=config.kv_overcommit,
-            check_finite=True,
-        )
+        config = self.config
+        engine_config = engine_config_of(config, self.checkpoint)
+        self._max_session_tokens = engine_config.inference_max_length
         if config.quant_type != "none":
             require_quantizer(config.quant_type)
         await self._announcer.announce()
         logger.info("loading blocks %s of %s", self.span, self.checkpoint.name)
         self.engine = await asyncio.to_thread(
-            _build_engine,
+            build_engine,
             lambda: SpanBlocks.load(
                 self.checkpoint, self.span, self._dtype, device, quant_type=config.quant_type
             ),
@@ -377,77 +366,3 @@ async def serve(
 
 
 _PRESENT = (ServerState.JOINING, ServerState.ONLINE)
-
-
-def _open_checkpoint(config: ServerConfig) -> Checkpoint:
-    checkpoint = Checkpoint.open(
-        config.model, revision=config.revision, token=config.token, cache_dir=config.cache_dir
-    )
-    check_servable(checkpoint)
-    return checkpoint
-
-
-def _check_span(config: ServerConfig, checkpoint: Checkpoint) -> None:
-    wanted = config.block_indices.end if config.block_indices else config.num_blocks or 0
-    if wanted > checkpoint.num_blocks:
-        flag = "--block_indices" if config.block_indices else "--num_blocks"
-        raise ConfigError(
-            f"{flag} {config.block_indices or config.num_blocks} is outside "
-            f"{checkpoint.name}, which has blocks 0:{checkpoint.num_blocks}"
-        )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r} is no torch device; give cpu, cuda or mps") from error
-    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise ConfigError(f"--device {name}: this machine has none that torch can use; try cpu")
-    return device
-
-
-def _node_config(config: ServerConfig) -> NodeConfig:
-    return NodeConfig(
-        initial_peers=config.initial_peers,
-        host_maddrs=config.host_maddrs,
-        announce_maddrs=config.announce_maddrs,
-        port=config.port,
-        public_ip=config.public_ip,
-        identity_path=config.identity_path,
-        daemon_startup_timeout_s=config.daemon_startup_timeout,
-        max_peer_lookups=config.max_peer_lookups,
-        peer_lookup_burst=config.peer_lookup_burst,
-    )
-
-
-def _build_engine(
-    load: Callable[[], SpanBlocks], linear_backend: str, config: EngineConfig
-) -> Engine:
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    try:
-        with returning_freed_memory():
-            blocks = load()
-            convert_span(blocks, linear_backend)
-        runner = SpanRunner(blocks, config.num_pages, config.page_size, config.attention_backend)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ConfigError(
-            "this machine's memory is too small for these blocks and their KV cache; serve fewer "
-            "with --num_blocks, or give --quant_type int8 or a smaller --attn_cache_tokens"
-        ) from error
-    engine = Engine(runner, config, SystemClock())
-    engine.start()
-    try:
-        asyncio.run(engine.measure())
-    except BaseException:
-        engine.close()
-        raise
-    return engine

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from weakref import WeakValueDictionary
 from hivemind.dht.node import DHTNode
 
 from planetserve.clock import Clock, SystemClock
-from planetserve.crypto.identity import Identity, peer_id_bytes
+from planetserve.crypto.identity import Identity, claimed, peer_id_bytes
 from planetserve.errors import (
     ConfigError,
     PeerUnreachable,
@@ -195,7 +194,7 @@ class SwarmNode:
             identity = Identity.generate()
         else:
             identity = Identity.load_or_create(config.identity_path)
-            resources.enter_context(_claimed(Path(config.identity_path)))
+            resources.enter_context(claimed(Path(config.identity_path)))
         # A client, in somebody else's program, has few streams and leaves that program's limits be.
         max_streams = MAX_STREAMS
         if not config.client_mode:
@@ -441,17 +440,3 @@ class SwarmNode:
             self._dht.is_alive = False
         await self._daemon.close()
         self._resources.close()
-
-
-@contextlib.contextmanager
-def _claimed(key_file: Path) -> Iterator[None]:
-    """Hold a lock on the key file: two nodes of one peer id would cut each other off."""
-    with key_file.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"identity file {key_file} is used by another running node; "
-                "give each node an --identity_path of its own"
-            ) from None
-        yield

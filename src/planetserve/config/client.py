@@ -77,7 +77,7 @@ class ClientConfig:
     """How little to believe in the loads that servers announce, which will have changed before the
     session ends: this part of the expected wait at a server is one pass of it, however idle it
     looks. Less of it where even the busiest server is hardly busy, so that in an idle swarm the
-    fastest chain is taken. 0 expects the loads of now, which simulated swarms were fastest with."""
+    fastest chain is taken. 0 expects the loads of now; in simulated swarms doubt gained nothing."""
     replan_period: float = 10.0
     """Seconds between looks for a better chain while a session runs; 0 never looks."""
     replan_gain: float = 0.2

@@ -199,16 +199,27 @@ def test_new_tokens_fit_the_texts_of_a_session(model: Any) -> None:
             model.generate(tokens(1, 4, 3), max_new_tokens=2)
 
 
-def test_a_session_is_used_by_step_or_by_generate(model: Any, local: Any) -> None:
-    hidden = local.model.embed_tokens(tokens(1, 4)).detach()
+def test_step_goes_on_where_generate_has_come_to(model: Any, local: Any) -> None:
+    ids = tokens(2, 6)
+    hidden = local.model.embed_tokens(ids).detach()
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     with model.inference_session(max_length=64) as session:
-        session.step(hidden)
-        with pytest.raises(ConfigError, match="given hidden states by step"):
-            model.generate(tokens(1, 4), max_new_tokens=2)
+        whole = session.step(hidden)
+    for given, expected in ((None, whole[:, 4:]), (mask, whole[1:, 4:])):
+        with model.inference_session(max_length=64) as session:
+            model.generate(ids[:, :4], attention_mask=given, max_new_tokens=3, do_sample=False)
+            session.position = 4
+            got = session.step(hidden[:, 4:])
+            torch.testing.assert_close(got[-len(expected) :], expected, atol=1e-3, rtol=1e-3)
+            with pytest.raises(ConfigError, match="given hidden states by step"):
+                model.generate(ids, max_new_tokens=2)
+
+
+def test_step_does_not_go_on_in_rows_of_beams(model: Any, local: Any) -> None:
     with model.inference_session(max_length=64) as session:
-        model.generate(tokens(1, 4), max_new_tokens=2)
-        with pytest.raises(ConfigError, match="conversation of generate"):
-            session.step(hidden)
+        model.generate(tokens(1, 4), max_new_tokens=4, num_beams=3)
+        with pytest.raises(ConfigError, match="as after a beam search"):
+            session.step(local.model.embed_tokens(tokens(1, 1)).detach())
 
 
 def test_an_assistant_that_is_the_model_itself_leaves_the_session_alone(

@@ -6,7 +6,22 @@ or a call that failed it is less, more or in other rows. Each turn compares the 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
+
+
+class HeldText(Protocol):
+    """What servers hold of a text; see `RemoteCache`."""
+
+    reorder: tuple[int, ...] | None
+
+    @property
+    def num_columns(self) -> int: ...
+
+    def row_lengths(self) -> tuple[int, ...]: ...
+
+    def keep_common(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> None: ...
 
 
 class Conversation:
@@ -41,3 +56,16 @@ class Conversation:
         self._num_seen = max(0, self._num_seen - num_columns)
         self.output_ids = self.output_ids[:, : self._num_seen]
         self.attention_mask = self.attention_mask[:, : self._num_seen]
+
+    def rows_in(self, cache: HeldText) -> tuple[int, ...] | None:
+        """Tokens of each row that the blocks have seen, if they are held in these rows."""
+        if self.output_ids is None or self.attention_mask is None:
+            return None
+        # The last column is what a turn would feed.
+        ids, mask = self.output_ids[:, : self._num_seen], self.attention_mask[:, : self._num_seen]
+        cache.keep_common(
+            torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1))
+        )
+        if cache.reorder is not None or cache.num_columns != self._num_seen:
+            return None
+        return cache.row_lengths()

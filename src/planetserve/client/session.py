@@ -20,7 +20,7 @@ from types import TracebackType
 import torch
 
 from planetserve.client.chain_manager import ChainManager
-from planetserve.client.conversation import Conversation
+from planetserve.client.conversation import Conversation, HeldText
 from planetserve.client.local_blocks import LocalEnds, LocalRows
 from planetserve.client.portal import Portal
 from planetserve.client.relocation import Relocation
@@ -67,7 +67,7 @@ class InferenceSession:
         self.max_length = max_length
         self.conversation = Conversation()
         """The text that `generate()` continues."""
-        self.cache: object | None = None
+        self.cache: HeldText | None = None
         """The Hugging Face cache that stands for this session in `generate()`."""
         self.turn = threading.Lock()
         """Held by the `generate()` that is under way."""
@@ -144,7 +144,8 @@ class InferenceSession:
         prompts: None = None,
         hypo_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run `[batch, tokens, hidden]` inputs through all blocks, appending to every row.
+        """Run `[batch, tokens, hidden]` inputs through all blocks, appending to every row. After
+        `generate()` they go on at `position`, and `generate()` goes on no more.
 
         Args:
             inputs_BTD: hidden states as the embedding makes them; the first call fixes the batch.
@@ -156,11 +157,7 @@ class InferenceSession:
         """
         if prompts is not None:
             raise ConfigError("deep prompts are not supported; leave prompts out")
-        if self.cache is not None:
-            raise ConfigError(
-                "this session holds a conversation of generate(), which step() cannot go on with; "
-                "open another session"
-            )
+        self._end_conversation()
         num_rows, num_tokens, width = inputs_BTD.shape
         reorder = None if hypo_ids is None else tuple(int(row) for row in hypo_ids)
         lengths = self.lengths or (0,) * num_rows
@@ -170,6 +167,20 @@ class InferenceSession:
         table = StepTable(rows, None, reorder)
         output_TD = self.run(num_rows, table, inputs_BTD.detach().cpu().reshape(-1, width))
         return output_TD.reshape(num_rows, num_tokens, width)
+
+    def _end_conversation(self) -> None:
+        """Hidden states go on behind the `position` of the text, which then is none of tokens."""
+        cache, history = self.cache, self._history
+        if cache is None or history is None:
+            return
+        lengths = self.conversation.rows_in(cache)
+        if lengths is None or len(lengths) != len(self.lengths):
+            raise ConfigError(
+                "servers hold the text of this session in other rows than step() can go on with, "
+                "as after a beam search; open another session"
+            )
+        history.truncate(lengths)
+        self.cache, self.conversation = None, Conversation()
 
     def run(
         self, num_rows: int, table: StepTable, hidden_TD: torch.Tensor, *, keep_last: bool = False

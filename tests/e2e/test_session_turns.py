@@ -200,7 +200,7 @@ def test_new_tokens_fit_the_texts_of_a_session(model: Any) -> None:
 
 
 def test_step_goes_on_where_generate_has_come_to(model: Any, local: Any) -> None:
-    ids = tokens(2, 6)
+    ids = tokens(1, 6, 2)
     hidden = local.model.embed_tokens(ids).detach()
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     with model.inference_session(max_length=64) as session:

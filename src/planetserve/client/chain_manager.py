@@ -220,11 +220,17 @@ class ChainManager:
         return True
 
     async def report_failure(
-        self, error: PlanetServeError, chain: Chain | None
+        self, error: PlanetServeError, chain: Chain | None, lost_s: float = 0.0
     ) -> Sequence[PeerId]:
         """Keep the peer at fault out of the next plans; find it by pinging if nobody named it.
 
         Of a chain that failed in a way that any of its hops may have caused, all are suspected.
+
+        Args:
+            error: how the attempt ended.
+            chain: that it was made on, if there was one.
+            lost_s: time that it took. Who wastes a minute is left alone for one at least, or it
+                could do so for most of the time.
 
         Returns:
             The peers at fault.
@@ -239,7 +245,7 @@ class ChainManager:
                 culprits.append(one.peer_id)
             elif chain is not None and one.blame in (Blame.REMOTE, Blame.UNKNOWN):
                 culprits += await self._suspects(one, [hop.peer_id for hop in chain])
-        self._bans.ban(culprits, self.config.ban_timeout)
+        self._bans.ban(culprits, max(self.config.ban_timeout, lost_s))
         return culprits
 
     async def _suspects(self, error: PlanetServeError, peers: list[PeerId]) -> Sequence[PeerId]:

@@ -312,6 +312,7 @@ class InferenceSession:
         loop = asyncio.get_running_loop()
         attempt, reports = 0, Reports()
         while True:
+            began_s = loop.time()
             try:
                 ring = await self._whole_ring(num_rows, lease_tokens, history)
                 if ring.is_waiting:
@@ -334,7 +335,8 @@ class InferenceSession:
                     raise _closed_error() from error
                 attempt += 1
                 reports.add(error)
-                delay_s = await self._recover(error, attempt, num_rows, lease_tokens)
+                lost_s = loop.time() - began_s
+                delay_s = await self._recover(error, attempt, lost_s, num_rows, lease_tokens)
                 if delay_s is None:
                     raise reports.final(error, attempt) from error
                 await asyncio.sleep(delay_s)
@@ -394,12 +396,18 @@ class InferenceSession:
         self._relocation.look_if_due(ring.chain, num_rows, lease_tokens, position, most)
 
     async def _recover(
-        self, error: PlanetServeError, attempt: int, num_rows: int, lease_tokens: int
+        self,
+        error: PlanetServeError,
+        attempt: int,
+        lost_s: float,
+        num_rows: int,
+        lease_tokens: int,
     ) -> float | None:
         """Settle what becomes of the ring; seconds until the next attempt, None if there must not
         be another."""
         ring = self._ring
-        culprits = await self._manager.report_failure(error, None if ring is None else ring.chain)
+        chain = None if ring is None else ring.chain
+        culprits = await self._manager.report_failure(error, chain, lost_s)
         delay_s = self._manager.retry_delay_s(error, attempt)
         keeps = ring is not None and delay_s is not None and ring.condemn(error, culprits)
         if not keeps:

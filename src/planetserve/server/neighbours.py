@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from planetserve.clock import Clock
 from planetserve.errors import PlanetServeError
+from planetserve.swarm import multiaddr
 from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.node import SwarmNode
@@ -62,8 +63,12 @@ class Neighbours:
         await asyncio.gather(*(self._ping(likely[peer_id]) for peer_id in chosen))
 
     async def _ping(self, info: ServerInfo) -> None:
+        # Anybody may announce anything: nobody has this server knock inside its own network.
+        addresses = multiaddr.permitted(self._node.addresses(), info.addresses)
         try:
-            rtt_ms = await ping(self._node, info.peer_id, info.addresses, _PING_TIMEOUT_S)
+            if not addresses and not await self._node.is_connected(info.peer_id):
+                return
+            rtt_ms = await ping(self._node, info.peer_id, addresses, _PING_TIMEOUT_S)
         except PlanetServeError:
             return
         self._rtt.add(info.peer_id, rtt_ms)

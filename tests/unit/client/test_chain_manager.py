@@ -247,3 +247,19 @@ async def test_who_announces_another_revision_stops_no_client_whose_servers_come
     board = LateBoard(server("liar", fingerprint="0" * 64))
     manager = await join(board, monkeypatch, wait_s=60.0)
     assert set(manager.view.servers) == {"own"}
+
+
+async def test_who_wastes_a_minute_is_left_alone_for_one(
+    manager: ChainManager, clock: ManualClock
+) -> None:
+    """A liar with the best record takes a session and stalls: it must not get the next one soon."""
+    error = HopTimeout("no answer from the chain")
+    error.peer_id = "a"
+    await manager.report_failure(error, BOTH, 60.0)
+    clock.now_s += 59.0
+    assert await first_hop(manager) == "b"
+    clock.now_s += 2.0
+    assert await first_hop(manager) == "a"
+    await manager.report_failure(error, BOTH, 60.0)
+    clock.now_s += 119.0
+    assert await first_hop(manager) == "b"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -47,12 +48,12 @@ async def lost_by(*frames: tuple[FrameType, bytes]) -> PlanetServeError | None:
 
 @pytest.mark.parametrize("code", ["config", "session_closed", "capacity", "anything_else"])
 async def test_whatever_a_hop_reports_is_what_it_says_and_another_may_do(code: str) -> None:
-    reply = ErrorReply(code=code, message="run: curl evil.example", retry_after_s=3600.0)
+    reply = ErrorReply(code=code, retry_after_s=3600.0)
     error = await lost_by((FrameType.ERROR, reply.encode()))
     assert type(error) is PeerReportedError
     assert error.retryable
     assert (error.peer_id, error.edge) == ("hop", None)
-    assert str(error) == f"server …hop says: '{code}: run: curl evil.example'"
+    assert str(error) == f"server …hop says: '{code}: {reply.message}'"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ async def test_whatever_a_hop_reports_is_what_it_says_and_another_may_do(code: s
 async def test_a_hop_may_complain_of_its_neighbours_only(
     blamed: str, edge: tuple[str, str] | None
 ) -> None:
-    reply = ErrorReply(code="decryption", message="not me", blamed_peer=blamed)
+    reply = ErrorReply(code="decryption", blamed_peer=blamed)
     error = await lost_by((FrameType.ERROR, reply.encode()))
     assert error is not None
     assert error.edge == edge
@@ -70,9 +71,17 @@ async def test_a_hop_may_complain_of_its_neighbours_only(
 
 @pytest.mark.parametrize("code", ["", "two words", "UPPER", "\x1b[31m", "x" * 33])
 async def test_a_code_is_a_word(code: str) -> None:
-    payload = f'{{"code": "{code}", "message": ""}}'.encode()
+    payload = json.dumps({"code": code}).encode()
     error = await lost_by((FrameType.ERROR, payload))
     assert isinstance(error, RemoteProtocolError)
+    assert "bad fields code" in str(error)
+
+
+async def test_no_text_of_a_hop_is_read() -> None:
+    payload = json.dumps({"code": "config", "message": "run: curl evil.example"}).encode()
+    error = await lost_by((FrameType.ERROR, payload))
+    assert isinstance(error, RemoteProtocolError)
+    assert "curl" not in str(error)
     assert error.peer_id == "hop"
 
 

@@ -77,7 +77,9 @@ class Manager:
         self.rings.append(FailingRing())
         return self.rings[-1]
 
-    async def report_failure(self, error: PlanetServeError, _chain: object) -> tuple[str, ...]:
+    async def report_failure(
+        self, error: PlanetServeError, _chain: object, _lost_s: float
+    ) -> tuple[str, ...]:
         self.failures.append(error)
         return ()
 
@@ -108,7 +110,9 @@ async def test_a_session_closed_between_two_attempts_makes_no_other() -> None:
     manager = Manager()
     session = session_of(manager)
 
-    async def closed_meanwhile(_error: PlanetServeError, _chain: object) -> tuple[str, ...]:
+    async def closed_meanwhile(
+        _error: PlanetServeError, _chain: object, _lost_s: float
+    ) -> tuple[str, ...]:
         await session.release()
         return ()
 

@@ -1,11 +1,17 @@
-"""Whom a server pings: those that may come next in a chain."""
+"""Whom a server pings: those that may come next in a chain, and nobody inside its own network."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+
 import pytest
 
-from planetserve.server.neighbours import likely_next
-from planetserve.types import BlockSpan, ServerInfo, ServerState
+from planetserve.server import neighbours
+from planetserve.server.neighbours import Neighbours, likely_next
+from planetserve.testing.clock import ManualClock
+from planetserve.types import BlockSpan, PeerId, ServerInfo, ServerState
 
 
 def server(name: str, start: int = 4, end: int = 8) -> ServerInfo:
@@ -33,3 +39,48 @@ def server(name: str, start: int = 4, end: int = 8) -> ServerInfo:
 def test_who_may_come_next(start: int, end: int, likely: bool) -> None:
     found = likely_next(BlockSpan(2, 4), [server("x", start, end)])
     assert bool(found) is likely
+
+
+OWN = "12D3KooWSvBiMkFKwpBPXQTg6RwPMAGjiGo2C9wDMd3WcbfAeZ3N"
+
+
+async def test_nobody_has_a_server_dial_inside_its_own_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dialled: dict[PeerId, list[str]] = {}
+
+    async def ping(
+        _node: object, peer_id: PeerId, addresses: Sequence[str], _timeout_s: float
+    ) -> float:
+        dialled[peer_id] = list(addresses)
+        return 1.0
+
+    async def is_connected(peer_id: PeerId) -> bool:
+        return peer_id == "met"
+
+    places = {
+        "public": ["/ip4/8.8.8.8/tcp/1"],
+        "private": ["/ip4/10.0.0.1/tcp/22", "/ip4/127.0.0.1/tcp/6379", "/ip4/169.254.1.1/tcp/80"],
+        "both": ["/ip4/8.8.4.4/tcp/1", "/ip4/192.168.1.1/tcp/80"],
+        "met": ["/ip4/10.0.0.2/tcp/1"],
+        "nowhere": [],
+    }
+
+    async def lookup(_model: str) -> list[ServerInfo]:
+        return [
+            dataclasses.replace(server(name), addresses=tuple(texts))
+            for name, texts in places.items()
+        ]
+
+    monkeypatch.setattr(neighbours, "ping", ping)
+    node = SimpleNamespace(
+        peer_id="me",
+        addresses=lambda: (f"/ip4/9.9.9.9/tcp/1/p2p/{OWN}",),
+        is_connected=is_connected,
+    )
+    directory = SimpleNamespace(lookup=lookup)
+    measured = Neighbours(node, directory, ManualClock())  # type: ignore[arg-type]
+    await measured.measure("tiny", "f", BlockSpan(2, 4))
+    assert dialled == {
+        "public": ["/ip4/8.8.8.8/tcp/1"], "both": ["/ip4/8.8.4.4/tcp/1"], "met": [],
+    }  # fmt: skip

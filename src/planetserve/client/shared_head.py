@@ -86,7 +86,8 @@ class SharedHead(nn.Linear):
     """The head of a model that several threads use."""
 
     calls: SharedCalls
-    has_faster_kernel = False
+    kernel_rows: frozenset[int] = frozenset()
+    """Numbers of rows that `few_rows.linear` multiplies faster than PyTorch."""
 
     @override
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ class SharedHead(nn.Linear):
         return output_NV.view(*input.shape[:-1], -1)
 
     def _multiply(self, rows_ND: torch.Tensor) -> torch.Tensor:
-        if self.has_faster_kernel and len(rows_ND) <= few_rows.MAX_ROWS:
+        if len(rows_ND) in self.kernel_rows:
             return few_rows.linear(rows_ND, self.weight, self.bias)
         return super().forward(rows_ND)
 
@@ -134,4 +135,4 @@ def share_head(model: PreTrainedModel) -> None:
         return
     head.__class__ = SharedHead
     head.calls = SharedCalls()
-    head.has_faster_kernel = few_rows.is_faster(head.weight)
+    head.kernel_rows = few_rows.faster_rows(head.weight)

@@ -15,7 +15,8 @@ from planetserve.native import library, memory
 
 MAX_ROWS = 16
 """PyTorch's own product is about as fast with more."""
-_TIMED_ROWS = (1, 4)
+_TIMED_ROWS = (1, 4, 8, MAX_ROWS)
+"""Each stands for itself and the numbers between it and the one before."""
 
 
 def has_kernel(weight_OI: torch.Tensor) -> bool:
@@ -31,16 +32,25 @@ def has_kernel(weight_OI: torch.Tensor) -> bool:
 
 
 @torch.inference_mode()
-def is_faster(weight_OI: torch.Tensor) -> bool:
-    """Whether the kernel beats PyTorch's own product with this weight on this machine, timed."""
+def faster_rows(weight_OI: torch.Tensor) -> frozenset[int]:
+    """The numbers of rows with which the kernel beats PyTorch's own product, timed.
+
+    Which is faster depends on the machine, the dtype and the number of rows.
+    """
     if not has_kernel(weight_OI):
-        return False
+        return frozenset()
     part_OI = timed_part(weight_OI.detach())
     with memory.apart():
         plain, kernel = time_all(
             [lambda x: F.linear(x, part_OI), lambda x: linear(x, part_OI)], part_OI, _TIMED_ROWS
         )
-    return sum(kernel) < sum(plain)
+    faster: set[int] = set()
+    least = 1
+    for most, plain_s, kernel_s in zip(_TIMED_ROWS, plain, kernel, strict=True):
+        if kernel_s < plain_s:
+            faster.update(range(least, most + 1))
+        least = most + 1
+    return frozenset(faster)
 
 
 def linear(

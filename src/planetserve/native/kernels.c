@@ -11,10 +11,13 @@
 
 /* Columns of a weight panel: panel p holds outputs [16p, 16p + 16) as [K][16]. */
 #define PANEL 16
-/* Outputs and rows of a block of `rows.inc`. */
-#define OUTS_AT_ONCE 4
+/* `rows.inc`: rows in all; rows and outputs at once; room for inputs and for
+ * vectors of sums, which are to stay in the nearest cache or the next. */
 #define MOST_ROWS 16
-#define ROWS_AT_ONCE (MAX_ROWS > 6 ? 4 : 2)
+#define ROWS_AT_ONCE (MAX_ROWS > 6 ? 8 : 4)
+#define OUTS_AT_ONCE (MAX_ROWS > 6 ? 3 : 2)
+#define NEAR_BYTES (32 << 10)
+#define SUMS 512
 
 typedef struct {
     /* Strides of queries [T, heads, key_width] and of outputs [T, heads, value_width]. */

@@ -72,7 +72,8 @@ def shared(bias: bool = True, dtype: torch.dtype = torch.float32) -> SharedHead:
 
     share_head(Model())
     assert isinstance(head, SharedHead)
-    head.has_faster_kernel = few_rows.has_kernel(head.weight)
+    if few_rows.has_kernel(head.weight):
+        head.kernel_rows = frozenset(range(1, few_rows.MAX_ROWS + 1))
     return head
 
 

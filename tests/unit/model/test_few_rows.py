@@ -17,7 +17,9 @@ needs_kernels = pytest.mark.skipif(
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (5, 3), (64, 128), (101, 1000), (7, 2050)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(1, 1), (5, 3), (64, 128), (101, 1000), (7, 2050), (131, 5003)]
+)
 def test_every_instruction_set_agrees_with_pytorch(
     outputs: int, inputs: int, dtype: torch.dtype
 ) -> None:
@@ -57,4 +59,16 @@ def test_what_the_kernel_does_not_take_is_pytorchs(weight: torch.Tensor, rows: i
 
 
 def test_a_weight_without_a_kernel_is_not_timed() -> None:
-    assert not few_rows.is_faster(torch.randn(4, 4, dtype=torch.float64))
+    assert not few_rows.faster_rows(torch.randn(4, 4, dtype=torch.float64))
+
+
+@needs_kernels
+def test_the_kernel_multiplies_only_as_many_rows_as_it_is_faster_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def timed(_forms: object, _weight: object, rows: tuple[int, ...]) -> list[list[float]]:
+        return [[1.0] * len(rows), [2.0 if count == 8 else 0.5 for count in rows]]
+
+    monkeypatch.setattr(few_rows, "time_all", timed)
+    others = {*range(1, 5), *range(9, few_rows.MAX_ROWS + 1)}
+    assert few_rows.faster_rows(torch.randn(4, 4)) == others

@@ -112,6 +112,31 @@ def test_right_padding_is_refused(model: Any, prompt: torch.Tensor) -> None:
         model(ids, attention_mask=mask, logits_to_keep=1)
 
 
+def test_texts_packed_into_one_row_are_refused(
+    model: Any, local: Any, prompt: torch.Tensor
+) -> None:
+    positions = torch.arange(12)[None] % 6
+    with torch.no_grad():
+        with pytest.raises(ConfigError, match="give each text a row of its own"):
+            model(prompt, position_ids=positions, use_cache=False)
+        with pytest.raises(ConfigError, match="input_ids must be a 2D tensor"):
+            model(prompt[0])
+        # With a cache or a mask Hugging Face takes them for one text.
+        for options in ({}, {"attention_mask": torch.ones_like(prompt), "use_cache": False}):
+            options = {"position_ids": positions, **options}
+            close(model(prompt, **options).logits, local(prompt, **options).logits)
+
+
+def test_a_configuration_without_a_cache_keeps_none(model: Any, prompt: torch.Tensor) -> None:
+    model.config.use_cache = False
+    try:
+        with torch.no_grad():
+            assert model(prompt).past_key_values is None
+            assert model(prompt, use_cache=True).past_key_values is not None
+    finally:
+        model.config.use_cache = True
+
+
 def test_a_call_that_fails_leaves_nothing_behind(
     model: Any, local: Any, prompt: torch.Tensor
 ) -> None:

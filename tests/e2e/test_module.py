@@ -190,6 +190,31 @@ def test_hidden_states_are_those_that_the_client_has(
             assert close(step[-1], other[-1])
 
 
+def test_padding_is_no_silent_part_of_a_result(
+    fresh: Any,
+    local: Any,
+    padded: dict[str, torch.Tensor],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ids, mask = padded["input_ids"], padded["attention_mask"]
+    labels = ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        # On the left the first token of a text is predicted from padding.
+        for counted in (ids, labels):
+            with pytest.raises(ConfigError, match="predictions made at padding") as error:
+                fresh(**padded, labels=counted)
+            assert "\n" not in str(error.value)
+        right = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1)}
+        labels = labels.flip(1)
+        assert close(fresh(**right, labels=labels).loss, local(**right, labels=labels).loss)
+        assert caplog.text.count("attention_mask leaves columns out") == 1
+        states = fresh(**right, output_hidden_states=True).hidden_states[-1]
+        expected = local(**right, output_hidden_states=True).hidden_states[-1]
+    real = right["attention_mask"].bool()
+    assert close(states[real], expected[real])
+    assert caplog.text.count("attention_mask leaves columns out") == 1
+
+
 @pytest.mark.parametrize("name", ["output_attentions", "output_router_logits"])
 def test_what_stays_on_the_servers_is_refused(model: Any, prompt: torch.Tensor, name: str) -> None:
     with pytest.raises(ConfigError, match="stay on the servers") as error:

@@ -33,7 +33,7 @@ from planetserve.errors import ConfigError
 from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.client_half import load_client_half
-from planetserve.model.partial_outputs import refuse_backward
+from planetserve.model.partial_outputs import refuse_backward, refuse_loss_from_padding
 
 
 class AutoDistributedModelForCausalLM:
@@ -134,6 +134,8 @@ def _client_config(config: ClientConfig | None, options: dict[str, Any]) -> Clie
         if options:
             raise ConfigError(f"give either config= or options such as {sorted(options)[0]!r}")
         return config
+    if options.get("initial_peers", ()) is None:
+        del options["initial_peers"]
     made = from_mapping(ClientConfig, options)
     if not made.initial_peers:
         raise ConfigError(
@@ -192,8 +194,10 @@ def attach(
     model.membership = Membership(runtime)
 
     @torch.compiler.disable
-    def note_logits(module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+    def note_logits(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         runtime.check_process()
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        refuse_loss_from_padding(kwargs.get("labels"), mask)
         wants_states = kwargs.get("output_hidden_states") or module.config.output_hidden_states
         blocks.on_logits(0 if wants_states else kwargs.get("logits_to_keep", 0))
 

@@ -87,13 +87,21 @@ class SwarmMixin:
     def use_session(self, session: InferenceSession | None) -> Iterator[InferenceSession | None]:
         """Make `session` the one that `generate()` continues in this block; with None, each call
         makes a text of its own."""
-        if session is not None and not self.runtime.owns(session):
-            raise ConfigError("this session belongs to another model; open one with this model")
+        if session is not None:
+            self._check_own(session)
         token = self.runtime.active.set(session)
         try:
             yield session
         finally:
             self.runtime.active.reset(token)
+
+    def _check_own(self, session: object) -> None:
+        if not isinstance(session, InferenceSession):
+            raise ConfigError(
+                "session must be an open session: `with model.inference_session() as session:`"
+            )
+        if not self.runtime.owns(session):
+            raise ConfigError("this session belongs to another model; open one with this model")
 
     def close(self) -> None:
         """Close every session, leave the swarm, and stop the background thread. Idempotent."""
@@ -139,8 +147,8 @@ class DistributedMixin(SwarmMixin):
         refuse_what_needs_layers(kwargs)
         if session is None:
             session = self._active_session()
-        elif not self.runtime.owns(session):
-            raise ConfigError("this session belongs to another model; open one with this model")
+        else:
+            self._check_own(session)
         if session is None:
             return self._generate(None, inputs, *args, **kwargs)
         with Turn.begin(session) as turn, self.use_session(None):

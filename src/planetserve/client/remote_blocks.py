@@ -9,6 +9,7 @@ once and forked with the next step, so that servers keep one set of pages for wh
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from planetserve.client.remote_cache import RemoteCache, usable_cache
 from planetserve.client.session import InferenceSession
 from planetserve.errors import ConfigError
 from planetserve.tensors import tensor_bytes
-from planetserve.wire.step import RowSlice, StepTable
+from planetserve.wire.step import MAX_POSITION, RowSlice, StepTable
+
+logger = logging.getLogger(__name__)
 
 RIGHT_PADDED = (
     "attention_mask ends with padding, and what comes after padding cannot be generated; pad on "
@@ -57,6 +60,7 @@ class RemoteBlocks:
         self._new_session = new_session
         self._keep = keep
         self._thread = threading.local()
+        self._has_told_of_padding = False
 
     def on_logits(self, logits_to_keep: object) -> None:
         """Note how many logits this thread's next pass needs (0: all)."""
@@ -75,6 +79,9 @@ class RemoteBlocks:
         Raises:
             ConfigError: a mask or cache that cannot be distributed.
         """
+        ids = kwargs.get("input_ids")
+        if ids is not None and (not isinstance(ids, torch.Tensor) or ids.dim() != 2):
+            raise ConfigError("input_ids must be a 2D tensor [batch, tokens]")
         mask = kwargs.get("attention_mask")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
             raise ConfigError("attention_mask must be a 2D tensor [batch, tokens] of 0 and 1")
@@ -85,14 +92,18 @@ class RemoteBlocks:
         if cache is not None and not isinstance(cache, RemoteCache):
             cache = usable_cache(cache, lambda: self._new_session(0))
         if cache is None and kwargs.get("use_cache") is not False and "past_key_values" in kwargs:
-            inputs = kwargs.get("input_ids")
-            inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+            inputs = kwargs.get("inputs_embeds") if ids is None else ids
             if inputs is not None:
                 cache = RemoteCache(self._new_session(int(inputs.shape[1])))
                 cache.is_kept = True
                 kwargs = {**kwargs, "past_key_values": cache}
+        if mask is None and cache is None and _is_packed(positions):
+            raise ConfigError(
+                "position_ids of several texts in one row, which Hugging Face attends to apart, "
+                "are not supported; give each text a row of its own"
+            )
         keep_last = bool(getattr(self._thread, "keep_last", False))
-        self._thread.call = _Call(mask, positions, kwargs.get("input_ids"), cache, keep_last)
+        self._thread.call = _Call(mask, positions, ids, cache, keep_last)
         return kwargs
 
     @torch.compiler.disable
@@ -164,6 +175,12 @@ class RemoteBlocks:
         output_TD = output_TD.to(device)
         if columns_BT is None:
             return output_TD.view(num_rows, num_tokens, width)
+        if not keep_last and not self._has_told_of_padding:
+            self._has_told_of_padding = True
+            logger.warning(
+                "attention_mask leaves columns out: they are not computed, and what is returned "
+                "for them is no output of the model"
+            )
         output_BTD = torch.zeros_like(hidden_BTD)
         output_BTD[columns_BT.to(device)] = output_TD
         return output_BTD
@@ -219,6 +236,11 @@ def _without_twins(
     return StepTable(tuple(rows), tuple(positions) or None), torch.cat(hidden)
 
 
+def _is_packed(positions_BT: torch.Tensor | None) -> bool:
+    """Whether Hugging Face takes rows with these positions for several texts each."""
+    return positions_BT is not None and bool((positions_BT.diff(dim=-1) != 1).any())
+
+
 def _padded_columns(
     mask_BS: torch.Tensor | None, num_rows: int, num_tokens: int
 ) -> torch.Tensor | None:
@@ -248,10 +270,15 @@ def _explicit_positions(
         # What a model does without position_ids: it counts columns, padding included.
         past = cache.num_columns
         positions_BT = torch.arange(past, past + num_tokens)[None]
-    positions_BT = positions_BT[:, -num_tokens:].cpu()
-    if columns_BT is None:
-        wanted = positions_BT.expand(len(rows), -1).flatten().tolist()
-    else:
-        wanted = positions_BT.expand(len(columns_BT), -1)[columns_BT].tolist()
+    num_rows = len(rows) if columns_BT is None else len(columns_BT)
+    if positions_BT.shape[0] not in (1, num_rows) or positions_BT.shape[1] < num_tokens:
+        raise ConfigError(
+            f"position_ids of shape {tuple(positions_BT.shape)} do not fit an input of {num_rows} "
+            f"rows and {num_tokens} tokens"
+        )
+    positions_BT = positions_BT[:, -num_tokens:].cpu().expand(num_rows, -1)
+    wanted = (positions_BT.flatten() if columns_BT is None else positions_BT[columns_BT]).tolist()
+    if not all(0 <= position <= MAX_POSITION for position in wanted):
+        raise ConfigError(f"position_ids must be between 0 and {MAX_POSITION}")
     natural = [position for piece in rows for position in range(piece.start, piece.end)]
     return None if wanted == natural else tuple(wanted)

@@ -26,6 +26,7 @@ from planetserve.client.portal import Portal
 from planetserve.client.relocation import Relocation
 from planetserve.client.reports import Reports
 from planetserve.client.ring import RingSession
+from planetserve.client.step_checks import check_step, table_by_hand
 from planetserve.errors import (
     ConfigError,
     NoChainAvailable,
@@ -36,7 +37,7 @@ from planetserve.errors import (
 )
 from planetserve.history import History
 from planetserve.types import Chain
-from planetserve.wire.step import MAX_ROWS, RowSlice, StepTable
+from planetserve.wire.step import StepTable
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,8 @@ class InferenceSession:
         lease_tokens: int | None = None,
         local: LocalEnds | None = None,
     ):
-        if max_length is not None and max_length < 1:
-            raise ConfigError(f"max_length={max_length} leaves no room for a token")
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+            raise ConfigError(f"max_length={max_length!r} is no number of tokens; give 1 or more")
         self.max_length = max_length
         self.conversation = Conversation()
         """The text that `generate()` continues."""
@@ -114,9 +115,9 @@ class InferenceSession:
 
     @position.setter
     def position(self, position: int) -> None:
-        if not 0 <= position <= self.position:
+        if not isinstance(position, int) or not 0 <= position <= self.position:
             raise ConfigError(
-                f"position {position} is not within the {self.position} tokens of the session; "
+                f"position {position!r} is not within the {self.position} tokens of the session; "
                 "a session can only be rolled back"
             )
         num_taken_back = self.position - position
@@ -158,13 +159,8 @@ class InferenceSession:
         if prompts is not None:
             raise ConfigError("deep prompts are not supported; leave prompts out")
         self._end_conversation()
+        table = table_by_hand(inputs_BTD, hypo_ids, self.lengths)
         num_rows, num_tokens, width = inputs_BTD.shape
-        reorder = None if hypo_ids is None else tuple(int(row) for row in hypo_ids)
-        lengths = self.lengths or (0,) * num_rows
-        if reorder is not None:
-            lengths = tuple(lengths[row] for row in reorder)
-        rows = tuple(RowSlice(row, lengths[row], num_tokens) for row in range(num_rows))
-        table = StepTable(rows, None, reorder)
         output_TD = self.run(num_rows, table, inputs_BTD.detach().cpu().reshape(-1, width))
         return output_TD.reshape(num_rows, num_tokens, width)
 
@@ -194,7 +190,7 @@ class InferenceSession:
         """
         with self._lock:
             self._check_open()
-            self._check(num_rows, table)
+            self._check(num_rows, table, hidden_TD)
             if self._history is None:
                 self._history = History(num_rows)
                 self._local_rows = None if self._local is None else LocalRows(self._local, num_rows)
@@ -265,14 +261,8 @@ class InferenceSession:
         if self._closed:
             raise _closed_error()
 
-    def _check(self, num_rows: int, table: StepTable) -> None:
-        known = len(self.lengths)
-        if known and known != num_rows:
-            raise ConfigError(
-                f"this session holds a batch of {known}, got {num_rows} rows; open another session"
-            )
-        if num_rows > MAX_ROWS:
-            raise ConfigError(f"a batch of {num_rows} rows is over the limit of {MAX_ROWS}")
+    def _check(self, num_rows: int, table: StepTable, hidden_TD: torch.Tensor) -> None:
+        check_step(num_rows, hidden_TD, len(self.lengths), self._manager.facts.hidden_size)
         longest = max(piece.end for piece in table.rows)
         if self.max_length is not None and longest > self.max_length:
             raise SessionLengthError(

@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
+from typing_extensions import override
 
-from planetserve.errors import ModelError
+from planetserve.errors import ConfigError, ModelError
 from planetserve.model.capabilities import check_servable, warn_if_untested
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.decoder import Decoder, find_decoder
@@ -33,6 +34,11 @@ from planetserve.model.partial_outputs import (
 NO_ATTENTION = "planetserve_remote"
 """Attention implementation of a client half. transformers builds no masks for a name that has an
 attention function but no mask function, and there is no layer here that would call it."""
+
+_NO_LAYERS = (
+    "the layers run on servers, all of them in one call; session.step() takes hidden states "
+    "through them"
+)
 
 Remote = Callable[[torch.Tensor], torch.Tensor]
 """Hidden states `[batch, tokens, hidden]` through all blocks, in and out."""
@@ -62,7 +68,7 @@ def load_client_half(
     model = build_skeleton(checkpoint, dtype)
     decoder = find_decoder(model)
     load_parameters(model, checkpoint, lambda name: decoder.layer_of(name) is None, dtype, device)
-    setattr(decoder.base, decoder.layers_attr, nn.ModuleList())
+    setattr(decoder.base, decoder.layers_attr, _NoLayers())
     if isinstance(getattr(decoder.base, "rotary_emb", None), nn.Module):
         decoder.base.rotary_emb = _NoRotary()
     materialize_buffers(model, device)
@@ -78,6 +84,20 @@ def load_client_half(
     switch_off(model.config)
     _hook(decoder, remote, on_call)
     return model
+
+
+class _NoLayers(nn.ModuleList):
+    """The list of layers, without layers. A model's own code goes over it, up to their number."""
+
+    @override
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and index.start is None:
+            return self
+        raise ConfigError(_NO_LAYERS)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError(_NO_LAYERS)
 
 
 class _NoRotary(nn.Module):
@@ -109,6 +129,8 @@ def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         bound = dict(zip(names, args, strict=False)) | kwargs
+        if bound.get("use_cache") is None and getattr(module.config, "use_cache", None) is False:
+            bound["use_cache"] = False
         thread.now = _Pass(skipped, take_wanted_states(module.config, bound))
         return (), bound if on_call is None else on_call(bound)
 

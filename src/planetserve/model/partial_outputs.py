@@ -30,6 +30,9 @@ _NO_GRADIENTS = (
     "model under torch.no_grad(), or give it inputs that need no gradient"
 )
 
+_IGNORED = -100
+"""A label that Hugging Face's losses leave out."""
+
 
 class HiddenStates(tuple[torch.Tensor, ...]):
     """As long as the whole model's, with None for the states that the client has not got."""
@@ -107,6 +110,24 @@ def refuse_backward(output: Any) -> None:
     loss = output.get("loss") if isinstance(output, ModelOutput) else None
     if torch.is_grad_enabled() and loss is not None and not loss.requires_grad:
         output["loss"] = without_backward(torch.zeros((), requires_grad=True), loss)
+
+
+def refuse_loss_from_padding(labels_BT: Any, mask_BT: Any) -> None:
+    """Refuse a loss that counts what is predicted at padding, which the blocks do not compute.
+
+    Raises:
+        ConfigError: a label that counts follows a column that `mask_BT` leaves out.
+    """
+    if not isinstance(labels_BT, torch.Tensor) or not isinstance(mask_BT, torch.Tensor):
+        return
+    if mask_BT.dim() != 2 or mask_BT.shape != labels_BT.shape:
+        return
+    is_counted = labels_BT[:, 1:] != _IGNORED
+    if bool((is_counted & (mask_BT[:, :-1].to(labels_BT.device) == 0)).any()):
+        raise ConfigError(
+            "the loss would count predictions made at padding, which are not computed; pad on the "
+            f"right and give padding the label {_IGNORED}"
+        )
 
 
 def _wanted(config: PretrainedConfig, kwargs: dict[str, Any], name: str) -> Any:

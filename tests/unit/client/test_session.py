@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from planetserve.client import ring_hops
 from planetserve.client.ring_hops import RingHops
 from planetserve.client.session import InferenceSession
 from planetserve.config import ClientConfig
-from planetserve.errors import PlanetServeError, SessionClosed, StreamClosed
+from planetserve.errors import ConfigError, PlanetServeError, SessionClosed, StreamClosed
 from planetserve.types import Chain, Hop
 from planetserve.wire.step import RowSlice, StepTable
 
@@ -63,6 +64,7 @@ class Manager:
     """Opens failing rings as soon as it may, and wants every failure retried."""
 
     config = ClientConfig()
+    facts = SimpleNamespace(hidden_size=16)
 
     def __init__(self) -> None:
         self.may_open = asyncio.Event()
@@ -157,6 +159,27 @@ async def test_a_text_that_outgrows_its_servers_goes_to_others() -> None:
     assert manager.leases == [3, 5]
     assert [ring.closed.is_set() for ring in manager.rings] == [True, False]
     await session.release()
+
+
+async def test_what_no_server_could_run_goes_to_none() -> None:
+    manager = Manager()
+    session = session_of(manager)
+    for hidden_TD in (torch.zeros(3, 8), torch.zeros(3, 16, dtype=torch.int64)):
+        with pytest.raises(ConfigError, match="16 floating-point numbers for each token"):
+            session.run(1, TABLE, hidden_TD)
+    for inputs in (torch.zeros(3, 16), torch.zeros(1, 0, 16), [[1.0]]):
+        with pytest.raises(ConfigError, match=r"\[batch, tokens, hidden\]"):
+            session.step(inputs)  # type: ignore[arg-type]
+    for rows in ([0, 5], [0], [0, -1]):
+        with pytest.raises(ConfigError, match="hypo_ids must name"):
+            session.step(torch.zeros(2, 1, 16), hypo_ids=torch.tensor(rows))
+    for position in (1, "0", 0.0):
+        with pytest.raises(ConfigError, match="can only be rolled back"):
+            session.position = position  # type: ignore[assignment]
+    for max_length in (0, 2.5, "9"):
+        with pytest.raises(ConfigError, match="no number of tokens"):
+            InferenceSession(manager, LoopPortal(), max_length=max_length)  # type: ignore[arg-type]
+    assert manager.rings == []
 
 
 async def test_a_ring_that_opens_after_its_session_was_closed_is_closed() -> None:

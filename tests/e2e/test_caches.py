@@ -127,6 +127,26 @@ def test_texts_packed_into_one_row_are_refused(
             close(model(prompt, **options).logits, local(prompt, **options).logits)
 
 
+def test_positions_that_fit_no_input_go_to_no_server(model: Any, prompt: torch.Tensor) -> None:
+    for positions in (torch.arange(2)[None], torch.arange(12).repeat(3, 1)):
+        with torch.no_grad(), pytest.raises(ConfigError, match="do not fit an input of 1 rows"):
+            model(prompt, position_ids=positions)
+    with pytest.raises(ConfigError, match="do not fit an input of 1 rows"):
+        model.generate(prompt, attention_mask=torch.ones(1, 2), **GREEDY)
+    with torch.no_grad(), pytest.raises(ConfigError, match="must be between 0 and"):
+        model(prompt, position_ids=torch.arange(12)[None] - 3)
+    with torch.no_grad(), pytest.raises(ConfigError, match="32 floating-point numbers"):
+        model(inputs_embeds=torch.zeros(1, 3, 5))
+    for read in (
+        lambda: model.model.layers[0],
+        lambda: model.model.layers[0:3],
+        lambda: model.model.layers(torch.zeros(1, 1, 32)),
+        lambda: model.generate(prompt, session=model.inference_session(), **GREEDY),
+    ):
+        with pytest.raises(ConfigError, match=r"session\.step|an open session"):
+            read()
+
+
 def test_a_configuration_without_a_cache_keeps_none(model: Any, prompt: torch.Tensor) -> None:
     model.config.use_cache = False
     try:

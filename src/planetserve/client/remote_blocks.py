@@ -273,8 +273,8 @@ def _explicit_positions(
     num_rows = len(rows) if columns_BT is None else len(columns_BT)
     if positions_BT.shape[0] not in (1, num_rows) or positions_BT.shape[1] < num_tokens:
         raise ConfigError(
-            f"position_ids of shape {tuple(positions_BT.shape)} do not fit an input of {num_rows} "
-            f"rows and {num_tokens} tokens"
+            f"position_ids of shape {tuple(positions_BT.shape)}, given or counted from an "
+            f"attention_mask, do not fit an input of {num_rows} rows and {num_tokens} tokens"
         )
     positions_BT = positions_BT[:, -num_tokens:].cpu().expand(num_rows, -1)
     wanted = (positions_BT.flatten() if columns_BT is None else positions_BT[columns_BT]).tolist()

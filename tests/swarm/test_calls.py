@@ -140,3 +140,32 @@ async def test_what_fails_is_told_to_the_caller_only(
     with pytest.raises(Exception, match="protocol"):
         await stub.rpc_store(dht_pb2.StoreRequest(keys=[b"x"]), timeout=5.0)
     assert await stub.rpc_ping(dht_pb2.PingRequest(), timeout=5.0)
+
+
+async def test_answers_that_nobody_takes_are_bounded(
+    start_node: StartNode, server: SwarmNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megabytes for a hundred bytes of a question: each peer has some on their way, and all too."""
+    answer_bytes = 1 << 20
+    monkeypatch.setattr(calls, "MAX_UNSENT_BYTES_PER_PEER", 2 * answer_bytes)
+    monkeypatch.setattr(calls, "MAX_UNSENT_BYTES", 3 * answer_bytes)
+
+    async def large(_data: bytes, _remote: str) -> bytes:
+        return bytes(answer_bytes)
+
+    greedy = [await start_node(server, client_mode=True) for _ in range(2)]
+    other = await start_node(server, client_mode=True)
+    find = "PlanetServeDHT.rpc_find"
+    monkeypatch.setitem(server.calls, find, large)
+    with contextlib.ExitStack() as streams:
+        loop = asyncio.get_running_loop()
+        for number in range(8):
+            sock = await greedy[number // 4].open_socket(server.peer_id, find)
+            streams.enter_context(sock)
+            await loop.sock_sendall(sock, varint(len(CALL)) + CALL)
+        await until(lambda: server._unsent.total == 3 * answer_bytes)
+        sock = streams.enter_context(await other.open_socket(server.peer_id, find))
+        await loop.sock_sendall(sock, varint(len(CALL)) + CALL)
+        assert b"queue_full" in await loop.sock_recv(sock, 4096)
+        assert server._unsent.total == 3 * answer_bytes
+    await until(lambda: server._unsent.total == 0)

@@ -49,6 +49,7 @@ _KEYS_PER_VALIDATION = 10
 """A ping that asks for a ping back holds one of the few calls that this node may have under way."""
 _MAX_REQUEST_FIELDS = 512
 _MAX_ANSWER_BYTES = 3 * 1024 * 1024
+_ANSWERS_AT_ONCE = 8
 _MAX_SHORT_ANSWER_BYTES = 4096
 _MAX_RESULT_FIELDS = 64
 _MAX_BAD_RECORDS = 16
@@ -102,12 +103,15 @@ class PlanetServeDHT(DHTProtocol):
     """Initial peers."""
     pings: set[asyncio.Task[Any]]
     """To peers whose place others wait for."""
+    building: asyncio.Semaphore
+    """For answers to look-ups, until `calls.py` counts them."""
 
     @classmethod
     async def create(cls, p2p: P2P, *args: Any, **kwargs: Any) -> PlanetServeDHT:
         self: PlanetServeDHT = await super().create(p2p, *args, **kwargs)
         self.storage, self.cache = BoundedStorage(self.unix), BoundedStorage(self.unix)
         self.pings = set()
+        self.building = asyncio.Semaphore(_ANSWERS_AT_ONCE)
         return self
 
     def unix(self) -> float:
@@ -205,6 +209,12 @@ class PlanetServeDHT(DHTProtocol):
         if len(request.keys) > MAX_KEYS_PER_REQUEST:
             raise RemoteProtocolError("too many keys in one request")
         await self._meet(request, context)
+        async with self.building:
+            return await self._find(request, context)
+
+    async def _find(
+        self, request: dht_pb2.FindRequest, context: P2PContext
+    ) -> dht_pb2.FindResponse:
         response = dht_pb2.FindResponse(peer=self.node_info)
         asker = dht_place(context.remote_id.to_bytes())
         num_bytes = 0

@@ -35,7 +35,7 @@ from planetserve.errors import (
 from planetserve.swarm import dht, multiaddr, own_protocols, peer_routing
 from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.buckets import TokenBuckets
-from planetserve.swarm.calls import Call, answer
+from planetserve.swarm.calls import Call, Unsent, answer
 from planetserve.swarm.daemon import Daemon
 from planetserve.swarm.door import Door
 from planetserve.swarm.peer_routing import PeerRouting
@@ -168,6 +168,7 @@ class SwarmNode:
         self.protocols: dict[str, StreamHandler] = {}
         self.calls: dict[str, Call] = {}
         """What others may call, by protocol name: the directory."""
+        self._unsent = Unsent()
         self.stopped = asyncio.Event()
         """Set once the node no longer works: it was closed, or its daemon died."""
         self._daemon = daemon
@@ -310,7 +311,7 @@ class SwarmNode:
     async def _serve_call(self, protocol: str) -> None:
         async def serve(sock: socket.socket, head: bytes, remote: PeerId) -> None:
             try:
-                await answer(sock, head, remote, self.calls[protocol])
+                await answer(sock, head, remote, self.calls[protocol], self._unsent)
             except (OSError, EOFError, TimeoutError, RemoteProtocolError):
                 self.refused["call"] += 1
 

@@ -197,6 +197,7 @@ async def test_one_hostile_initial_peer_of_two_keeps_nobody_out(
     async with asyncio.timeout(NEAR_S):
         server = await start_node(initial_peers=both)
         await Directory(server, CLOCK).announce(make_info(server.identity), ttl_s=300)
+    async with asyncio.timeout(NEAR_S):
         client = await start_node(initial_peers=both, client_mode=True)
         (found,) = await Directory(client, CLOCK).lookup(MODEL)
     assert found.peer_id == server.peer_id

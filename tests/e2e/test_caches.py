@@ -147,6 +147,27 @@ def test_positions_that_fit_no_input_go_to_no_server(model: Any, prompt: torch.T
             read()
 
 
+def test_a_mask_counts_what_the_cache_was_filled_with(
+    model: Any, local: Any, padded: dict[str, torch.Tensor]
+) -> None:
+    ids, mask = padded["input_ids"], padded["attention_mask"]
+    new = torch.tensor([[5], [6], [7]])
+    whole = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
+    more = whole.clone()
+    more[:, 0] = 1 - more[:, 0]
+    with torch.no_grad():
+        for refused in (None, whole[:, -1:], more):
+            cache = model(ids, attention_mask=mask).past_key_values
+            with pytest.raises(ConfigError, match="attention_mask must go over all columns"):
+                model(new, attention_mask=refused, past_key_values=cache)
+            theirs = local(ids, attention_mask=mask).past_key_values
+            options = {"attention_mask": whole, "position_ids": mask.sum(1, keepdim=True)}
+            got = model(new, past_key_values=cache, **options).logits
+            close(got, local(new, past_key_values=theirs, **options).logits)
+        with pytest.raises(ConfigError, match="a cache of its own"):
+            local(new, past_key_values=cache)
+
+
 def test_a_configuration_without_a_cache_keeps_none(model: Any, prompt: torch.Tensor) -> None:
     model.config.use_cache = False
     try:

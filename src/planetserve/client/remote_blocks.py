@@ -30,6 +30,11 @@ RIGHT_PADDED = (
     "the left (tokenizer.padding_side = 'left')"
 )
 
+OTHER_MASK = (
+    "attention_mask must go over all columns of the cache and the input, and leave out of the "
+    "cache what was left out when it was filled; to change that, start over without past_key_values"
+)
+
 
 @dataclass(slots=True)
 class _Call:
@@ -135,6 +140,8 @@ class RemoteBlocks:
     def _run_new(self, cache: RemoteCache, call: _Call, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """The part of a call that brings columns the cache does not hold yet."""
         num_rows, num_tokens, width = hidden_BTD.shape
+        if not cache.fits(call.mask_BS, num_tokens):
+            raise ConfigError(OTHER_MASK)
         columns_BT = _padded_columns(call.mask_BS, num_rows, num_tokens)
         ids_BT = None if call.ids_BT is None else call.ids_BT[:, -num_tokens:].cpu()
         counts = [num_tokens] * num_rows if columns_BT is None else columns_BT.sum(dim=1).tolist()

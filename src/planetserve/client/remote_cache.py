@@ -84,6 +84,18 @@ class RemoteCache(Cache):
             return tuple(self._mask_BS.sum(dim=1).tolist())
         return () if self._size is None else (self._size[1],) * self._size[0]
 
+    def fits(self, mask_BS: torch.Tensor | None, num_new: int) -> bool:
+        """Whether this mask, of these rows and `num_new` further columns, counts what they hold."""
+        past = self.num_columns
+        if mask_BS is None or not past:
+            return not (past and self.is_padded)
+        if mask_BS.shape[0] != self.num_rows:
+            return True  # told of as another batch
+        held_BS = mask_BS[:, :past].cpu().bool()
+        if mask_BS.shape[1] < past + num_new:
+            return False
+        return bool(held_BS.all() if self._mask_BS is None else held_BS.equal(self._mask_BS))
+
     def catch_up(self) -> None:
         """Before a step: see whether an earlier one went through whose answer never came here
         (Ctrl-C). Then the rows are in its order already; its tokens will be taken back."""
@@ -244,6 +256,13 @@ class RemoteCache(Cache):
     def __reduce__(self) -> NoReturn:
         raise ConfigError(
             "a distributed cache lives on servers and cannot be pickled; keep the text instead"
+        )
+
+    @override
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError(
+            "the cache of a distributed model holds no keys and values here; give another model a "
+            "cache of its own"
         )
 
     def activate_past_recording(self) -> None:

@@ -46,6 +46,8 @@ def check_step(num_rows: int, hidden_TD: torch.Tensor, num_held: int, hidden_siz
             f"hidden states are {hidden_size} floating-point numbers for each token, got "
             f"{hidden_TD.shape[-1]} of {hidden_TD.dtype}"
         )
+    if not bool(torch.isfinite(hidden_TD).all()):
+        raise ConfigError("hidden states that are no finite numbers cannot go through the blocks")
     if num_held:
         _check_batch(num_rows, num_held)
     if num_rows > MAX_ROWS:

@@ -167,6 +167,8 @@ async def test_what_no_server_could_run_goes_to_none() -> None:
     for hidden_TD in (torch.zeros(3, 8), torch.zeros(3, 16, dtype=torch.int64)):
         with pytest.raises(ConfigError, match="16 floating-point numbers for each token"):
             session.run(1, TABLE, hidden_TD)
+    with pytest.raises(ConfigError, match="no finite numbers"):
+        session.run(1, TABLE, HIDDEN_TD.log())
     for inputs in (torch.zeros(3, 16), torch.zeros(1, 0, 16), [[1.0]]):
         with pytest.raises(ConfigError, match=r"\[batch, tokens, hidden\]"):
             session.step(inputs)  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ def test_same_snapshot_same_chain() -> None:
 
 
 def test_spread_gives_different_chains_within_its_bound() -> None:
-    snapshot = random_snapshot(np.random.default_rng(5), num_servers=60, num_blocks=24, scale=0.2)
+    snapshot = random_snapshot(np.random.default_rng(3), num_servers=60, num_blocks=24, scale=0.05)
     best = ShortestPath().plan(snapshot, ChainRequest()).latency_ms
     chains = [ShortestPath(spread=0.2, seed=s).plan(snapshot, ChainRequest()) for s in range(40)]
     assert len({chain.hops for chain in chains}) > 5

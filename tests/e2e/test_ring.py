@@ -80,7 +80,7 @@ def test_every_step_brings_the_hops_loads(
 ) -> None:
     with model.inference_session(max_length=32) as session:
         model.generate(prompt, max_new_tokens=2, do_sample=False)
-        ring = session._ring
+        ring = session._core.ring
         assert set(ring.loads_ms) == {hop.peer_id for hop in ring.chain}
         assert all(0 < ms < 1000 for ms in ring.loads_ms.values())
         model.runtime._portal.call(_say(ring))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -40,7 +41,10 @@ from planetserve.history import History
 from planetserve.routing.moving import Offer
 from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.swarm.averages import PeerAverages
+from planetserve.swarm.network import Join
+from planetserve.swarm.node import SwarmNode
 from planetserve.types import Chain, PeerId, ServerInfo
+from planetserve.wire.frame import SESSION_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +65,23 @@ class ChainManager:
         ConfigError: a setting does not fit the model, or names a peer that cannot exist.
     """
 
-    def __init__(self, config: ClientConfig, facts: ModelFacts, clock: Clock | None = None):
+    def __init__(
+        self,
+        config: ClientConfig,
+        facts: ModelFacts,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+        join: Join = SwarmNode.start,
+    ):
         self.config = config
         self.facts = facts
-        self._clock = clock or SystemClock()
+        self.rng = rng or random.SystemRandom()
+        """What sessions draw from; what they draw must be hard to guess."""
+        self.clock = self._clock = clock or SystemClock()
         _check_peer_ids(config)
         rtt = PeerAverages(max_peers=256, clock=self._clock)
-        self._planner = ChainPlanner(config, facts, rtt)
-        self.view = SwarmView(config, facts, self._planner.remote, rtt, self._clock)
+        self._planner = ChainPlanner(config, facts, rtt, self.rng)
+        self.view = SwarmView(config, facts, self._planner.remote, rtt, self._clock, self.rng, join)
         """What servers there are."""
         self._bans = Bans(self._clock)
         self._quarrels = Quarrels(config.ban_timeout, self._clock)
@@ -145,6 +158,7 @@ class ChainManager:
         chain = await self.plan(num_rows, lease_tokens, seed)
         servers = self._infos(chain)
         spec = RingSpec(
+            session_id=self.rng.randbytes(SESSION_BYTES),
             num_rows=num_rows,
             max_length=lease_tokens,
             hidden_size=self.facts.hidden_size,

@@ -21,8 +21,7 @@ from planetserve.errors import (
     PlanetServeError,
     RemoteProtocolError,
 )
-from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.streams import FrameStream, open_stream
+from planetserve.swarm.network import Network, Stream
 from planetserve.tensors import dtype_name
 from planetserve.types import CLIENT, Hop, PeerId, ServerInfo
 from planetserve.wire.frame import FrameHeader, FrameType
@@ -90,7 +89,7 @@ class HopLink:
         self._unread = asyncio.Semaphore(MAX_UNREAD)
         # Edges of this hop, past ones too, by the peer at their other end.
         self._edges: dict[str, tuple[str, str]] = {}
-        self._stream: FrameStream | None = None
+        self._stream: Stream | None = None
         self._channel: ChannelSecret | None = None
         self._reader: asyncio.Task[None] | None = None
         self._rewired: asyncio.Future[None] | None = None
@@ -105,7 +104,7 @@ class HopLink:
         return self.hop.peer_id
 
     @property
-    def stream(self) -> FrameStream:
+    def stream(self) -> Stream:
         """The open session stream."""
         if self._stream is None:
             raise RuntimeError("open the link first")
@@ -123,7 +122,7 @@ class HopLink:
 
     async def open(
         self,
-        node: SwarmNode,
+        node: Network,
         spec: RingSpec,
         *,
         epoch: int,
@@ -156,8 +155,8 @@ class HopLink:
         self.epoch_out = epoch
         timeout_s = spec.connect_timeout_s
         try:
-            self._stream = stream = await open_stream(
-                node, self.peer_id, self.info.addresses, SESSION_PROTOCOL, timeout_s
+            self._stream = stream = await node.open_stream(
+                self.peer_id, self.info.addresses, SESSION_PROTOCOL, timeout_s
             )
             await stream.send(self._header(FrameType.OPEN), message)
             answer, payload = await stream.receive(timeout_s)
@@ -260,7 +259,7 @@ class HopLink:
     def _header(self, kind: FrameType) -> FrameHeader:
         return FrameHeader(kind, session=self._session_id, edge=self.edge)
 
-    async def _read(self, stream: FrameStream) -> None:
+    async def _read(self, stream: Stream) -> None:
         try:
             while True:
                 header, payload = await stream.receive()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import secrets
+import random
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
@@ -78,7 +78,13 @@ class ChainPlanner:
         ConfigError: `local_blocks`, `trusted_blocks` or `chain_optimizer` is wrong.
     """
 
-    def __init__(self, config: ClientConfig, facts: ModelFacts, rtt: PeerAverages):
+    def __init__(
+        self,
+        config: ClientConfig,
+        facts: ModelFacts,
+        rtt: PeerAverages,
+        rng: random.Random | None = None,
+    ):
         self.remote = split_blocks(config, facts.num_blocks).remote
         """The blocks that the swarm runs."""
         self.trusted = {
@@ -91,6 +97,7 @@ class ChainPlanner:
         self._make_optimizer(0)  # a mistyped name should fail here
         self._facts = facts
         self._rtt = rtt
+        self._rng = rng or random.SystemRandom()
         self._warned_dtype = False
         self.avoided_edges: Mapping[tuple[PeerId, PeerId], float] = {}
         """Pairs of servers that had trouble with each other, and how much speaks against each."""
@@ -343,7 +350,7 @@ class ChainPlanner:
     ) -> Chain:
         blocks = self.remote if gap is None else gap.span
         first = blocks.start
-        optimizer = self._make_optimizer(secrets.randbits(32) if seed is None else seed)
+        optimizer = self._make_optimizer(self._rng.getrandbits(32) if seed is None else seed)
         try:
             chain = optimizer.plan(snapshot, self._request(tokens, gap))
         except MissingBlocksError as error:

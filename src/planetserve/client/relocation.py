@@ -13,7 +13,6 @@ import logging
 from planetserve.client.chain_manager import ChainManager
 from planetserve.client.ring import RingSession
 from planetserve.client.scout import Running
-from planetserve.clock import SystemClock
 from planetserve.errors import NoChainAvailable, PlanetServeError
 from planetserve.history import History
 from planetserve.routing.moving import Mover
@@ -28,7 +27,7 @@ class Relocation:
     def __init__(self, manager: ChainManager, seed: int):
         self._manager = manager
         self._seed = seed
-        self._mover = Mover(manager.config, SystemClock())
+        self._mover = Mover(manager.config, manager.clock, manager.rng)
         self._num_decoded = 0
         self._looking: asyncio.Task[None] | None = None
         self._target: tuple[Chain, Chain] | None = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 import torch
@@ -34,7 +33,7 @@ from planetserve.errors import (
 )
 from planetserve.history import History
 from planetserve.routing.moving import new_hops
-from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.network import Network
 from planetserve.types import CLIENT, Chain, Hop, PeerId, ServerInfo
 from planetserve.wire.frame import FrameHeader
 from planetserve.wire.step import HopLoad, StepTable
@@ -48,9 +47,9 @@ PlanGap = Callable[[Gap], Awaitable[tuple[Chain, Mapping[PeerId, ServerInfo]]]]
 class RingSession:
     """An open session. Made by `open`; one step at a time."""
 
-    def __init__(self, node: SwarmNode, spec: RingSpec):
+    def __init__(self, node: Network, spec: RingSpec):
         self.chain = Chain(())
-        self.session_id = os.urandom(16)
+        self.session_id = spec.session_id
         self.loads_ms: Mapping[PeerId, float] = {}
         """Time per block that each hop named with the latest answer."""
         self._spec = spec
@@ -66,7 +65,7 @@ class RingSession:
     @classmethod
     async def open(
         cls,
-        node: SwarmNode,
+        node: Network,
         chain: Chain,
         servers: Mapping[PeerId, ServerInfo],
         spec: RingSpec,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -83,7 +82,7 @@ class RingEnds:
         if self._sealer is not None:
             self._sealer.erase()
         self._sealer = self.sealer_type(
-            secret, self._session_id, edge, epoch, Direction.FORWARD, time.monotonic()
+            secret, self._session_id, edge, epoch, Direction.FORWARD, _now_s()
         )
         self._epoch, self._num_sent = epoch, 0
 
@@ -138,7 +137,7 @@ class RingEnds:
             flags=flags,
         )
         parts: list[bytes | memoryview] = [table.pack(), tensor_bytes(hidden_TD)]
-        header, sealed = self._sealer.seal(header, parts, time.monotonic())
+        header, sealed = self._sealer.seal(header, parts, _now_s())
         self._num_sent += 1
         try:
             await first.stream.send(header, sealed)
@@ -199,3 +198,7 @@ class RingEnds:
         if step.keep_last and len(chunk_TD) == table.num_tokens:
             return chunk_TD[table.last_tokens()]  # on the way, a hop has asked for all of them
         raise RemoteProtocolError("the chain answered for other tokens than was asked")
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

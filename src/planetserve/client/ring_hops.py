@@ -16,7 +16,7 @@ from planetserve.client.ring_ends import RingEnds
 from planetserve.client.ring_spec import RingSpec
 from planetserve.crypto.secrets import new_edge_secret, wipe
 from planetserve.errors import NoChainAvailable, PlanetServeError, SessionClosed
-from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.network import Network
 from planetserve.types import CLIENT, Hop, PeerId, ServerInfo
 from planetserve.wire.frame import MAX_EDGE
 from planetserve.wire.messages import Rewire
@@ -34,7 +34,7 @@ class RingHops:
     """
 
     def __init__(
-        self, node: SwarmNode, spec: RingSpec, session_id: bytes, inbox: Inbox, ends: RingEnds
+        self, node: Network, spec: RingSpec, session_id: bytes, inbox: Inbox, ends: RingEnds
     ):
         self.links: list[HopLink] = []
         """Hops that are in the ring now, the first one first."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 
 import torch
 
 from planetserve.types import BlockSpan
+from planetserve.wire.frame import SESSION_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class RingSpec:
     """Silence after which the hops are asked how they are: a dead one costs seconds, not the
     step timeout."""
     ping_timeout_s: float
+    session_id: bytes = field(default_factory=lambda: os.urandom(SESSION_BYTES))
+    """Names the session; hard to guess."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from planetserve.client.session import InferenceSession
 from planetserve.config import ClientConfig
 from planetserve.errors import SessionClosed
 from planetserve.routing.snapshot import SwarmSnapshot
-from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.network import Network
 from planetserve.types import Chain
 
 _MAX_KEPT = 32
@@ -105,7 +105,7 @@ class ClientRuntime:
         return self._portal.call(ask())
 
     @property
-    def node(self) -> SwarmNode:
+    def node(self) -> Network:
         """The client's place in the swarm."""
         return self._manager.view.node
 

@@ -19,6 +19,7 @@ from planetserve.config import ClientConfig
 from planetserve.errors import NoChainAvailable, PlanetServeError
 from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.directory import Directory
+from planetserve.swarm.network import Join, Network
 from planetserve.swarm.node import NodeConfig, SwarmNode
 from planetserve.swarm.ping import ping, whom_to_ping
 from planetserve.types import BlockSpan, PeerId, ServerInfo, ServerState
@@ -42,6 +43,8 @@ class SwarmView:
         remote: the blocks that the swarm runs.
         rtt: where measured round-trip times go.
         clock: source of monotonic time.
+        rng: draws whom to ping.
+        join: makes the node.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class SwarmView:
         remote: BlockSpan,
         rtt: PeerAverages,
         clock: Clock,
+        rng: random.Random | None = None,
+        join: Join = SwarmNode.start,
     ):
         self.config = config
         self.facts = facts
@@ -65,15 +70,16 @@ class SwarmView:
         self._remote = remote
         self._rtt = rtt
         self._clock = clock
-        self._rng = random.Random()
-        self._node: SwarmNode | None = None
+        self._rng = rng or random.Random()
+        self._join = join
+        self._node: Network | None = None
         self._directory: Directory | None = None
         self._refresher: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
         self._looked_up_s = float("-inf")
 
     @property
-    def node(self) -> SwarmNode:
+    def node(self) -> Network:
         """The running swarm node."""
         if self._node is None:
             raise NoChainAvailable("the client has not joined a swarm")
@@ -91,7 +97,7 @@ class SwarmView:
             daemon_startup_timeout_s=self.config.daemon_startup_timeout,
             connect_timeout_s=self.config.connect_timeout,
         )
-        self._node = await SwarmNode.start(config)
+        self._node = await self._join(config)
         self._directory = Directory(self._node, self._clock)
         try:
             await self.refresh()
@@ -184,7 +190,7 @@ class SwarmView:
         """Measure servers that could be first or last in a chain, a bounded number of them."""
         most = self.config.max_pinged
         now_measured = self.config.update_period / 2
-        chosen: set[PeerId] = set()
+        chosen: dict[PeerId, None] = {}  # in their order, unlike a set
         for block in (self._remote.start, self._remote.end - 1):
             edges = [
                 info.peer_id
@@ -192,5 +198,7 @@ class SwarmView:
                 if block in info.span and self._rtt.age_s(info.peer_id) > now_measured
             ]
             keep = _KEPT_FRESH * most
-            chosen.update(whom_to_ping(edges, self._rtt, most=most, keep=keep, rng=self._rng))
+            chosen |= dict.fromkeys(
+                whom_to_ping(edges, self._rtt, most=most, keep=keep, rng=self._rng)
+            )
         await asyncio.gather(*(self.ping(self.servers[peer_id]) for peer_id in chosen))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from planetserve.client.hop_link import HopLink
 from planetserve.client.ring_spec import RingSpec
 from planetserve.errors import EdgeStalled, HopTimeout, PlanetServeError
-from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.network import Network
 from planetserve.swarm.ping import ping
 from planetserve.types import CLIENT
 from planetserve.wire.messages import Progress
@@ -33,7 +33,7 @@ _GRACE_S = 0.3
 class Vigil:
     """Watches over the hops of one ring."""
 
-    def __init__(self, node: SwarmNode, spec: RingSpec):
+    def __init__(self, node: Network, spec: RingSpec):
         self._node = node
         self._spec = spec
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import threading
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
@@ -39,6 +40,8 @@ class Engine:
     All methods are for one thread, the event loop's, unless they say otherwise.
     """
 
+    worker_type: ClassVar[Callable[..., Worker]] = Worker
+
     def __init__(self, runner: SpanRunner, config: EngineConfig, clock: Clock):
         self.runner = runner
         self.config = config
@@ -56,24 +59,21 @@ class Engine:
         self._num_items = 0
         self._clock = clock
         self._latency: StepLatency | None = None
-        self._worker = Worker(runner, config, clock)
-        self._thread: threading.Thread | None = None
+        self._worker = self.worker_type(runner, config, clock)
+        self._is_started = False
         self._is_closed = False
 
     def start(self) -> None:
         """Start the engine thread."""
-        if self._thread is not None or self._is_closed:
+        if self._is_started or self._is_closed:
             raise SessionError("an engine can be started once")
-        self._thread = threading.Thread(target=self._worker.run, name="planetserve-engine")
-        self._thread.start()
+        self._is_started = True
+        self._worker.start()
 
     def close(self) -> None:
         """Stop the thread after its current tick and fail pending steps with `SessionClosed`."""
         self._is_closed = True
         self._worker.stop()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
         for session_id in list(self._pending):
             self.close_session(session_id)
 
@@ -248,7 +248,7 @@ class Engine:
             SessionError: the engine is not running, or has sessions.
             RemoteError: the pass failed.
         """
-        if self._thread is None or self._pending:
+        if not self._is_started or self._is_closed or self._pending:
             raise SessionError("measure an engine that is started and has no sessions")
         cost = await measure_cost(self._worker, self.runner, self._clock, self._max_length)
         self._latency = StepLatency(cost, self._clock.monotonic())

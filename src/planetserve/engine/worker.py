@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import queue
+import threading
 import time
 from array import array
 from collections.abc import Callable, Collection, Sequence
@@ -92,7 +93,7 @@ class PassTime(NamedTuple):
 
 
 class Worker:
-    """The engine thread's state and loop."""
+    """The engine thread's state and loop. `start` before use, `stop` after."""
 
     def __init__(self, runner: SpanRunner, config: EngineConfig, clock: Clock):
         self._runner = runner
@@ -134,6 +135,7 @@ class Worker:
         """Written on the engine thread, read anywhere."""
         self._idle_since_s = 0.0
         self._usage = Usage()
+        self._thread: threading.Thread | None = None
 
     @property
     def usage(self) -> Usage:
@@ -144,24 +146,45 @@ class Worker:
         """Have `command` run on the engine thread. For any thread; never waits."""
         self._commands.put(command)
 
+    def start(self) -> None:
+        """Begin to serve, on a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="planetserve-engine")
+        self._thread.start()
+
     def stop(self) -> None:
-        """Make `run` return after the current tick; later commands never run. For any thread."""
+        """End after the current turn, and return then; later commands never run."""
         self._commands.put(None)
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     # Everything from here on is for the engine thread alone.
 
-    def run(self) -> None:
+    def _run(self) -> None:
         """The thread's target: serve until `stop`."""
         if self._config.num_threads is not None:
             torch.set_num_threads(self._config.num_threads)
         with torch.inference_mode():
-            while self._turn():
+            while self.turn(self.due_in_s()):
                 pass
 
-    def _turn(self) -> bool:
-        """Wait for work, carry out commands, run one batch; False when the engine is closing."""
+    def due_in_s(self) -> float | None:
+        """Seconds until the next turn is due if no command comes; None: not before one comes."""
+        if self._is_stuck and self._scheduler.waiting:
+            # Who waits for pages may get them in time, because others have gone quiet.
+            return _STUCK_S
+        if self._gather_s > 0:
+            return self._gather_s
+        return None if self._is_stuck or not self._scheduler.has_work else 0.0
+
+    def turn(self, wait_s: float | None) -> bool:
+        """Carry out commands and run one batch; False when the engine is closing.
+
+        Args:
+            wait_s: how long to wait for a command, if there is none; None: until one comes.
+        """
         # A function of its own, so that nothing of the last turn is held while waiting.
-        commands = self._wait_for_work()
+        commands = self._wait_for_work(wait_s)
         if commands is None:
             return False
         for step in (*commands, self._tick, self._publish):
@@ -172,21 +195,17 @@ class Worker:
                 self._drop_busy_sessions()
         return True
 
-    def _wait_for_work(self) -> list[Callable[[], None]] | None:
-        """New commands, once there are any or steps to run; None when the engine is closing."""
+    def _wait_for_work(self, wait_s: float | None) -> list[Callable[[], None]] | None:
+        """New commands; none if `wait_s` passes without; None when the engine is closing."""
         commands = []
-        is_idle = self._is_stuck or self._gather_s > 0 or not self._scheduler.has_work
-        patience_s = self._gather_s or None
-        if self._is_stuck and self._scheduler.waiting:
-            # Who waits for pages may get them in time, because others have gone quiet.
-            patience_s = _STUCK_S
+        may_wait = wait_s != 0
         with contextlib.suppress(queue.Empty):
             while True:
-                command = self._commands.get(is_idle, patience_s)
+                command = self._commands.get(may_wait, wait_s)
                 if command is None:
                     return None
                 commands.append(command)
-                is_idle = self._is_stuck = False
+                may_wait = self._is_stuck = False
         return commands
 
     def open(self, session_id: bytes, num_rows: int, span: BlockSpan, owner: str = "") -> None:

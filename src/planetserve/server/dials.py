@@ -16,8 +16,7 @@ from planetserve.errors import PeerUnreachable, TransportError
 from planetserve.server.limits import ServerLimits
 from planetserve.swarm import multiaddr
 from planetserve.swarm.buckets import TokenBuckets
-from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.streams import FrameStream, open_stream
+from planetserve.swarm.network import Network, Stream
 from planetserve.types import PeerId
 from planetserve.wire.messages import NextHop
 
@@ -29,13 +28,13 @@ MAX_DIALS_PER_PEER = 32
 class Dials:
     """Shared by all sessions of a server."""
 
-    def __init__(self, node: SwarmNode, limits: ServerLimits, clock: Clock):
+    def __init__(self, node: Network, limits: ServerLimits, clock: Clock):
         self._node = node
         # A session opened or rewired is one dial.
         self._buckets = TokenBuckets(limits.max_peer_opens / 60.0, limits.peer_open_burst, clock)
         self._slots: WeakValueDictionary[PeerId, asyncio.Semaphore] = WeakValueDictionary()
 
-    async def open(self, client: PeerId, following: NextHop, protocol: str) -> FrameStream:
+    async def open(self, client: PeerId, following: NextHop, protocol: str) -> Stream:
         """A stream to the hop that `client` names.
 
         Raises:
@@ -53,7 +52,7 @@ class Dials:
                 await asyncio.sleep(over_s - loop.time())
                 raise PeerUnreachable("the next hop cannot be reached") from None
 
-    async def _dial(self, client: PeerId, following: NextHop, protocol: str) -> FrameStream:
+    async def _dial(self, client: PeerId, following: NextHop, protocol: str) -> Stream:
         if self._buckets.take(client):
             raise PeerUnreachable("too many dials for one client")
         addresses = multiaddr.permitted(self._node.addresses(), following.addresses)
@@ -61,6 +60,6 @@ class Dials:
             # One that has connected by itself can be reached, wherever it is.
             if not await self._node.is_connected(following.peer_id):
                 raise PeerUnreachable("a place that is not dialled")
-        return await open_stream(
-            self._node, following.peer_id, addresses, protocol, CONNECT_TIMEOUT_S
+        return await self._node.open_stream(
+            following.peer_id, addresses, protocol, CONNECT_TIMEOUT_S
         )

@@ -30,8 +30,7 @@ from planetserve.server.gate import StepGate
 from planetserve.server.journal import JournalBytes
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
 from planetserve.server.session import ServerSession, Shared, check_neighbours
-from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.streams import FrameStream, serve_streams
+from planetserve.swarm.network import Network, Stream
 from planetserve.types import CLIENT, BlockSpan, PeerId
 from planetserve.wire.frame import FrameHeader, FrameType
 from planetserve.wire.messages import (
@@ -71,7 +70,7 @@ class SessionHandler:
 
     def __init__(
         self,
-        node: SwarmNode,
+        node: Network,
         engine: Engine,
         model: ServedModel,
         limits: ServerLimits,
@@ -121,8 +120,8 @@ class SessionHandler:
 
     async def start(self) -> None:
         """Begin to accept streams."""
-        await serve_streams(self._node, SESSION_PROTOCOL, self._on_session)
-        await serve_streams(self._node, PUSH_PROTOCOL, self._on_push)
+        await self._node.serve_streams(SESSION_PROTOCOL, self._on_session)
+        await self._node.serve_streams(PUSH_PROTOCOL, self._on_push)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new sessions, ask the open ones to move, and wait at most `timeout_s` for it."""
@@ -134,7 +133,7 @@ class SessionHandler:
                 async with asyncio.timeout(timeout_s):
                     await self._idle.wait()
 
-    async def _on_session(self, stream: FrameStream) -> None:
+    async def _on_session(self, stream: Stream) -> None:
         over_s = asyncio.get_running_loop().time() + _FIRST_FRAME_TIMEOUT_S
         header = await self._first_header(stream, over_s)
         if header is None:
@@ -164,7 +163,7 @@ class SessionHandler:
         if not self._sessions:
             self._idle.set()
 
-    async def _first_header(self, stream: FrameStream, over_s: float) -> FrameHeader | None:
+    async def _first_header(self, stream: Stream, over_s: float) -> FrameHeader | None:
         """The header of a stream's first frame; None if there is none by `over_s`."""
         try:
             return await stream.peek(over_s - asyncio.get_running_loop().time())
@@ -172,7 +171,7 @@ class SessionHandler:
             self._refusals.add("frame", stream.remote)
             return None
 
-    async def _first_payload(self, stream: FrameStream, over_s: float) -> bytearray | None:
+    async def _first_payload(self, stream: Stream, over_s: float) -> bytearray | None:
         try:
             return (await stream.receive(over_s - asyncio.get_running_loop().time()))[1]
         except PlanetServeError:
@@ -190,7 +189,7 @@ class SessionHandler:
             raise CapacityError("this server is leaving the swarm", retry_after_s=60.0)
 
     async def _refuse(
-        self, stream: FrameStream, header: FrameHeader, error: PlanetServeError, reason: str
+        self, stream: Stream, header: FrameHeader, error: PlanetServeError, reason: str
     ) -> None:
         """Count it and tell the peer why, if it listens."""
         self._refusals.add(reason, stream.remote)
@@ -219,7 +218,7 @@ class SessionHandler:
     def _admit(
         self,
         held: contextlib.ExitStack,
-        stream: FrameStream,
+        stream: Stream,
         header: FrameHeader,
         payload: bytearray,
     ) -> tuple[ServerSession, SessionOpened]:
@@ -293,7 +292,7 @@ class SessionHandler:
         if key in self._sessions:
             raise RemoteProtocolError("this session is already open here")
 
-    async def _on_push(self, stream: FrameStream) -> None:
+    async def _on_push(self, stream: Stream) -> None:
         over_s = asyncio.get_running_loop().time() + _FIRST_FRAME_TIMEOUT_S
         header = await self._first_header(stream, over_s)
         if header is None:

@@ -18,7 +18,7 @@ from planetserve.crypto.secrets import TAG_BYTES
 from planetserve.errors import RemoteProtocolError
 from planetserve.server.gate import GateShare
 from planetserve.server.step_order import StepOrder
-from planetserve.swarm.streams import FrameStream
+from planetserve.swarm.network import Stream
 from planetserve.tensors import named_dtype, tensor_from_payload, wire_dtype
 from planetserve.types import CLIENT
 from planetserve.wire.frame import HEADER_BYTES, FrameHeader
@@ -63,14 +63,14 @@ class Inlet:
     def __init__(
         self,
         message: OpenSession,
-        control: FrameStream,
+        control: Stream,
         share: GateShare,
         hidden_size: int,
         *,
         chunkable: bool,
         reserve: Reserve,
     ):
-        self.stream: FrameStream | None = control if message.previous == CLIENT else None
+        self.stream: Stream | None = control if message.previous == CLIENT else None
         """What brings the steps, once it is here."""
         self.previous = message.previous
         self.frames_received = 0
@@ -104,7 +104,7 @@ class Inlet:
             return 0
         return self.stream.bytes_received - self._num_questions * HEADER_BYTES
 
-    def attach(self, stream: FrameStream, hello: PushHello) -> None:
+    def attach(self, stream: Stream, hello: PushHello) -> None:
         """Accept the upstream hop's stream.
 
         Raises:
@@ -138,7 +138,7 @@ class Inlet:
         self.stream, self._epoch, self._held = None, -1, []
         self.set_opener(None)
 
-    async def take(self, stream: FrameStream, header: FrameHeader) -> Arrived | None:
+    async def take(self, stream: Stream, header: FrameHeader) -> Arrived | None:
         """Take the STEP frame whose header has come.
 
         None if there is nothing to compute for it yet, or not again.

@@ -16,7 +16,7 @@ from planetserve.errors import PlanetServeError
 from planetserve.swarm import multiaddr
 from planetserve.swarm.averages import PeerAverages
 from planetserve.swarm.directory import Directory
-from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.network import Network
 from planetserve.swarm.ping import ping, whom_to_ping
 from planetserve.swarm.records import MAX_NEXT_RTTS
 from planetserve.types import BlockSpan, PeerId, ServerInfo, ServerState
@@ -31,10 +31,12 @@ _PING_TIMEOUT_S = 2.0
 class Neighbours:
     """Round-trip times from `node`, which serves `span`, to servers of the same weights."""
 
-    def __init__(self, node: SwarmNode, directory: Directory, clock: Clock):
+    def __init__(
+        self, node: Network, directory: Directory, clock: Clock, rng: random.Random | None = None
+    ):
         self._node = node
         self._directory = directory
-        self._rng = random.Random()
+        self._rng = rng or random.Random()
         self._rtt = PeerAverages(_MAX_KNOWN, clock, MAX_AGE_S)
 
     @property

@@ -18,7 +18,7 @@ from planetserve.crypto.channel import Sealer
 from planetserve.errors import PlanetServeError, StreamClosed, TransportError
 from planetserve.server.dials import Dials
 from planetserve.server.journal import Journal, SentChunk
-from planetserve.swarm.streams import FrameStream
+from planetserve.swarm.network import Stream
 from planetserve.tensors import named_dtype, tensor_bytes, wire_dtype
 from planetserve.wire.frame import (
     ANSWER_EDGE,
@@ -59,7 +59,7 @@ class Outlet:
         dials: Dials,
         session_id: bytes,
         message: OpenSession,
-        control: FrameStream,
+        control: Stream,
         journal: Journal | None,
         load_ms: Callable[[], float],
         report: Report,
@@ -78,7 +78,7 @@ class Outlet:
         self.epoch = message.epoch
         """Of the edge that leaves this hop."""
         self._journal = journal
-        self._target: FrameStream | None = control if message.next is None else None
+        self._target: Stream | None = control if message.next is None else None
         self._sealer: Sealer | None = None
         self._lock = asyncio.Lock()
         self._connecting: asyncio.Task[None] | None = None
@@ -213,7 +213,7 @@ class Outlet:
             offset += count
         return chunks
 
-    async def _connect(self, following: NextHop) -> FrameStream:
+    async def _connect(self, following: NextHop) -> Stream:
         hello = PushHello(client=self._control.remote, edge=following.edge, epoch=self.epoch)
         header = FrameHeader(
             FrameType.HELLO, session=self._session_id, edge=hello.edge, epoch=hello.epoch
@@ -226,7 +226,7 @@ class Outlet:
             raise
         return stream
 
-    async def _lost(self, target: FrameStream, error: PlanetServeError) -> None:
+    async def _lost(self, target: Stream, error: PlanetServeError) -> None:
         # A stream that `rewire` has closed is no news.
         if self._target is target:
             await self._park(error)
@@ -243,7 +243,7 @@ class Outlet:
         if target is not None:
             target.abort()
 
-    async def _send(self, target: FrameStream, chunk: SentChunk) -> None:
+    async def _send(self, target: Stream, chunk: SentChunk) -> None:
         sealer, following = self._sealer, self._next
         if sealer is None or self._target is not target:
             raise StreamClosed("this hop has another next one now")

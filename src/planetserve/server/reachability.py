@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 
 from planetserve.swarm import multiaddr
-from planetserve.swarm.node import SwarmNode
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 5.0
 
 
-async def warn_if_unreachable(node: SwarmNode) -> None:
+async def warn_if_unreachable(announced: Sequence[str]) -> None:
     """Dial the addresses that were given to be announced, and say which do not answer.
 
     A hint only: not every router lets a machine behind it reach its own public address.
     """
-    for text in node.config.announced:
+    for text in announced:
         address = multiaddr.parse(text)
         try:
             async with asyncio.timeout(_TIMEOUT_S):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -44,6 +45,7 @@ from planetserve.server.parts import (
 from planetserve.server.reachability import warn_if_unreachable
 from planetserve.server.span_choice import ahead_of, choose_span, is_wanted_elsewhere
 from planetserve.swarm.directory import Directory
+from planetserve.swarm.network import Join, Network
 from planetserve.swarm.node import SwarmNode
 from planetserve.swarm.ping import serve_ping
 from planetserve.tensors import dtype_name
@@ -65,7 +67,14 @@ _UNMEASURED_MS = 1000.0
 class Server:
     """A running server. Made by `start`."""
 
-    def __init__(self, config: ServerConfig, checkpoint: Checkpoint, node: SwarmNode, clock: Clock):
+    def __init__(
+        self,
+        config: ServerConfig,
+        checkpoint: Checkpoint,
+        node: Network,
+        clock: Clock,
+        rng: random.Random | None = None,
+    ):
         self.config = config
         self.checkpoint = checkpoint
         self.node = node
@@ -78,7 +87,7 @@ class Server:
         self._dtype: torch.dtype
         self._max_session_tokens = 0
         self._directory = Directory(node, clock)
-        self._neighbours = Neighbours(node, self._directory, self._clock)
+        self._neighbours = Neighbours(node, self._directory, self._clock, rng)
         self._announcer = Announcer(
             self._directory,
             self.info,
@@ -89,7 +98,9 @@ class Server:
         self._releasing: asyncio.Task[None] | None = None
 
     @classmethod
-    async def start(cls, config: ServerConfig, clock: Clock | None = None) -> Server:
+    async def start(
+        cls, config: ServerConfig, clock: Clock | None = None, join: Join = SwarmNode.start
+    ) -> Server:
         """Join the swarm, choose and load the span, and begin to serve.
 
         Raises:
@@ -102,7 +113,7 @@ class Server:
         dtype = parse_dtype(config.torch_dtype, checkpoint, device)
         check_span(config, checkpoint)
         LINEAR_BACKENDS.check(config.linear_backend)
-        node = await SwarmNode.start(node_config(config))
+        node = await join(node_config(config))
         server = cls(config, checkpoint, node, clock or SystemClock())
         try:
             server._dtype = dtype
@@ -320,7 +331,10 @@ class Server:
         self.state = ServerState.ONLINE
         await self._announcer.announce()
         self._announcer.start()
-        self.node.spawn(warn_if_unreachable(self.node), "check of the announced addresses")
+        self.node.spawn(
+            warn_if_unreachable(node_config(self.config).announced),
+            "check of the announced addresses",
+        )
 
     async def _abandon(self) -> None:
         """Undo a start that failed half-way."""

@@ -39,7 +39,7 @@ from planetserve.server.gate import GateShare, StepGate
 from planetserve.server.inlet import Arrived, Inlet
 from planetserve.server.journal import Journal, JournalBytes
 from planetserve.server.outlet import Outlet
-from planetserve.swarm.streams import FrameStream
+from planetserve.swarm.network import Stream
 from planetserve.tensors import is_finite
 from planetserve.types import CLIENT
 from planetserve.wire.frame import Direction, FrameHeader, FrameType
@@ -123,7 +123,7 @@ class ServerSession:
         shared: Shared,
         session_id: bytes,
         message: OpenSession,
-        control: FrameStream,
+        control: Stream,
         channel: ChannelSecret,
     ):
         self.key = session_id + message.edge.to_bytes(2, "big") + control.remote.encode()
@@ -238,7 +238,7 @@ class ServerSession:
             async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
                 await self._control.send(header)
 
-    def attach(self, stream: FrameStream, hello: PushHello) -> None:
+    def attach(self, stream: Stream, hello: PushHello) -> None:
         """Accept the upstream hop's stream.
 
         Raises:
@@ -246,7 +246,7 @@ class ServerSession:
         """
         self._inlet.attach(stream, hello)
 
-    async def ingest(self, stream: FrameStream) -> None:
+    async def ingest(self, stream: Stream) -> None:
         """Take STEP frames from the attached push stream, until it ends or another takes its place.
 
         What goes wrong ends the session.
@@ -295,7 +295,7 @@ class ServerSession:
                 case _:
                     raise RemoteProtocolError(f"unexpected {header.type.name} frame")
 
-    async def _take_step(self, stream: FrameStream, header: FrameHeader) -> None:
+    async def _take_step(self, stream: Stream, header: FrameHeader) -> None:
         arrived = await self._inlet.take(stream, header)
         if arrived is None:
             return

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from planetserve.clock import Clock
 from planetserve.config import MAX_RECORD_LIFETIME_S
 from planetserve.errors import ConfigError, RemoteProtocolError, TransportError
-from planetserve.swarm import dht
-from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.network import Network
 from planetserve.swarm.records import (
     MODELS_KEY,
     NUM_SHARDS,
@@ -68,7 +67,7 @@ class Directory:
         timeout_s: for one announcement or look-up.
     """
 
-    def __init__(self, node: SwarmNode, clock: Clock, timeout_s: float = _TIMEOUT_S):
+    def __init__(self, node: Network, clock: Clock, timeout_s: float = _TIMEOUT_S):
         self._node = node
         self._clock = clock
         self._timeout_s = timeout_s
@@ -170,17 +169,10 @@ class Directory:
 
     async def _put(self, body: Body) -> None:
         envelope = sign(self._node.identity, body)
-        await dht.put(
-            self._node.dht,
-            body.dht_key(),
-            body.peer_id,
-            envelope,
-            body.expires_at_s,
-            self._timeout_s,
-        )
+        await self._node.put_record(body.dht_key(), envelope, body.expires_at_s, self._timeout_s)
 
     async def _get(self, keys: Sequence[bytes]) -> list[Body]:
-        found = await dht.get(self._node.dht, keys, self._timeout_s)
+        found = await self._node.get_records(keys, self._timeout_s)
         now = self._now()
         bodies: dict[PeerId, Body] = {}
         for key in keys:

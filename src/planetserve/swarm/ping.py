@@ -14,8 +14,7 @@ from collections.abc import Sequence
 
 from planetserve.errors import HopTimeout, RemoteProtocolError
 from planetserve.swarm.averages import PeerAverages
-from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.streams import FrameStream, open_stream, serve_streams
+from planetserve.swarm.network import Network, Stream
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader, FrameType
 
@@ -26,9 +25,7 @@ _MAX_PINGS_PER_STREAM = 64
 _IDLE_TIMEOUT_S = 5.0
 
 
-async def ping(
-    node: SwarmNode, peer_id: PeerId, addresses: Sequence[str], timeout_s: float
-) -> float:
+async def ping(node: Network, peer_id: PeerId, addresses: Sequence[str], timeout_s: float) -> float:
     """Round-trip time to a peer in milliseconds: the median of three after a warm-up.
 
     Args:
@@ -45,7 +42,7 @@ async def ping(
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
-    stream = await open_stream(node, peer_id, addresses, PROTOCOL, timeout_s)
+    stream = await node.open_stream(peer_id, addresses, PROTOCOL, timeout_s)
     try:
         async with asyncio.timeout_at(deadline):
             samples = [await _round_trip(stream, number) for number in range(_NUM_SAMPLES + 1)]
@@ -74,16 +71,16 @@ def whom_to_ping(
     return chosen + nearest[: most - len(chosen)]
 
 
-async def serve_ping(node: SwarmNode) -> None:
+async def serve_ping(node: Network) -> None:
     """Answer pings until the node closes.
 
     Raises:
         TransportError: the daemon does not answer.
     """
-    await serve_streams(node, PROTOCOL, _answer)
+    await node.serve_streams(PROTOCOL, _answer)
 
 
-async def _round_trip(stream: FrameStream, number: int) -> float:
+async def _round_trip(stream: Stream, number: int) -> float:
     loop = asyncio.get_running_loop()
     nonce = os.urandom(16)
     started = loop.time()
@@ -94,7 +91,7 @@ async def _round_trip(stream: FrameStream, number: int) -> float:
     return 1000 * (loop.time() - started)
 
 
-async def _answer(stream: FrameStream) -> None:
+async def _answer(stream: Stream) -> None:
     for _ in range(_MAX_PINGS_PER_STREAM):
         header = await _receive_empty(stream, FrameType.PING, _IDLE_TIMEOUT_S)
         pong = FrameHeader(FrameType.PONG, session=header.session, sequence=header.sequence)
@@ -102,7 +99,7 @@ async def _answer(stream: FrameStream) -> None:
 
 
 async def _receive_empty(
-    stream: FrameStream, kind: FrameType, timeout_s: float | None = None
+    stream: Stream, kind: FrameType, timeout_s: float | None = None
 ) -> FrameHeader:
     """The next frame, which must be a `kind` without a payload: nothing else is read."""
     header = await stream.peek(timeout_s)

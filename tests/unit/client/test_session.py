@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Coroutine
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from planetserve.client.ring_hops import RingHops
 from planetserve.client.session import InferenceSession
 from planetserve.config import ClientConfig
 from planetserve.errors import ConfigError, PlanetServeError, SessionClosed, StreamClosed
+from planetserve.testing.clock import ManualClock
 from planetserve.types import Chain, Hop
 from planetserve.wire.step import RowSlice, StepTable
 
@@ -65,6 +67,8 @@ class Manager:
 
     config = ClientConfig()
     facts = SimpleNamespace(hidden_size=16)
+    clock = ManualClock()
+    rng = random.Random(1)
 
     def __init__(self) -> None:
         self.may_open = asyncio.Event()

@@ -36,6 +36,14 @@ class Node:
     async def is_connected(self, peer_id: str) -> bool:
         return self.connected
 
+    async def open_stream(
+        self, peer_id: str, addresses: list[str], protocol: str, timeout_s: float
+    ) -> None:
+        self.dialled.append(addresses)
+        if self.held is not None:
+            await self.held.wait()
+        raise self.failure
+
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -47,16 +55,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         slept.append(delay_s)
         await sleep(0)
 
-    async def open_stream(
-        node: Node, peer_id: str, addresses: list[str], protocol: str, timeout_s: float
-    ) -> None:
-        node.dialled.append(addresses)
-        if node.held is not None:
-            await node.held.wait()
-        raise node.failure
-
     monkeypatch.setattr(dials_module.asyncio, "sleep", note)
-    monkeypatch.setattr(dials_module, "open_stream", open_stream)
     return slept
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -14,8 +12,7 @@ from planetserve.server.reachability import warn_if_unreachable
 
 
 async def check(*addresses: str) -> None:
-    node: Any = SimpleNamespace(config=SimpleNamespace(announced=addresses))
-    await warn_if_unreachable(node)
+    await warn_if_unreachable(addresses)
 
 
 async def test_only_addresses_that_do_not_answer_are_warned_of(

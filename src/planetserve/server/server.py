@@ -20,6 +20,7 @@ import torch
 import planetserve
 from planetserve.clock import Clock, SystemClock
 from planetserve.config import ServerConfig
+from planetserve.engine.config import EngineConfig
 from planetserve.engine.engine import Engine
 from planetserve.errors import (
     PlanetServeError,
@@ -115,19 +116,23 @@ class Server:
         LINEAR_BACKENDS.check(config.linear_backend)
         node = await join(node_config(config))
         server = cls(config, checkpoint, node, clock or SystemClock())
-        try:
-            server._dtype = dtype
-            await server._choose_span()
-            await server._build(device)
-            if await server._is_wanted_elsewhere():
-                server.engine.close()
-                await server._build(device)
-            await server._open_doors()
-        except BaseException:
-            await server._abandon()
-            raise
+        await server.begin(dtype, device)
         logger.info("ready after %.1f s", time.monotonic() - started_s)
         return server
+
+    async def begin(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Choose and load the span, and begin to serve; leaves nothing behind if that fails."""
+        try:
+            self._dtype = dtype
+            await self._choose_span()
+            await self._build(device)
+            if await self._is_wanted_elsewhere():
+                self.engine.close()
+                await self._build(device)
+            await self._open_doors()
+        except BaseException:
+            await self._abandon()
+            raise
 
     def info(self) -> ServerInfo:
         """What this server announces now."""
@@ -301,13 +306,16 @@ class Server:
             require_quantizer(config.quant_type)
         await self._announcer.announce()
         logger.info("loading blocks %s of %s", self.span, self.checkpoint.name)
-        self.engine = await asyncio.to_thread(
+        self.engine = await self._load_engine(engine_config, device)
+
+    async def _load_engine(self, config: EngineConfig, device: torch.device) -> Engine:
+        return await asyncio.to_thread(
             build_engine,
             lambda: SpanBlocks.load(
-                self.checkpoint, self.span, self._dtype, device, quant_type=config.quant_type
+                self.checkpoint, self.span, self._dtype, device, quant_type=self.config.quant_type
             ),
-            config.linear_backend,
-            engine_config,
+            self.config.linear_backend,
+            config,
         )
 
     async def _open_doors(self) -> None:

@@ -2,6 +2,8 @@
 # make test   lint and run all tests
 # make faults run the tests of faults and hostile input in full, and print what each fault did
 # make lint   ruff and mypy only
+# make simulate-faults SEEDS=10000 FIRST_SEED=0
+#             throw faults at so many simulated swarms, and print the seeds of violations
 # make venv   create .venv with everything the other targets need
 #
 # Needs Python 3.11 or newer; name another one with  make PYTHON=python3.12 ...
@@ -9,13 +11,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SEEDS ?= 1000
+FIRST_SEED ?= 0
 READY := $(VENV)/.ready
 INSTALL_LOG := $(VENV)/install.log
 
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test faults lint venv clean
+.PHONY: demo test faults simulate-faults lint venv clean
 
 demo: $(READY)
 	@$(BIN)/python -m planetserve.demo
@@ -25,6 +29,9 @@ test: lint
 
 faults: $(READY)
 	$(BIN)/python -m pytest -m 'faults or not faults' tests/faults
+
+simulate-faults: $(READY)
+	$(BIN)/python scripts/simulate_faults.py --seeds $(SEEDS) --first-seed $(FIRST_SEED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

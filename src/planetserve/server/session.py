@@ -273,6 +273,8 @@ class ServerSession:
     async def _follow_client(self) -> None:
         """Do what the client's stream says, until CLOSE or its end."""
         control = self._control
+        if await self._is_given_up():
+            return
         await self._take_first_deal()
         while True:
             try:
@@ -304,6 +306,10 @@ class ServerSession:
         entering_s = asyncio.get_running_loop().time() - arrived.arrived_s
         await self._queue.put(_Pending(arrived, future, entering_s))
 
+    async def _is_given_up(self) -> bool:
+        """Whether CLOSE comes in the place of a DEAL, as when another hop of the ring refuses."""
+        return (await self._control.peek(_DEAL_TIMEOUT_S)).type is FrameType.CLOSE
+
     async def _take_first_deal(self) -> None:
         """Receive the secrets of this hop's two edges; only then can a step be opened or sent."""
         inbound, outbound = await self._take_deal(self.open.epoch)
@@ -329,6 +335,8 @@ class ServerSession:
         ):
             raise RemoteProtocolError("a rewiring that does not fit the session")
         check_neighbours(self.open, previous, following)
+        if await self._is_given_up():
+            return
         inbound, outbound = await self._take_deal(message.epoch, payload)
         try:
             if previous is not None:

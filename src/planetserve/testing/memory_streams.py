@@ -1,0 +1,199 @@
+"""Streams of the network in memory: frames that take their time, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from planetserve.errors import HopTimeout, LocalProtocolError, StreamClosed
+from planetserve.swarm.network import Buffer
+from planetserve.types import PeerId
+from planetserve.wire.frame import FrameHeader
+
+if TYPE_CHECKING:
+    from planetserve.testing.memory_network import MemoryNetwork, MemoryNode
+
+WINDOW_BYTES = 256 * 1024
+"""Bytes of one direction of a stream that may be on the way or unread; a sender waits for more."""
+_JITTER = 0.2
+
+
+@dataclass(slots=True)
+class Link:
+    """One way between two nodes."""
+
+    latency_s: float
+    bytes_per_s: float
+    cut_until_s: float = 0.0
+    """Nothing arrives before; infinite while nobody knows when it ends."""
+
+
+class Pipe:
+    """One direction of a stream."""
+
+    def __init__(self, network: MemoryNetwork, source: PeerId, target: PeerId):
+        self.queue: deque[tuple[FrameHeader, bytes]] = deque()
+        """Frames that have arrived."""
+        self.num_bytes = 0
+        self.bytes_received = 0
+        self.is_over = False
+        """Nothing more arrives."""
+        self.changed: deque[asyncio.Future[None]] = deque()
+        self._network = network
+        self._link = network.link(source, target)
+        self._flying: deque[tuple[float, tuple[FrameHeader, bytes] | None]] = deque()
+        self._arrives_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def put(self, frame: tuple[FrameHeader, bytes] | None) -> None:
+        """Send a frame, or say that no other comes."""
+        network, link = self._network, self._link
+        size = 0 if frame is None else len(frame[1]) + 128
+        self.num_bytes += size
+        took_s = link.latency_s * network.rng.uniform(1.0, 1.0 + _JITTER) + size / link.bytes_per_s
+        self._arrives_s = max(self._arrives_s + size / link.bytes_per_s, network.now_s() + took_s)
+        self._flying.append((self._arrives_s, frame))
+        if self._timer is None:
+            self._wait()
+
+    def break_off(self) -> None:
+        """What has not arrived never does."""
+        self._flying.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.is_over = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Whoever waits for the pipe looks at it again."""
+        while self.changed:
+            future = self.changed.popleft()
+            if not future.done():
+                future.set_result(None)
+
+    async def wait(self) -> None:
+        """Until `wake`."""
+        future: asyncio.Future[None] = self._network.loop.create_future()
+        self.changed.append(future)
+        await future
+
+    def retime(self) -> None:
+        """The link has changed."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._wait()
+
+    def _wait(self) -> None:
+        due_s = max(self._flying[0][0], self._link.cut_until_s)
+        self._timer = None
+        if due_s < math.inf:
+            self._timer = self._network.loop.call_at(due_s, self._arrive)
+        else:
+            # Woken by `retime`.
+            self._timer = self._network.loop.call_later(1e6, self._wait)
+
+    def _arrive(self) -> None:
+        self._timer = None
+        now_s = self._network.now_s()
+        while self._flying and self._flying[0][0] <= now_s and self._link.cut_until_s <= now_s:
+            _, frame = self._flying.popleft()
+            if frame is None:
+                self.is_over = True
+            else:
+                self.bytes_received += len(frame[1]) + 128
+                self.queue.append(frame)
+        self.wake()
+        if self._flying:
+            self._wait()
+
+
+class MemoryStream:
+    """One end of a stream; a `Stream`."""
+
+    def __init__(
+        self, node: MemoryNode, remote: PeerId, protocol: str, inward: Pipe, outward: Pipe
+    ):
+        self.remote = remote
+        self.protocol = protocol
+        self.inward = inward
+        self.outward = outward
+        self._node = node
+        self._sending = asyncio.Lock()
+        self._is_receiving = False
+        self._is_closed = False
+        self._is_broken = False
+        node.streams[self] = None
+
+    @property
+    def bytes_received(self) -> int:
+        return self.inward.bytes_received
+
+    @property
+    def closed(self) -> bool:
+        return self._is_closed or self._is_broken
+
+    async def send(self, header: FrameHeader, payload: Buffer | Sequence[Buffer] = b"") -> None:
+        data = bytes(payload) if isinstance(payload, Buffer) else b"".join(map(bytes, payload))
+        header = FrameHeader.unpack(header.numbered(header.sequence, len(data)).pack())
+        async with self._sending:
+            while not self.closed and self.outward.num_bytes >= WINDOW_BYTES:
+                await self.outward.wait()
+            if self.closed:
+                raise StreamClosed("the stream is closed")
+            self.outward.put((header, data))
+        self._node.tap("sent", self.remote, header)
+
+    async def peek(self, timeout_s: float | None = None) -> FrameHeader:
+        return (await self._next(timeout_s))[0]
+
+    async def receive(self, timeout_s: float | None = None) -> tuple[FrameHeader, bytearray]:
+        header, data = await self._next(timeout_s)
+        self.inward.queue.popleft()
+        self.inward.num_bytes -= len(data) + 128
+        self.inward.wake()
+        self._node.tap("received", self.remote, header)
+        return header, bytearray(data)
+
+    async def _next(self, timeout_s: float | None) -> tuple[FrameHeader, bytes]:
+        if self._is_receiving:
+            raise LocalProtocolError("another task is receiving from this stream")
+        self._is_receiving = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    if self._is_closed:
+                        raise StreamClosed("the stream is closed")
+                    if self.inward.queue:
+                        return self.inward.queue[0]
+                    if self.inward.is_over:
+                        self.abort()
+                        raise StreamClosed("the peer closed the stream")
+                    await self.inward.wait()
+        except TimeoutError:
+            raise HopTimeout("no frame in time") from None
+        finally:
+            self._is_receiving = False
+
+    async def close(self) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._node.streams.pop(self, None)
+        if not self._is_broken:
+            self.outward.put(None)
+        self.inward.wake()
+        self.outward.wake()
+
+    def break_off(self) -> None:
+        """The connection is gone."""
+        self._is_broken = True
+        self.inward.break_off()
+        self.outward.wake()

@@ -1,0 +1,83 @@
+"""The texts of a simulated session, each token of which is compared with the plain model's."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+
+import torch
+
+from planetserve.client.session_core import SessionCore
+from planetserve.testing.integer_model import PlainModel, embed, next_token
+from planetserve.wire.step import RowSlice, StepTable
+
+Step = Callable[[SessionCore, StepTable, torch.Tensor, random.Random], Awaitable[torch.Tensor]]
+"""Runs a step until it goes through."""
+Wrong = Callable[[str], None]
+"""Told of an answer that is not what it must be."""
+
+
+class SimulatedText:
+    """A session's texts: one row or several, extended, rolled back, reordered, parked."""
+
+    def __init__(
+        self, core: SessionCore, rng: random.Random, num_blocks: int, step: Step, wrong: Wrong
+    ):
+        self._step = step
+        self._wrong = wrong
+        self._core = core
+        self._rng = rng
+        self._rows = [PlainModel(num_blocks) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+        self._next = [0] * len(self._rows)
+
+    async def write(self) -> None:
+        """Write some texts."""
+        rng = self._rng
+        prompt = rng.choice((1, 3, 20, 60, 300))
+        await self._extend([[rng.randrange(90) for _ in range(prompt)] for _ in self._rows])
+        for _ in range(rng.randint(3, 16)):
+            reorder = None
+            match rng.randrange(14):
+                case 0 if len(self._rows) > 1:
+                    reorder = tuple(rng.randrange(len(self._rows)) for _ in self._rows)
+                case 1:
+                    length = rng.randrange(len(self._rows[0].tokens))
+                    for row in self._rows:
+                        row.truncate(length)
+                case 2:
+                    await self._core.leave()
+                case 3 | 4 | 5:
+                    await asyncio.sleep(rng.choice((0.1, 1.0, 3.0, 15.0)))
+                case 6:
+                    await self._extend([[rng.randrange(90)] * 5 for _ in self._rows])
+                    continue
+                case _:
+                    pass
+            if reorder is not None:
+                self._rows = [self._rows[source].copy() for source in reorder]
+                self._next = [self._next[source] for source in reorder]
+            await self._extend([[token] for token in self._next], reorder)
+
+    async def _extend(
+        self, tokens: Sequence[Sequence[int]], reorder: tuple[int, ...] | None = None
+    ) -> None:
+        starts = [len(row.tokens) for row in self._rows]
+        table = StepTable(
+            tuple(
+                RowSlice(index, start, len(new))
+                for index, (start, new) in enumerate(zip(starts, tokens, strict=True))
+            ),
+            None,
+            reorder,
+        )
+        hidden_TD = embed([token for new in tokens for token in new])
+        output_TD = await self._step(self._core, table, hidden_TD, self._rng)
+        expected = [row.extend(new) for row, new in zip(self._rows, tokens, strict=True)]
+        offset = 0
+        for index, part in enumerate(expected):
+            own_TD = output_TD[offset : offset + len(part)]
+            offset += len(part)
+            if own_TD.numpy().astype("int64").tolist() != part.tolist():
+                self._wrong(f"a wrong token in row {index} of a text of {starts[index]}")
+            self._next[index] = next_token(own_TD[-1])

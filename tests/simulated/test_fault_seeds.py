@@ -1,0 +1,90 @@
+"""Swarms in virtual time, to which a seed says what happens, and bugs that such seeds find."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planetserve.client.ring import RingSession
+from planetserve.client.ring_ends import RingStep
+from planetserve.scheduler.scheduler import Scheduler
+from planetserve.testing.fault_simulation import simulate
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_SEEDS = 200
+MOST_SEEDS = 1000
+"""Within which a bug that was put in must show."""
+
+
+@pytest.mark.timeout(900)
+def test_no_seed_shows_a_violation() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "simulate_faults.py"), "--seeds"]
+    found = subprocess.run([*command, str(NUM_SEEDS)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert f"{NUM_SEEDS} seeds" in found.stdout
+
+
+def test_a_seed_gives_the_same_events_every_time() -> None:
+    first, again, other = simulate(20), simulate(20), simulate(21)
+    assert first == again
+    assert first.digest != other.digest
+
+
+def test_a_ring_that_is_given_up_while_it_opens_is_no_hops_fault() -> None:
+    """Clients that had opened some hops when another one refused sent CLOSE in the place of DEAL,
+    and servers counted that as a breach of the protocol."""
+    for seed in (14, 25, 34):
+        assert simulate(seed).violations == []
+
+
+def skip_refills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new first hop is not told what the rows held before."""
+    refill = RingSession._refill
+
+    async def skip(ring: RingSession, _history: object) -> None:
+        await refill(ring, None)
+
+    monkeypatch.setattr(RingSession, "_refill", skip)
+
+
+def leak_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that is closed while it has steps keeps a page."""
+    close = Scheduler.close
+
+    def leak(scheduler: Any, session_id: bytes) -> tuple[int, ...]:
+        dropped = close(scheduler, session_id)
+        if dropped:
+            scheduler._allocator.allocate()
+        return dropped
+
+    monkeypatch.setattr(Scheduler, "close", leak)
+
+
+def drop_wake_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that waits until fewer of its chunks are under way does not hear of it."""
+    take = RingStep.take
+
+    class Deaf:
+        def set(self) -> None:
+            pass
+
+    def drop(step: RingStep, chunk_TD: Any) -> None:
+        room, step.room = step.room, Deaf()  # type: ignore[assignment]
+        take(step, chunk_TD)
+        step.room = room
+
+    monkeypatch.setattr(RingStep, "take", drop)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("put_in", [skip_refills, leak_pages, drop_wake_ups])
+def test_a_bug_that_is_put_in_is_found(
+    put_in: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in(monkeypatch)
+    assert any(simulate(seed).violations for seed in range(MOST_SEEDS))

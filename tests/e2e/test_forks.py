@@ -57,7 +57,7 @@ with model.inference_session(max_length=30) as session:
     for use in (
         lambda: generate(model),
         lambda: model(ids),
-        lambda: session.step(torch.zeros(1, 1, 64)),
+        lambda: session.step(torch.zeros(1, 1, 32)),
         model.close,
     ):
         fork(lambda: refused(use))

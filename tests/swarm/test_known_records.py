@@ -9,7 +9,7 @@ import pytest
 from swarm_helpers import make_info
 
 from planetserve.crypto.identity import Identity
-from planetserve.swarm import dht, directory, records
+from planetserve.swarm import directory, records
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.swarm_time import SwarmClock
 from planetserve.testing.clock import ManualClock
@@ -34,8 +34,8 @@ class Keepers:
         envelope = records.sign(identity, body)
         self.found.setdefault(body.dht_key(), {})[identity.peer_id] = envelope, body.expires_at_s
 
-    async def get(
-        self, _dht: object, keys: Sequence[bytes], _timeout_s: float
+    async def get_records(
+        self, keys: Sequence[bytes], _timeout_s: float
     ) -> Mapping[bytes, Mapping[PeerId, tuple[bytes, float]]]:
         return {key: dict(self.found.get(key, {})) for key in keys}
 
@@ -46,17 +46,18 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-def keepers(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> Keepers:
-    keepers = Keepers(clock)
-    monkeypatch.setattr(dht, "get", keepers.get)
-    return keepers
+def keepers(clock: ManualClock) -> Keepers:
+    return Keepers(clock)
 
 
 @pytest.fixture
-def view(clock: ManualClock) -> Directory:
+def view(clock: ManualClock, keepers: Keepers) -> Directory:
     swarm_clock = SwarmClock(clock)
     node = SimpleNamespace(
-        clock=swarm_clock, records=records.RecordChecker(swarm_clock), peer_id="me", dht=None
+        clock=swarm_clock,
+        records=records.RecordChecker(swarm_clock),
+        peer_id="me",
+        get_records=keepers.get_records,
     )
     return Directory(node, clock)  # type: ignore[arg-type]
 

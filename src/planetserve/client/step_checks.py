@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from planetserve.errors import ConfigError
+from planetserve.tensors import is_finite
 from planetserve.wire.step import MAX_ROWS, RowSlice, StepTable
 
 
@@ -46,7 +47,7 @@ def check_step(num_rows: int, hidden_TD: torch.Tensor, num_held: int, hidden_siz
             f"hidden states are {hidden_size} floating-point numbers for each token, got "
             f"{hidden_TD.shape[-1]} of {hidden_TD.dtype}"
         )
-    if not bool(torch.isfinite(hidden_TD).all()):
+    if not is_finite(hidden_TD):
         raise ConfigError("hidden states that are no finite numbers cannot go through the blocks")
     if num_held:
         _check_batch(num_rows, num_held)

@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_RTT_MS = 50.0
 _AVOIDED_MS = 5_000.0
-"""So long that any other way is better, if there is one: charged for two neighbours that are to be
-avoided, and for a visit to a server once for every such pair that it is part of."""
+"""Milliseconds charged for a pair of neighbours to avoid, and for each visit to a server of such a
+pair, once per pair: more than any other chain costs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ MAX_PAIRS = 256
 _MAX_DOUBLINGS = 3
 """A pair is avoided for twice as long every time that it quarrels again, up to 2^3 times."""
 _REMEMBERED = 10
-"""Times as long as pairs are avoided at first."""
+"""A pair is forgotten after this many times the first avoidance period."""
 
 Edge = tuple[PeerId, PeerId]
 

@@ -171,7 +171,7 @@ class Worker:
     def due_in_s(self) -> float | None:
         """Seconds until the next turn is due if no command comes; None: not before one comes."""
         if self._is_stuck and self._scheduler.waiting:
-            # Who waits for pages may get them in time, because others have gone quiet.
+            # A session that waits for pages may get them later, from sessions that go idle.
             return _STUCK_S
         if self._gather_s > 0:
             return self._gather_s

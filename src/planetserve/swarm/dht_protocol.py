@@ -38,7 +38,7 @@ from planetserve.types import PeerId
 logger = logging.getLogger(__name__)
 
 MAX_KEYS_PER_REQUEST = 16
-"""So many may be asked for in one call."""
+"""Maximum number of keys in one request."""
 RPC_TIMEOUT_S = 3.0
 
 _KEYS_AT_ONCE = 16

@@ -134,7 +134,7 @@ class Directory:
     async def _vouch(self, info: ServerInfo, now: float, ttl_s: float) -> None:
         """Keep the model in the index, unless enough others do."""
         bodies = await self._get([MODELS_KEY])
-        # Whoever vouches for other files under this name says nothing of these.
+        # A record for other files under this name does not vouch for these.
         others = {
             body.peer_id
             for body in bodies

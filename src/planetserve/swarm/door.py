@@ -1,4 +1,4 @@
-"""Who may ask this node's directory for how much."""
+"""Rate limit per peer for requests to this node's directory."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from transformers import StoppingCriteria
 JSON_VARIABLE = "PLANETSERVE_FAULTS_JSON"
 """Environment variable that names a file to write the rows to."""
 
-_CLIENT_LOGGER = "planetserve.client.session"
+_CLIENT_LOGGER = "planetserve.client.session_core"
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ def test_a_server_that_reaches_nobody_ends_all_the_same(
         host = swarm.runs[3]
         stopped(swarm, host)
         swarm.local.call(host.server.close(drain_timeout_s=0.5))
-        assert host.server.engine._thread is None
+        assert host.server.engine._worker._thread is None
         rest = model.generate(None, **{**GREEDY, "max_new_tokens": 10})
     assert torch.equal(torch.cat([first, rest], dim=1), expected)
     assert swarm.leaked() == Held.nothing()

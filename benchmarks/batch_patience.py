@@ -36,7 +36,7 @@ from planetserve.engine.engine import Engine
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.linear import convert_span
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.types import BlockSpan
 from planetserve.wire.step import RowSlice, StepTable
 

@@ -42,7 +42,7 @@ from processes import children, make_checkpoint, prepare, start_bootstrap, start
 from switchable_server import FOLDER_VARIABLE
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.client.ring_ends import RingEnds
+from planetserve.client.ring.ring_ends import RingEnds
 from planetserve.client.session import InferenceSession
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer
 from planetserve.crypto.plain import PlainOpener, PlainSealer

@@ -27,8 +27,8 @@ import torch
 from common import environment, load, median, percentile, table, write_result
 
 from planetserve.demo import LOOPBACK
-from planetserve.swarm.node import NodeConfig, SwarmNode
-from planetserve.swarm.streams import FrameStream, open_stream, serve_streams
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p.streams import FrameStream, open_stream, serve_streams
 from planetserve.wire.frame import FrameHeader, FrameType
 
 PROTOCOL = "/benchmark/echo/1"

@@ -42,7 +42,7 @@ from planetserve import AutoDistributedModelForCausalLM
 from planetserve.config import ClientConfig
 from planetserve.demo import LOOPBACK, Child, Children, split_blocks
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.sources import open_source
+from planetserve.model.file_sources import open_source
 from planetserve.types import BlockSpan
 
 MODEL = "demo"

@@ -83,7 +83,7 @@ ASKED = Kind(1, (64, 256), (64, 192), {"do_sample": False})
 """Texts that use a part of `ASKED_TOKENS`."""
 
 
-class Meter:
+class PackedCounts:
     """Reads the statistics of all servers again and again, until it is stopped."""
 
     def __init__(self, swarm: LocalSwarm):
@@ -95,7 +95,7 @@ class Meter:
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> PackedCounts:
         self._thread.start()
         return self
 
@@ -141,14 +141,14 @@ def workload(
     weights = [KINDS[name].weight for name in names]
     chosen = choose.choices(names, weights, k=options.texts)
     seeds = [choose.randrange(1 << 30) for _ in chosen]
-    with Meter(swarm) as meter, ThreadPoolExecutor(options.threads) as pool:
+    with PackedCounts(swarm) as packed_counts, ThreadPoolExecutor(options.threads) as pool:
         list(pool.map(lambda name, seed: write_text(model, KINDS[name], random.Random(seed)),
                       chosen, seeds))  # fmt: skip
-    slots = [slots for _, slots in meter.readings]
-    shares = [live / slots for live, slots in meter.readings]
+    slots = [slots for _, slots in packed_counts.readings]
+    shares = [live / slots for live, slots in packed_counts.readings]
     return {
         "kinds": dict(Counter(chosen)),
-        "useful_share": meter.share,
+        "useful_share": packed_counts.share,
         "useful_share_target": TARGET_SHARE,
         "useful_share_p5": percentile(shares, 5),
         "pages_used_mean": sum(slots) / len(slots) / PAGE_SIZE,
@@ -206,20 +206,20 @@ def overcommit(folder: str, options: argparse.Namespace) -> list[dict[str, Any]]
                         time.sleep(_ASK_AGAIN_S)
 
             started_s = time.monotonic()
-            with Meter(swarm) as meter:
+            with PackedCounts(swarm) as packed_counts:
                 list(pool.map(write, seeds))
             took_s = time.monotonic() - started_s
             stats = swarm.call(_stats(swarm))
             refused = sum(
                 server.handler.counters["open.cache_exhausted"] for server in swarm.servers
             )
-        slots = [slots for _, slots in meter.readings]
+        slots = [slots for _, slots in packed_counts.readings]
         found.append({
             "kv_overcommit": factor,
             "tokens_per_s": num_tokens / took_s,
             "seconds": took_s,
-            "sessions_mean": sum(meter.sessions) / len(meter.sessions),
-            "sessions_most": max(meter.sessions),
+            "sessions_mean": sum(packed_counts.sessions) / len(packed_counts.sessions),
+            "sessions_most": max(packed_counts.sessions),
             "pages_used_share": sum(slots) / len(slots) / SMALL_CACHE_TOKENS / len(SPANS),
             "refused_opens": refused,
             "preemptions": sum(item.preemptions for item in stats),

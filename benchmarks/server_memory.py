@@ -34,7 +34,7 @@ from processes import children, make_checkpoint, prepare
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.demo import LOOPBACK
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.types import BlockSpan
 
 ALLOWANCE_MB = 550

@@ -74,17 +74,17 @@ def is_step(_: Any, header: Any, *__: Any) -> bool:
 
 def note_client(stamps: Stamps) -> None:
     """Stamp what a client does."""
-    from planetserve.client.ring import RingSession
-    from planetserve.client.ring_ends import RingEnds
+    from planetserve.client.ring.ring import RingSession
+    from planetserve.client.ring.ring_ends import RingEnds
     from planetserve.client.session import InferenceSession
-    from planetserve.client.shared_head import SharedHead
-    from planetserve.swarm.streams import FrameStream
+    from planetserve.client.hf.batched_lm_head import BatchedLmHead
+    from planetserve.swarm.libp2p.streams import FrameStream
 
     note(stamps, InferenceSession, "run", before="asked", after="told")
     note(stamps, RingSession, "step", before="on loop")
     note(stamps, FrameStream, "send", after="sent", only=is_step)
     note(stamps, RingEnds, "open", before="answered")
-    note(stamps, SharedHead, "__call__", before="head", after="logits")
+    note(stamps, BatchedLmHead, "__call__", before="head", after="logits")
 
 
 def note_server(stamps: Stamps) -> None:
@@ -93,16 +93,16 @@ def note_server(stamps: Stamps) -> None:
     from planetserve.engine.engine import Engine
     from planetserve.engine.span_runner import SpanRunner
     from planetserve.engine.worker import Worker
-    from planetserve.server.inlet import Inlet
-    from planetserve.server.outlet import Outlet
-    from planetserve.swarm.streams import FrameStream
+    from planetserve.server.upstream import Upstream
+    from planetserve.server.downstream import Downstream
+    from planetserve.swarm.libp2p.streams import FrameStream
 
-    note(stamps, Inlet, "_open", before="received")
+    note(stamps, Upstream, "_open", before="received")
     note(stamps, Engine, "submit", before="opened")
     note(stamps, Worker, "_wait_for_work", before="waits", after="goes on")
     note(stamps, Worker, "accept", before="awake")
     note(stamps, SpanRunner, "forward", before="batched", after="computed")
-    note(stamps, Outlet, "push", before="fetched")
+    note(stamps, Downstream, "push", before="fetched")
     note(stamps, EdgeSealer, "seal", before="packed", after="sealed")
     note(stamps, FrameStream, "send", after="sent", only=is_step)
 

@@ -22,7 +22,7 @@ from planetserve.engine.probe import Batching
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.model.capabilities import refusal
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.testing.chain import LocalChain
 from planetserve.testing.checkpoints import (
     FAMILIES,

@@ -53,7 +53,7 @@ def test_public_values_load_nothing_heavy() -> None:
 
 
 def test_client_does_not_load_the_server() -> None:
-    code = "import sys, planetserve.client.auto"
+    code = "import sys, planetserve.client.hf.from_pretrained"
     loaded = run(f"{code}; print(*[n for n in sys.modules if n.startswith('planetserve.')])")
     assert not [
         name for name in loaded.split() if name.split(".")[1] in ("engine", "server", "scheduler")

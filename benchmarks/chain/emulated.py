@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from planetserve.client.portal import Portal
+from planetserve.client.event_loop_thread import EventLoopThread
 from planetserve.testing.proxy import Link, LinkProxy, TcpAddress
 
 LOOPBACK = "127.0.0.1"
@@ -72,7 +72,7 @@ class EmulatedSwarm:
 
     def __enter__(self) -> EmulatedSwarm:
         self._folder = tempfile.TemporaryDirectory()
-        self._portal = Portal("links")
+        self._loop_thread = EventLoopThread("links")
         try:
             bootstrap = self._start("bootstrap", "run_dht", "--host_maddrs", _maddr(0))
             self.initial_peers = self._ready(bootstrap)["addresses"]
@@ -103,8 +103,8 @@ class EmulatedSwarm:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         for proxy in self._proxies:
-            self._portal.call(proxy.close())
-        self._portal.close()
+            self._loop_thread.call(proxy.close())
+        self._loop_thread.close()
         self._folder.cleanup()
 
     def _start_server(self, server: ServerPlan) -> Path:
@@ -115,7 +115,7 @@ class EmulatedSwarm:
             # libp2p dials from the port that it listens on; a client listens on none.
             return server.place.link(self._ports.get(dialler[1], self._client))
 
-        proxy = self._portal.call(LinkProxy.start((LOOPBACK, port), link_of))
+        proxy = self._loop_thread.call(LinkProxy.start((LOOPBACK, port), link_of))
         self._proxies.append(proxy)
         return self._start(
             server.name, "run_server", self._model, "--block_indices", server.span,

@@ -43,12 +43,12 @@ from planetserve.errors import (
 from planetserve.types import BlockSpan, Chain, Hop, ServerInfo
 
 if TYPE_CHECKING:
-    from planetserve.client.auto import (
+    from planetserve.client.hf.from_pretrained import (
         AutoDistributedConfig,
         AutoDistributedModel,
         AutoDistributedModelForCausalLM,
     )
-    from planetserve.client.families import (
+    from planetserve.client.hf.petals_aliases import (
         DistributedBloomConfig,
         DistributedBloomForCausalLM,
         DistributedBloomModel,
@@ -121,21 +121,21 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AutoDistributedConfig": "planetserve.client.auto",
-    "AutoDistributedModel": "planetserve.client.auto",
-    "AutoDistributedModelForCausalLM": "planetserve.client.auto",
-    "DistributedBloomConfig": "planetserve.client.families",
-    "DistributedBloomForCausalLM": "planetserve.client.families",
-    "DistributedBloomModel": "planetserve.client.families",
-    "DistributedFalconConfig": "planetserve.client.families",
-    "DistributedFalconForCausalLM": "planetserve.client.families",
-    "DistributedFalconModel": "planetserve.client.families",
-    "DistributedLlamaConfig": "planetserve.client.families",
-    "DistributedLlamaForCausalLM": "planetserve.client.families",
-    "DistributedLlamaModel": "planetserve.client.families",
-    "DistributedMixtralConfig": "planetserve.client.families",
-    "DistributedMixtralForCausalLM": "planetserve.client.families",
-    "DistributedMixtralModel": "planetserve.client.families",
+    "AutoDistributedConfig": "planetserve.client.hf.from_pretrained",
+    "AutoDistributedModel": "planetserve.client.hf.from_pretrained",
+    "AutoDistributedModelForCausalLM": "planetserve.client.hf.from_pretrained",
+    "DistributedBloomConfig": "planetserve.client.hf.petals_aliases",
+    "DistributedBloomForCausalLM": "planetserve.client.hf.petals_aliases",
+    "DistributedBloomModel": "planetserve.client.hf.petals_aliases",
+    "DistributedFalconConfig": "planetserve.client.hf.petals_aliases",
+    "DistributedFalconForCausalLM": "planetserve.client.hf.petals_aliases",
+    "DistributedFalconModel": "planetserve.client.hf.petals_aliases",
+    "DistributedLlamaConfig": "planetserve.client.hf.petals_aliases",
+    "DistributedLlamaForCausalLM": "planetserve.client.hf.petals_aliases",
+    "DistributedLlamaModel": "planetserve.client.hf.petals_aliases",
+    "DistributedMixtralConfig": "planetserve.client.hf.petals_aliases",
+    "DistributedMixtralForCausalLM": "planetserve.client.hf.petals_aliases",
+    "DistributedMixtralModel": "planetserve.client.hf.petals_aliases",
     "InferenceSession": "planetserve.client.session",
 }
 

@@ -242,7 +242,7 @@ def _generate_locally(options: Options) -> Output:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from planetserve.model.sources import open_source
+    from planetserve.model.file_sources import open_source
 
     path, revision = open_source(options.model).location
     model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=torch.float32)
@@ -252,7 +252,7 @@ def _generate_locally(options: Options) -> Output:
 def _complete(model: Any, options: Options, *, show: bool) -> Output:
     from transformers import AutoTokenizer, TextStreamer
 
-    from planetserve.model.sources import open_source
+    from planetserve.model.file_sources import open_source
 
     path, revision = open_source(options.model).location
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)

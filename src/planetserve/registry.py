@@ -1,7 +1,7 @@
 """Named strategies: a registry maps a name to a factory and lists its choices when a name is wrong.
 
 Factories are registered as `"module:attribute"` strings so that listing the choices, or parsing a
-command line, imports none of them. Third parties add their own through the entry-point group
+command line, imports none of them. Third cohorts add their own through the entry-point group
 `planetserve.<registry name>`.
 """
 

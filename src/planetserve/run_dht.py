@@ -19,7 +19,7 @@ from planetserve.config.petals import DHT_FLAGS, ignore
 from planetserve.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
-    from planetserve.swarm.node import SwarmNode
+    from planetserve.swarm.libp2p.node import SwarmNode
 
 PROG = "python -m planetserve.run_dht"
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.setup_logging(config.log_level)
 
     with cli.ended_by_interrupts():
-        from planetserve.swarm.node import NodeConfig, SwarmNode
+        from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 
     node_config = NodeConfig(
         initial_peers=config.initial_peers,

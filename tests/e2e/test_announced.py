@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.client.chain_manager import ChainManager
+from planetserve.client.planning.chain_manager import ChainManager
 from planetserve.routing.optimizers.shortest_path import ShortestPath
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot

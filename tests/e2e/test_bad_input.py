@@ -24,7 +24,7 @@ from planetserve.errors import (
     SessionLengthError,
 )
 from planetserve.swarm.directory import Directory
-from planetserve.swarm.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.testing.swarm import LocalSwarm
 from planetserve.types import BlockSpan

@@ -10,7 +10,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.swarm.streams import FrameStream
+from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.testing.swarm import LocalSwarm
 from planetserve.wire.frame import FLAG_REPLAY, FrameHeader, FrameType
 

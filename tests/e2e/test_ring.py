@@ -83,7 +83,7 @@ def test_every_step_brings_the_hops_loads(
         ring = session._core.ring
         assert set(ring.loads_ms) == {hop.peer_id for hop in ring.chain}
         assert all(0 < ms < 1000 for ms in ring.loads_ms.values())
-        model.runtime._portal.call(_say(ring))
+        model.runtime._loop_thread.call(_say(ring))
 
 
 async def _say(ring: Any) -> None:

@@ -266,7 +266,7 @@ def test_an_interrupt_between_the_servers_and_the_model(
         with model.inference_session(max_length=200) as session:
             talk = Talk(model, local, session)
             talk.turn("beams", tokens(1, 6))
-            plain_call, left = session._portal.call, when
+            plain_call, left = session._loop_thread.call, when
 
             def interrupted_call(work: Any) -> Any:
                 nonlocal left
@@ -276,7 +276,7 @@ def test_an_interrupt_between_the_servers_and_the_model(
                     raise KeyboardInterrupt
                 return answer
 
-            monkeypatch.setattr(session._portal, "call", interrupted_call)
+            monkeypatch.setattr(session._loop_thread, "call", interrupted_call)
             with pytest.raises(KeyboardInterrupt):
                 run(model, "beams", local, tokens(2, 3))
             monkeypatch.undo()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.client.local_blocks import LocalRows
+from planetserve.client.hf.local_blocks import LocalRows
 from planetserve.errors import ConfigError, MissingBlocksError, SessionClosed
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.testing.swarm import LocalSwarm

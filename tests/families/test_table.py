@@ -9,7 +9,7 @@ import torch
 
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.testing.checkpoints import (
     FAMILIES,
     REFUSED_FAMILIES,

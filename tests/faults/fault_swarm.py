@@ -29,7 +29,7 @@ from tampering import Tampering
 
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.server.server import Server
-from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.libp2p.node import SwarmNode
 from planetserve.testing.proxy import Link
 from planetserve.testing.swarm import LocalSwarm
 from planetserve.wire.frame import FrameHeader, FrameType

@@ -18,12 +18,12 @@ import torch
 
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer
 from planetserve.crypto.handshake import ClientHandshake
-from planetserve.crypto.secrets import ChannelSecret, new_edge_secret, seal_deal
+from planetserve.crypto.secrets import ChannelSecret, new_edge_secret, seal_edge_keys
 from planetserve.errors import PlanetServeError, StreamClosed, error_from_code
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.server.server import Server
-from planetserve.swarm.node import NodeConfig, SwarmNode
-from planetserve.swarm.streams import FrameStream, open_stream
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p.streams import FrameStream, open_stream
 from planetserve.tensors import tensor_from_payload
 from planetserve.types import CLIENT, PeerId
 from planetserve.wire.frame import ANSWER_EDGE, Direction, FrameHeader, FrameType, WireDtype
@@ -206,8 +206,8 @@ class Stranger:
             channel,
         )
         if deal:
-            blob = seal_deal(channel, epoch, inbound, outbound)
-            await control.send(dataclasses.replace(header, type=FrameType.DEAL), blob)
+            blob = seal_edge_keys(channel, epoch, inbound, outbound)
+            await control.send(dataclasses.replace(header, type=FrameType.EDGE_KEYS), blob)
         return session
 
     async def push(

@@ -119,7 +119,7 @@ class ProcessSwarm:
         directory = Directory(model.runtime.node, SystemClock())
         prefix = model.runtime._manager.view.prefix
         while True:
-            found = model.runtime._portal.call(directory.lookup(prefix))
+            found = model.runtime._loop_thread.call(directory.lookup(prefix))
             free = [info.free_cache_tokens for info in found if info.peer_id in ids]
             held = len(ids) * CACHE_TOKENS - sum(free)
             if not held or time.monotonic() > deadline_s:

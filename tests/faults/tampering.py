@@ -17,8 +17,8 @@ import torch
 
 from planetserve.engine.engine import Engine
 from planetserve.errors import RemoteError
-from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.streams import FrameStream
+from planetserve.swarm.libp2p.node import SwarmNode
+from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.wire.frame import FrameHeader, FrameType
 
 Frame = tuple[FrameHeader, bytes]

@@ -326,7 +326,7 @@ async def test_a_frame_that_does_not_belong_here(
 ) -> None:
     session = await (await meet()).open()
     await session.step(2)
-    payload = os.urandom(DEAL_BYTES) if kind is FrameType.DEAL else b"{}"
+    payload = os.urandom(DEAL_BYTES) if kind is FrameType.EDGE_KEYS else b"{}"
     await session.send(FrameHeader(kind, session=session.session_id), payload)
     error = await session.error()
     assert isinstance(error, DecryptionFailed | RemoteProtocolError)
@@ -345,7 +345,7 @@ async def test_a_forged_deal(
     server: Server, meet: MeetServer, bystander: Opened, size: int
 ) -> None:
     session = await (await meet()).open(deal=False)
-    await session.send(FrameHeader(FrameType.DEAL, session=session.session_id), os.urandom(size))
+    await session.send(FrameHeader(FrameType.EDGE_KEYS, session=session.session_id), os.urandom(size))
     assert isinstance(await session.error(), DecryptionFailed)
     await check_others(server, bystander)
 

@@ -16,7 +16,7 @@ import torch
 from fault_swarm import FaultSwarm, Held, Host, Moment
 from faulted_texts import GREEDY, Material
 
-from planetserve.client.hop_link import LEAST_CHUNK_TOKENS, MAX_UNREAD
+from planetserve.client.ring.hop_connection import LEAST_CHUNK_TOKENS, MAX_UNREAD
 from planetserve.errors import (
     CapacityError,
     ConfigError,
@@ -30,10 +30,10 @@ from planetserve.errors import (
     SessionClosed,
     SessionError,
 )
-from planetserve.server.journal import SentChunk
-from planetserve.server.outlet import Outlet
+from planetserve.server.replay_buffer import SentChunk
+from planetserve.server.downstream import Downstream
 from planetserve.server.session import ServerSession
-from planetserve.swarm.streams import FrameStream
+from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.types import PeerId
 from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY, FrameHeader, FrameType
 from planetserve.wire.messages import ErrorReply, SessionOpened, error_reply
@@ -51,7 +51,7 @@ def step(session_id: bytes, accused: PeerId) -> tuple[FrameHeader, bytes]:
 
 def parked(session_id: bytes, accused: PeerId) -> tuple[FrameHeader, bytes]:
     payload = error_reply(PeerUnreachable("gone"), accused).encode()
-    return FrameHeader(FrameType.PARKED, session=session_id), payload
+    return FrameHeader(FrameType.NEXT_HOP_LOST, session=session_id), payload
 
 
 @pytest.mark.parametrize("make", [step, parked])
@@ -133,7 +133,7 @@ def test_a_lie_about_a_neighbour_takes_no_server_from_the_client(
         assert fault.struck_s is not None
         manager = model.runtime._manager
         assert not manager._bans.banned()
-        assert [set(pair) for pair in manager._quarrels.avoided()] == pairs
+        assert [set(pair) for pair in manager._edge_suspicions.avoided()] == pairs
         assert not pairs[0] <= {hop.peer_id for hop in model.chain}
     assert torch.equal(text, whole)
     assert swarm.leaked() == Held.nothing()
@@ -265,14 +265,14 @@ def test_what_a_hop_alters_is_not_held_against_those_who_pass_it_on(
     swarm = repaired_swarm
     whole = material.local.generate(material.prompt, **GREEDY)
     liar, *others = (host.server.node for host in swarm.hosts)
-    send = Outlet._send
+    send = Downstream._send
 
-    async def alter_and_send(outlet: Outlet, target: FrameStream, chunk: SentChunk) -> None:
-        if outlet._dials._node is liar and chunk.header.step >= first_step:
+    async def alter_and_send(downstream: Downstream, target: FrameStream, chunk: SentChunk) -> None:
+        if downstream._dials._node is liar and chunk.header.step >= first_step:
             chunk = dataclasses.replace(chunk, header=alter(chunk.header))
-        await send(outlet, target, chunk)
+        await send(downstream, target, chunk)
 
-    monkeypatch.setattr(Outlet, "_send", alter_and_send)
+    monkeypatch.setattr(Downstream, "_send", alter_and_send)
     with swarm.client(ban_timeout=60.0, blocked_servers=[]) as model:
         assert torch.equal(model.generate(material.prompt, **GREEDY), whole)
         banned = model.runtime._manager._bans.banned()

@@ -76,7 +76,7 @@ async def held(swarm: LocalSwarm) -> tuple[int, int, int]:
         return len(asyncio.all_tasks())
 
     process = psutil.Process()
-    tasks = await asyncio.to_thread(swarm._portal.call, num_tasks())
+    tasks = await asyncio.to_thread(swarm._loop_thread.call, num_tasks())
     return tasks, process.num_fds(), process.num_threads()
 
 

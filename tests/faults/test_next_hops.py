@@ -14,7 +14,7 @@ from hostile import MeetServer, error_on, until
 
 from planetserve.crypto.identity import Identity
 from planetserve.errors import PeerUnreachable, RemoteProtocolError
-from planetserve.server import dials
+from planetserve.server import next_hop_dials
 from planetserve.server.server import Server
 from planetserve.wire.frame import FrameHeader, FrameType
 from planetserve.wire.messages import ErrorReply, NextHop, decode
@@ -88,7 +88,7 @@ async def test_a_port_scan_tells_nothing(
         session = await stranger.open(next=NextHop.model_validate(hop))
         asked_s = loop.time()
         header, payload = await session.control.receive(20.0)
-        assert header.type is FrameType.PARKED
+        assert header.type is FrameType.NEXT_HOP_LOST
         took_s = loop.time() - asked_s
         reply = decode(ErrorReply, payload)
         assert (reply.code, reply.blamed_peer) == (PeerUnreachable.code, peer_id)

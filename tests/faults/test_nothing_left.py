@@ -17,8 +17,8 @@ from hostile import MeetServer, Opened, Stranger, until
 
 from planetserve.errors import PlanetServeError
 from planetserve.server.server import Server
-from planetserve.swarm.node import NodeConfig, SwarmNode
-from planetserve.swarm.streams import FrameStream, serve_streams
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p.streams import FrameStream, serve_streams
 from planetserve.testing.swarm import LOOPBACK, LocalSwarm
 from planetserve.wire.frame import FrameHeader, FrameType
 from planetserve.wire.messages import NextHop, Rewire
@@ -97,7 +97,7 @@ async def no_deal(attempt: Attempt) -> None:
 
 async def a_forged_deal(attempt: Attempt) -> None:
     session = await attempt.open(deal=False, next=attempt.next)
-    header = FrameHeader(FrameType.DEAL, session=session.session_id)
+    header = FrameHeader(FrameType.EDGE_KEYS, session=session.session_id)
     await session.control.send(header, bytes(84))
 
 

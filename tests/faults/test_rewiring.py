@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hostile import MeetServer, Opened, until
 
-from planetserve.crypto.secrets import new_edge_secret, seal_deal
+from planetserve.crypto.secrets import new_edge_secret, seal_edge_keys
 from planetserve.errors import (
     DecryptionFailed,
     PlanetServeError,
@@ -36,7 +36,7 @@ def rewire(**changes: Any) -> bytes:
 async def send(session: Opened, message: bytes, dealt_with: bytes | None = None) -> None:
     """REWIRE and its deal, which may belong to another one."""
     sealed = message if dealt_with is None else dealt_with
-    blob = seal_deal(
+    blob = seal_edge_keys(
         session.channel,
         session.channel.dealt_epoch + 1,
         new_edge_secret(),
@@ -45,7 +45,7 @@ async def send(session: Opened, message: bytes, dealt_with: bytes | None = None)
     )
     # The server may have closed the stream before the second frame is on its way.
     with contextlib.suppress(StreamClosed):
-        for kind, payload in ((FrameType.REWIRE, message), (FrameType.DEAL, blob)):
+        for kind, payload in ((FrameType.REWIRE, message), (FrameType.EDGE_KEYS, blob)):
             header = FrameHeader(kind, session=session.session_id, edge=session.edge)
             await session.control.send(header, payload)
 

@@ -8,17 +8,17 @@ from array import array
 import pytest
 import torch
 
-from planetserve.engine.attention_choice import (
+from planetserve.engine.attention_selector import (
     MIN_PAGES,
     TOLERANCE,
     best_backend,
     largest_error,
 )
 from planetserve.engine.sdpa import SdpaBackend
-from planetserve.engine.transfers import integers, to_device, to_host
+from planetserve.engine.pinned_copy import integers, to_device, to_host
 from planetserve.engine.varlen_attention import VarlenBackend
 from planetserve.errors import ConfigError
-from planetserve.model.skeleton import KvShape
+from planetserve.model.span_blocks import KvShape
 from planetserve.testing.scripts import random_script
 
 

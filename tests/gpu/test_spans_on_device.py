@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from planetserve.engine.probe import Batching
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.skeleton import SpanBlocks
-from planetserve.scheduler.batch import WorkItem
+from planetserve.model.span_blocks import SpanBlocks
+from planetserve.scheduler.batch import StepRequest
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.types import BlockSpan
@@ -68,7 +68,7 @@ def run(runner: SpanRunner, entering: list[torch.Tensor]) -> list[torch.Tensor]:
     for ranges in steps:
         for number, (start, end) in enumerate(ranges):
             row = RowSlice(0, start, end - start)
-            scheduler.add(WorkItem(number, bytes([number]), (row,)))
+            scheduler.add(StepRequest(number, bytes([number]), (row,)))
         batch = scheduler.schedule()
         assert len(batch.pieces) == len(LENGTHS)
         runner.prepare(batch)

@@ -18,7 +18,7 @@ from planetserve.engine.config import EngineConfig
 from planetserve.engine.engine import Engine
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.testing.swarm import LocalSwarm
 from planetserve.types import BlockSpan

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from planetserve.client.ring import RingSession
-from planetserve.client.ring_ends import RingStep
+from planetserve.client.ring.ring import RingSession
+from planetserve.client.ring.ring_ends import RingStep
 from planetserve.scheduler.scheduler import Scheduler
 from planetserve.testing.fault_simulation import simulate
 
@@ -36,7 +36,7 @@ def test_a_seed_gives_the_same_events_every_time() -> None:
 
 
 def test_a_ring_that_is_given_up_while_it_opens_is_no_hops_fault() -> None:
-    """Clients that had opened some hops when another one refused sent CLOSE in the place of DEAL,
+    """Clients that had opened some hops when another one refused sent CLOSE in the place of EDGE_KEYS,
     and servers counted that as a breach of the protocol."""
     for seed in (14, 25, 34):
         assert simulate(seed).violations == []

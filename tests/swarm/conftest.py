@@ -10,8 +10,8 @@ import pytest
 from swarm_helpers import LOOPBACK, StartNode
 
 from planetserve.clock import Clock
-from planetserve.swarm import peer_routing
-from planetserve.swarm.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p import peer_routing
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from planetserve.crypto.identity import Identity
-from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.libp2p.node import SwarmNode
 from planetserve.types import BlockSpan, ServerInfo, ServerState
 
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from planetserve.errors import ConfigError
-from planetserve.swarm.daemon import _make_folder
-from planetserve.swarm.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p.daemon import _make_folder
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 
 
 @pytest.fixture

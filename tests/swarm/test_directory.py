@@ -23,10 +23,12 @@ from swarm_helpers import StartNode, make_info, until
 from planetserve.clock import SystemClock
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import ConfigError, RemoteProtocolError, TransportError
-from planetserve.swarm import calls, dht, dht_protocol, guards, records
+from planetserve.swarm.libp2p import unary_rpc
+from planetserve.swarm.dht.operations import hivemind_limits, operations, protocol
+from planetserve.swarm import records
 from planetserve.swarm.directory import Directory
-from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.storage import (
+from planetserve.swarm.libp2p.node import SwarmNode
+from planetserve.swarm.dht.storage import (
     MAX_FOREIGN,
     MAX_FOREIGN_PER_KEY,
     MAX_FOREIGN_PER_PEER,
@@ -260,7 +262,7 @@ class TestHostileStores:
         identity = Identity.generate()
         body, envelope = signed(identity)
         wide = DictionaryDHTValue()
-        for number in range(guards.MAX_RECORDS_PER_KEY + 1):
+        for number in range(hivemind_limits.MAX_RECORDS_PER_KEY + 1):
             wide.store(str(number), wrapped(envelope), body.expires_at_s)
         data = attacker.dht.protocol.serializer.dumps(wide)
         assert len(data) > calls.MAX_REQUEST_BYTES
@@ -417,7 +419,7 @@ class TestBoundedStorage:
 
     def test_a_key_holds_so_many_records(self) -> None:
         storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
-        for number in range(guards.MAX_RECORDS_PER_KEY):
+        for number in range(hivemind_limits.MAX_RECORDS_PER_KEY):
             assert storage.store(key, b"v", ends, subkey=f"{number}")
         assert not storage.store(key, b"v", ends, subkey="one more")
         assert storage.store(key, b"w", ends + 1, subkey="7"), "known owners may renew"
@@ -487,11 +489,11 @@ class TestCrowding:
         storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
         for number in range(4):
             storage.store_subkey(key, f"guest {number}", b"v", ends, sender="crowder")
-        for number in range(guards.MAX_RECORDS_PER_KEY):
+        for number in range(hivemind_limits.MAX_RECORDS_PER_KEY):
             assert storage.store_subkey(key, f"{number}", b"v", ends, sender=f"{number}")
         assert not storage.store_subkey(key, "one more", b"v", ends, sender="one more")
         assert {*storage.get(key).value.data} == {
-            f"{number}" for number in range(guards.MAX_RECORDS_PER_KEY)
+            f"{number}" for number in range(hivemind_limits.MAX_RECORDS_PER_KEY)
         }
 
     def test_an_owner_of_many_keys_gives_way_when_there_are_no_more(self) -> None:
@@ -517,7 +519,7 @@ class TestCrowding:
         victim = await start_node(peer_lookup_burst=100_000)
         attacker, honest = await start_node(victim), await start_node(victim)
         stub = attacker.dht.protocol.get_stub(PeerID.from_base58(victim.peer_id))
-        for _ in range(guards.MAX_RECORDS_PER_KEY // 16):
+        for _ in range(hivemind_limits.MAX_RECORDS_PER_KEY // 16):
             request = dht_pb2.StoreRequest()
             for _ in range(16):
                 identity = Identity.generate()

@@ -17,14 +17,14 @@ def run(code: str) -> str:
 
 
 def test_a_node_does_not_load_the_training_half() -> None:
-    code = "import sys, planetserve.swarm.node, planetserve.swarm.directory"
+    code = "import sys, planetserve.swarm.libp2p.node, planetserve.swarm.directory"
     print_loaded = f"print(*[n for n in {TRAINING} if f'hivemind.{{n}}' in sys.modules])"
     assert run(f"{code}; {print_loaded}") == ""
 
 
 @pytest.mark.parametrize("order", ["hivemind, planetserve.swarm", "planetserve.swarm, hivemind"])
 def test_hivemind_itself_works_as_ever(order: str) -> None:
-    code = f"import {order}; from planetserve.swarm.node import DHTNode; from hivemind import DHT"
+    code = f"import {order}; from planetserve.swarm.libp2p.node import DHTNode; from hivemind import DHT"
     shown = "print(hivemind.dht.DHTNode is DHTNode, DHT is hivemind.DHT, hivemind.__version__)"
     words = run(f"{code}; {shown}").split()
     assert words[:2] == ["True", "True"]

@@ -22,13 +22,13 @@ from swarm_helpers import LOOPBACK, StartNode, make_info, until
 from planetserve.clock import SystemClock
 from planetserve.crypto.identity import Identity
 from planetserve.errors import ConfigError, PeerUnreachable, TransportError
-from planetserve.swarm import dht
-from planetserve.swarm import node as node_module
-from planetserve.swarm.averages import PeerAverages
+from planetserve.swarm.dht.operations import operations
+from planetserve.swarm.libp2p import node as node_module
+from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.directory import Directory
-from planetserve.swarm.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 from planetserve.swarm.ping import ping, serve_ping, whom_to_ping
-from planetserve.swarm.streams import FrameStream, open_stream, serve_streams
+from planetserve.swarm.libp2p.streams import FrameStream, open_stream, serve_streams
 
 PEER = Identity.generate().peer_id
 
@@ -104,7 +104,7 @@ async def test_tcp_only_and_no_relay(start_node: StartNode) -> None:
 
 FEW_FILES = """
 import asyncio, resource, sys
-from planetserve.swarm.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 async def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, int(sys.argv[1])))
     async with await SwarmNode.start(NodeConfig(host_maddrs=("/ip4/127.0.0.1/tcp/0",))) as node:
@@ -339,7 +339,7 @@ class ManualClock:
 
 def test_round_trip_times_are_averaged_bounded_and_forgotten() -> None:
     clock = ManualClock()
-    table = PeerAverages(max_peers=2, clock=clock, max_age_s=100)
+    table = PeerEwma(max_peers=2, clock=clock, max_age_s=100)
     assert table.get("a") is None
     table.add("a", 10.0)
     table.add("a", 20.0)
@@ -353,12 +353,12 @@ def test_round_trip_times_are_averaged_bounded_and_forgotten() -> None:
     assert table.snapshot() == {}
 
 
-def choose(names: list[str], rtt: PeerAverages, rng: random.Random) -> list[str]:
+def choose(names: list[str], rtt: PeerEwma, rng: random.Random) -> list[str]:
     return whom_to_ping(names, rtt, most=8, keep=32, rng=rng)
 
 
 def test_few_candidates_are_all_pinged_in_every_round() -> None:
-    rtt = PeerAverages(128, ManualClock())
+    rtt = PeerEwma(128, ManualClock())
     names = [f"s{number}" for number in range(8)]
     for _ in range(3):
         chosen = choose(names, rtt, random.Random(1))
@@ -369,7 +369,7 @@ def test_few_candidates_are_all_pinged_in_every_round() -> None:
 
 def test_many_candidates_are_searched_while_the_nearest_stay_fresh() -> None:
     clock, rng = ManualClock(), random.Random(2)
-    rtt = PeerAverages(128, clock)
+    rtt = PeerEwma(128, clock)
     names = [f"s{number}" for number in range(200)]
     distance = {name: float(1 + rng.randrange(200)) for name in names}
     pinged: set[str] = set()

@@ -13,10 +13,11 @@ from swarm_helpers import StartNode, exchange, until
 
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import PeerUnreachable, RemoteProtocolError
-from planetserve.swarm import dht, peer_routing
-from planetserve.swarm.delimited import fields, read_varint, varint
-from planetserve.swarm.node import SwarmNode
-from planetserve.swarm.peer_routing import PROTOCOL
+from planetserve.swarm.dht.operations import operations
+from planetserve.swarm.libp2p import peer_routing
+from planetserve.swarm.libp2p.delimited import fields, read_varint, varint
+from planetserve.swarm.libp2p.node import SwarmNode
+from planetserve.swarm.libp2p.peer_routing import PROTOCOL
 
 PING = b"\x08\x05"
 

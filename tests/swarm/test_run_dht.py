@@ -18,7 +18,7 @@ import pytest
 from planetserve.crypto.identity import Identity
 from planetserve.errors import ConfigError
 from planetserve.run_dht import parse
-from planetserve.swarm.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 
 COMMAND = [sys.executable, "-W", "ignore", "-m", "planetserve.run_dht"]
 LOOPBACK = ["--host_maddrs", "/ip4/127.0.0.1/tcp/0"]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import pytest
 
-from planetserve.swarm import search as searching
-from planetserve.swarm.search import NUM_NEAREST, PeerMemory, Search, place_of
+from planetserve.swarm.dht.operations import search as searching
+from planetserve.swarm.dht.search import NUM_NEAREST, PeerMemory, Search, place_of
 from planetserve.testing.clock import ManualClock
 
 Named = Mapping[int, Collection[bytes]] | None

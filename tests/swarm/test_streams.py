@@ -21,9 +21,9 @@ from planetserve.errors import (
     RemoteProtocolError,
     StreamClosed,
 )
-from planetserve.swarm import node as node_module
-from planetserve.swarm.node import NodeConfig, SwarmNode
-from planetserve.swarm.streams import FrameStream, open_stream, serve_streams
+from planetserve.swarm.libp2p import node as node_module
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p.streams import FrameStream, open_stream, serve_streams
 from planetserve.wire.frame import MAX_CONTROL_BYTES, MAX_STEP_BYTES, FrameHeader, FrameType
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

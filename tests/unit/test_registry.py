@@ -1,4 +1,4 @@
-"""Registries: names without imports, choices on error, third-party entry points."""
+"""Registries: names without imports, choices on error, third-cohort entry points."""
 
 from __future__ import annotations
 

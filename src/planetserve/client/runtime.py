@@ -1,4 +1,4 @@
-"""What a distributed model owns outside torch: its portal, its place in the swarm, its sessions."""
+"""What a distributed model owns outside torch: its loop_thread, its place in the swarm, its sessions."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 import weakref
 from collections import OrderedDict
 
-from planetserve.client.active import ActiveSession
-from planetserve.client.chain_manager import ChainManager
-from planetserve.client.local_blocks import LocalEnds
-from planetserve.client.planning import ModelFacts
-from planetserve.client.portal import Portal
+from planetserve.client.hf.active_session import ActiveSession
+from planetserve.client.planning.chain_manager import ChainManager
+from planetserve.client.hf.local_blocks import LocalEnds
+from planetserve.client.planning.chain_planner import ModelFacts
+from planetserve.client.event_loop_thread import EventLoopThread
 from planetserve.client.session import InferenceSession
 from planetserve.config import ClientConfig
 from planetserve.errors import SessionClosed
@@ -45,11 +45,11 @@ class ClientRuntime:
         self._latest: weakref.ref[InferenceSession] | None = None
         self._lock = threading.Lock()
         self._closed = False
-        self._portal = Portal()
+        self._loop_thread = EventLoopThread()
         try:
-            self._portal.call(self._manager.start())
+            self._loop_thread.call(self._manager.start())
         except BaseException:
-            self._portal.close()
+            self._loop_thread.close()
             raise
 
     def check_process(self) -> None:
@@ -58,7 +58,7 @@ class ClientRuntime:
         Raises:
             ConfigError: this is one.
         """
-        self._portal.check_process()
+        self._loop_thread.check_process()
 
     def new_session(
         self, *, max_length: int | None = None, lease_tokens: int | None = None
@@ -68,7 +68,7 @@ class ClientRuntime:
             raise SessionClosed("the model has been closed; load it again to use it")
         session = InferenceSession(
             self._manager,
-            self._portal,
+            self._loop_thread,
             max_length=max_length,
             lease_tokens=lease_tokens,
             local=self._local,
@@ -102,7 +102,7 @@ class ClientRuntime:
         async def ask() -> int | None:
             return self._manager.longest_session(num_rows, least)
 
-        return self._portal.call(ask())
+        return self._loop_thread.call(ask())
 
     @property
     def node(self) -> Network:
@@ -113,7 +113,7 @@ class ClientRuntime:
         """The latest session's last chain, or else the chain that a session would get now."""
         latest = self._latest() if self._latest else None
         chain = latest.chain if latest else None
-        return chain or self._manager.last_chain or self._portal.call(self._manager.plan(1, 1))
+        return chain or self._manager.last_chain or self._loop_thread.call(self._manager.plan(1, 1))
 
     def snapshot(self) -> SwarmSnapshot:
         """What a session's chain would be planned on now."""
@@ -121,11 +121,11 @@ class ClientRuntime:
         async def take() -> SwarmSnapshot:
             return self._manager.snapshot()
 
-        return self._portal.call(take())
+        return self._loop_thread.call(take())
 
     def close(self) -> None:
         """Close every session and leave the swarm. Idempotent; nothing in a forked child."""
-        if self._portal.in_child:
+        if self._loop_thread.in_child:
             return
         with self._lock:
             if self._closed:
@@ -133,9 +133,9 @@ class ClientRuntime:
             self._closed = True
             sessions = list(self._sessions)
         try:
-            self._portal.call(self._close(sessions))
+            self._loop_thread.call(self._close(sessions))
         finally:
-            self._portal.close()
+            self._loop_thread.close()
 
     async def _close(self, sessions: list[InferenceSession]) -> None:
         try:

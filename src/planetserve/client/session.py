@@ -12,12 +12,12 @@ from types import TracebackType
 
 import torch
 
-from planetserve.client.chain_manager import ChainManager
-from planetserve.client.conversation import Conversation, HeldText
-from planetserve.client.local_blocks import LocalEnds, LocalRows
-from planetserve.client.portal import Portal
+from planetserve.client.planning.chain_manager import ChainManager
+from planetserve.client.hf.conversation import Conversation, HeldText
+from planetserve.client.hf.local_blocks import LocalEnds, LocalRows
+from planetserve.client.event_loop_thread import EventLoopThread
 from planetserve.client.session_core import SessionCore, closed_error
-from planetserve.client.step_checks import table_by_hand
+from planetserve.client.ring.step_checks import table_by_hand
 from planetserve.errors import ConfigError
 from planetserve.types import Chain
 from planetserve.wire.step import StepTable
@@ -38,7 +38,7 @@ class InferenceSession:
     def __init__(
         self,
         manager: ChainManager,
-        portal: Portal,
+        loop_thread: EventLoopThread,
         *,
         max_length: int | None = None,
         lease_tokens: int | None = None,
@@ -52,7 +52,7 @@ class InferenceSession:
         self.turn = threading.Lock()
         """Held by the `generate()` that is under way."""
         self._manager = manager
-        self._portal = portal
+        self._loop_thread = loop_thread
         self._local = local
         self._local_rows: LocalRows | None = None
         self._lock = threading.Lock()
@@ -168,7 +168,7 @@ class InferenceSession:
             is_first = self._core.begin(num_rows, table, hidden_TD)
             if self._local is None:
                 work = self._core.run(num_rows, table, hidden_TD, keep_last=keep_last)
-                return self._portal.call(work)
+                return self._loop_thread.call(work)
             if is_first:
                 self._local_rows = LocalRows(self._local, num_rows)
             local = self._local_rows
@@ -184,14 +184,14 @@ class InferenceSession:
         """Forget all rows. The next step may bring a batch of another size."""
         with self._lock:
             self._core.history = self._local_rows = None
-            self._portal.post(self._core.leave())
+            self._loop_thread.post(self._core.leave())
 
     def park(self) -> None:
         """Release the servers' memory until the next step, which brings the rows to servers again.
         Does nothing while a step is under way."""
         if self._lock.acquire(blocking=False):
             try:
-                self._portal.post(self._core.leave())
+                self._loop_thread.post(self._core.leave())
             finally:
                 self._lock.release()
 
@@ -199,7 +199,7 @@ class InferenceSession:
         """Another session that holds what this one does, or these of its rows. Servers compute
         them once more, at its first step."""
         with self._lock:
-            fork = InferenceSession(self._manager, self._portal, local=self._local)
+            fork = InferenceSession(self._manager, self._loop_thread, local=self._local)
             fork._core = self._core.fork(rows)
             if self._local_rows is not None:
                 chosen = range(len(self.lengths)) if rows is None else rows
@@ -209,11 +209,11 @@ class InferenceSession:
     def close(self) -> None:
         """Release the servers' memory. Idempotent; safe from any thread."""
         if not self._core.closed:
-            self._core.closed = True  # for whoever comes before the portal's loop gets to it
-            self._portal.post(self.release())
+            self._core.closed = True  # for whoever comes before the loop_thread's loop gets to it
+            self._loop_thread.post(self.release())
 
     async def release(self) -> None:
-        """`close()` for callers on the portal's loop; returns when the servers have been told."""
+        """`close()` for callers on the loop_thread's loop; returns when the servers have been told."""
         self._local_rows = None
         await self._core.release()
 
@@ -241,7 +241,7 @@ class InferenceSession:
         entering_TD = local.enter(table, hidden_TD)
         keep_last = keep_last and not local.needs_every_output
         work = self._core.run(num_rows, table, entering_TD, keep_last=keep_last)
-        leaving_TD = self._portal.call(work)
+        leaving_TD = self._loop_thread.call(work)
         try:
             return local.leave(table, leaving_TD)
         except BaseException:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import torch
 
-from planetserve.client.chain_manager import ChainManager
-from planetserve.client.relocation import Relocation
-from planetserve.client.reports import Reports
-from planetserve.client.ring import RingSession
-from planetserve.client.step_checks import check_step
+from planetserve.client.planning.chain_manager import ChainManager
+from planetserve.client.planning.session_migration import SessionMigration
+from planetserve.client.planning.peer_reports import Reports
+from planetserve.client.ring.ring import RingSession
+from planetserve.client.ring.step_checks import check_step
 from planetserve.errors import (
     ConfigError,
     NoChainAvailable,
@@ -64,7 +64,7 @@ class SessionCore:
         self._lease_tokens = lease_tokens or max_length
         self._manager = manager
         self._seed = manager.rng.getrandbits(32)
-        self._relocation = Relocation(manager, self._seed)
+        self._migration = SessionMigration(manager, self._seed)
 
     @property
     def chain(self) -> Chain | None:
@@ -156,7 +156,7 @@ class SessionCore:
                 if ring.is_waiting:
                     output_TD = await ring.resume()
                 else:
-                    await self._relocation.move(ring, history)
+                    await self._migration.move(ring, history)
                     started_s = loop.time()
                     output_TD = await ring.step(table, hidden_TD, keep_last=keep_last)
                     if not attempt:
@@ -228,10 +228,10 @@ class SessionCore:
         """Learn from a step that went through, and look for a better chain now and then."""
         self._manager.note_loads(ring.chain, ring.loads_ms, 1000 * elapsed_s)
         if table.is_decode:
-            self._relocation.count_decoded(ring.chain, 1000 * elapsed_s)
+            self._migration.count_decoded(ring.chain, 1000 * elapsed_s)
         position = max(self.lengths, default=0)
         most = None if self._lease_tokens is None else self._lease_tokens - position
-        self._relocation.look_if_due(ring.chain, num_rows, lease_tokens, position, most)
+        self._migration.look_if_due(ring.chain, num_rows, lease_tokens, position, most)
 
     async def _recover(
         self,
@@ -260,7 +260,7 @@ class SessionCore:
 
     async def leave(self) -> None:
         """Let go of the chain; the next step brings the rows to servers again."""
-        self._relocation.stop()
+        self._migration.stop()
         ring, self.ring = self.ring, None
         if ring is not None:
             await ring.close()

@@ -103,7 +103,7 @@ class ChannelSecret:
         return f"ChannelSecret({'erased' if self._outgoing.erased else 'live'})"
 
 
-def seal_deal(
+def seal_edge_keys(
     channel: ChannelSecret,
     epoch: int,
     inbound_secret: bytes | bytearray,
@@ -126,14 +126,14 @@ def seal_deal(
     plaintext = bytearray(_DEAL.size)
     _DEAL.pack_into(plaintext, 0, epoch, inbound_secret, outbound_secret)
     try:
-        blob = channel.seal(plaintext, _deal_context(rewire))
+        blob = channel.seal(plaintext, _edge_keys_context(rewire))
     finally:
         wipe(plaintext)
     channel.dealt_epoch = epoch
     return blob
 
 
-def open_deal(
+def open_edge_keys(
     channel: ChannelSecret,
     blob: bytes | bytearray | memoryview,
     rewire: bytes | bytearray | memoryview = b"",
@@ -147,7 +147,7 @@ def open_deal(
         DecryptionFailed: forged, replayed, out of order, not later than the last deal, or of
             another REWIRE. The channel is erased.
     """
-    plaintext = channel.open(blob, _deal_context(rewire))
+    plaintext = channel.open(blob, _edge_keys_context(rewire))
     try:
         epoch = int.from_bytes(plaintext[:4], "big")
         if len(plaintext) != _DEAL.size or epoch <= channel.dealt_epoch:
@@ -159,7 +159,7 @@ def open_deal(
         wipe(plaintext)
 
 
-def _deal_context(rewire: bytes | bytearray | memoryview) -> bytes:
+def _edge_keys_context(rewire: bytes | bytearray | memoryview) -> bytes:
     return _DEAL_CONTEXT + hashlib.sha256(rewire).digest() if rewire else _DEAL_CONTEXT
 
 

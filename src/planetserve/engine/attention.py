@@ -58,7 +58,7 @@ class AttentionBackend(Protocol):
     """Pages hold a multiple of so many tokens."""
 
     def max_grouped_context(self, device: torch.device, key_bytes: int) -> int:
-        """Longest context, in tokens, worth gathering to serve several sequences in one call.
+        """Longest context, in tokens, worth batch_delay to serve several sequences in one call.
 
         `key_bytes` is what one token's keys take in the widest layer.
         """
@@ -85,7 +85,7 @@ BACKENDS: Registry[AttentionBackend] = Registry(
     "attention backend",
     "attention_backends",
     {
-        "auto": "planetserve.engine.attention_choice:best_backend",
+        "auto": "planetserve.engine.attention_selector:best_backend",
         "native": "planetserve.engine.native_attention:NativeBackend",
         "sdpa": "planetserve.engine.sdpa:SdpaBackend",
         "varlen": "planetserve.engine.varlen_attention:VarlenBackend",

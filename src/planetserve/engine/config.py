@@ -16,9 +16,9 @@ class EngineConfig:
         page_size: tokens per KV page; a runner may round it up for its attention backend.
         max_batch_tokens: token budget of one forward pass.
         prefill_slowdown: how much longer than decode steps alone a batch may take that computes
-            a piece of a prompt as well; see `scheduler/chunk_budget.py`.
+            a chunk of a prompt as well; see `scheduler/prefill_budget.py`.
         batch_patience: decode steps wait for others that are about to come back while that takes
-            less than this many times what a shared pass saves; see `scheduler/gathering.py`.
+            less than this many times what a shared pass saves; see `scheduler/batch_delay.py`.
         inference_max_length: longest row a session may have.
         attention_backend: name in `planetserve.engine.attention.BACKENDS`.
         scheduling_policy: name in `planetserve.scheduler.policies.POLICIES`.

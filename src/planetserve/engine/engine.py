@@ -1,7 +1,7 @@
-"""The engine: a span of blocks on its own thread, with a door for the server's event loop.
+"""The engine: a span of blocks on its own thread, with a request_limiter for the server's event loop.
 
 The loop's thread opens sessions, submits steps and closes sessions; none of these calls waits.
-`worker` is what runs on the other side of the door. Leases, futures and queue limits belong to the
+`worker` is what runs on the other side of the request_limiter. KvReservations, futures and queue limits belong to the
 loop's thread; the scheduler, pages and tensors to the engine thread. Commands travel in one queue,
 in order, so a page freed by a close is free before a session that was opened later can need it.
 """
@@ -27,8 +27,8 @@ from planetserve.errors import (
     SessionError,
     SessionLengthError,
 )
-from planetserve.scheduler.batch import WorkItem
-from planetserve.scheduler.leases import Leases
+from planetserve.scheduler.batch import StepRequest
+from planetserve.scheduler.kv_reservations import KvReservations
 from planetserve.scheduler.speed import StepLatency
 from planetserve.types import BlockSpan
 from planetserve.wire.step import StepTable
@@ -45,7 +45,7 @@ class Engine:
     def __init__(self, runner: SpanRunner, config: EngineConfig, clock: Clock):
         self.runner = runner
         self.config = config
-        self._leases = Leases(
+        self._reservations = KvReservations(
             runner.num_pages,
             runner.page_size,
             clock,
@@ -105,7 +105,7 @@ class Engine:
         if self._is_closed:
             raise SessionClosed("this server is shutting down")
         self._note_shortage()
-        self._leases.open(session_id, peer_id, num_rows, max_length)
+        self._reservations.open(session_id, peer_id, num_rows, max_length)
         self._pending[session_id] = {}
         self._num_blocks[session_id] = len(span)
         self._worker.post(functools.partial(self._worker.open, session_id, num_rows, span, peer_id))
@@ -113,10 +113,10 @@ class Engine:
     def over_share(self, peer_id: str, num_rows: int, max_length: int) -> list[bytes]:
         """Sessions that must end before `peer_id` can have a session of this size within its share.
 
-        See `Leases.over_share`.
+        See `KvReservations.over_share`.
         """
         self._note_shortage()
-        return self._leases.over_share(peer_id, num_rows, max_length)
+        return self._reservations.over_share(peer_id, num_rows, max_length)
 
     def close_session(self, session_id: bytes) -> None:
         """Drop a session: its pages are free after the current tick, its pending steps fail.
@@ -127,7 +127,7 @@ class Engine:
         if pending is None:
             return
         del self._num_blocks[session_id]
-        self._leases.close(session_id)
+        self._reservations.close(session_id)
         for future in pending:
             if not future.done() and not future.get_loop().is_closed():
                 future.set_exception(SessionClosed("the session was closed"))
@@ -142,11 +142,11 @@ class Engine:
             CacheExhausted: past what the session leased, with nothing left to lease.
         """
         self._note_shortage()
-        self._leases.ensure_tokens(session_id, num_tokens)
+        self._reservations.ensure_tokens(session_id, num_tokens)
 
     def leased_tokens(self, session_id: bytes) -> int:
         """Tokens that a session may hold, all rows together; 0 when it has been closed."""
-        return self._leases.leased_tokens(session_id)
+        return self._reservations.leased_tokens(session_id)
 
     def submit(
         self, session_id: bytes, table: StepTable, hidden_TD: torch.Tensor
@@ -175,7 +175,7 @@ class Engine:
         pending = self._pending.get(session_id)
         if pending is None:
             raise SessionError("no session with this id is open here")
-        length = max((piece.end for piece in table.rows), default=0)
+        length = max((chunk.end for chunk in table.rows), default=0)
         self._check_length(length)
         num_tokens = table.num_tokens
         if tuple(hidden_TD.shape) != (num_tokens, self.runner.hidden_size):
@@ -184,17 +184,17 @@ class Engine:
                 f"{num_tokens} x {self.runner.hidden_size}, got {tuple(hidden_TD.shape)}"
             )
         self._note_shortage()
-        self._leases.ensure(session_id, length)
+        self._reservations.ensure(session_id, length)
         queued = sum(pending.values())
         # Twice, because a session that moves here sends all it had, with what the step behind it
         # takes back.
-        most = 2 * self._leases.leased_tokens(session_id)
+        most = 2 * self._reservations.leased_tokens(session_id)
         if len(pending) >= self.config.max_queued_steps or (queued and queued + num_tokens > most):
             raise QueueFull("the session has too many unfinished steps; wait for their results")
         future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
         pending[future] = num_tokens
         future.add_done_callback(pending.pop)
-        item = WorkItem(self._num_items, session_id, table.rows, table.reorder)
+        item = StepRequest(self._num_items, session_id, table.rows, table.reorder)
         self._num_items += 1
         job = Job(item, table.positions, hidden_TD, future, self._clock.monotonic())
         if table.is_decode:
@@ -214,8 +214,8 @@ class Engine:
             pages_used=usage.pages,
             live_tokens=usage.live_tokens,
             kv_useful_share=usage.live_tokens / num_slots if num_slots else 1.0,
-            pages_leased=self._leases.leased_pages,
-            free_cache_tokens=self._leases.free_tokens,
+            pages_leased=self._reservations.leased_pages,
+            free_cache_tokens=self._reservations.free_tokens,
             num_sessions=len(self._pending),
             queued_tokens=usage.queued_tokens,
             sessions_waiting=usage.sessions_waiting,
@@ -262,7 +262,7 @@ class Engine:
         )
 
     def _note_shortage(self) -> None:
-        self._leases.is_short = self._worker.usage.sessions_waiting > 0
+        self._reservations.is_short = self._worker.usage.sessions_waiting > 0
 
     def _check_length(self, length: int) -> None:
         if length > self._max_length:

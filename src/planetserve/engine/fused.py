@@ -5,7 +5,7 @@ operators a layer, each a call through Python and PyTorch. Most families' layers
 steps: norm, queries, keys and values, rotary embedding, attention, output, norm, gated product.
 Such layers are recognised by their parts (`layer_parts`), and `probe` compares their results with
 the model's own code before they are used; anything else, a multiplier hidden in the code say, shows
-there and leaves the span as it is. Passes of short pieces go through all layers in one call
+there and leaves the span as it is. Passes of short chunks go through all layers in one call
 (`layer_program`).
 
 Legend: T tokens, H query heads, K heads of keys and values, D width of a head.
@@ -28,7 +28,7 @@ from planetserve.engine.ragged import RaggedBatch
 from planetserve.engine.rotary_table import RotaryTable
 from planetserve.engine.sdpa import attend_groups
 from planetserve.model.native_linear import NativeLinear
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.native import library
 from planetserve.types import BlockSpan
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from planetserve.engine.transfers import integers
+from planetserve.engine.pinned_copy import integers
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ class LayerProgram:
         rotation: tuple[torch.Tensor, torch.Tensor],
         batch: RaggedBatch,
     ) -> torch.Tensor:
-        """Hidden states after the layers of `span`, of a batch that has short pieces only.
+        """Hidden states after the layers of `span`, of a batch that has short chunks only.
 
         `takes(rotation)` must be true.
         """
@@ -103,11 +103,11 @@ class LayerProgram:
         output_TD = hidden_TD.clone(memory_format=torch.contiguous_format)
         tokens = library.Pass(
             tokens=num_tokens,
-            num_pieces=len(short.pieces_N4),
+            num_chunks=len(short.chunks_N4),
             cos=cos_TD.data_ptr(),
             sin=sin_TD.data_ptr(),
             slots=batch.slots_T.data_ptr(),
-            pieces=short.pieces_N4.data_ptr(),
+            chunks=short.chunks_N4.data_ptr(),
             tables=short.tables.data_ptr(),
             scratch=scratch.data_ptr(),
         )

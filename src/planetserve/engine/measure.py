@@ -15,7 +15,7 @@ import torch
 from planetserve.clock import Clock
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.engine.worker import Job, Worker
-from planetserve.scheduler.batch import WorkItem
+from planetserve.scheduler.batch import StepRequest
 from planetserve.scheduler.speed import StepCost
 from planetserve.types import BlockSpan
 from planetserve.wire.step import RowSlice
@@ -58,7 +58,7 @@ async def _decode_ms(
         for count in [1, prefill, *[1] * _NUM_DECODES]:
             if start + count > max_length or (start and clock.monotonic() > deadline_s):
                 break
-            item = WorkItem(_ITEM, _SESSION, (RowSlice(0, start, count),))
+            item = StepRequest(_ITEM, _SESSION, (RowSlice(0, start, count),))
             future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
             started_s = clock.monotonic()
             job = Job(item, None, torch.randn(count, runner.hidden_size), future, started_s)

@@ -1,8 +1,8 @@
 """Attention of decode steps with this project's kernels, of everything else with PyTorch's.
 
 A step of one or a few tokens reads its keys and values straight from the pages, once and in the
-order in which they lie, without gathering them and without a mask. Windows, chunks, soft-caps,
-sinks and grouped-query heads are the kernel's own. Longer pieces, and layers that the kernel does
+order in which they lie, without batch_delay them and without a mask. Windows, chunks, soft-caps,
+sinks and grouped-query heads are the kernel's own. Longer chunks, and layers that the kernel does
 not fit, go to `SdpaBackend`.
 """
 
@@ -18,7 +18,7 @@ from planetserve.errors import ConfigError
 from planetserve.native import library
 
 MAX_TOKENS = 4
-"""Longer pieces read their keys once for all their tokens, which the kernel does not."""
+"""Longer chunks read their keys once for all their tokens, which the kernel does not."""
 _MAX_SHAPES = 64
 
 
@@ -86,9 +86,9 @@ class NativeBackend:
         options: AttentionOptions,
         output_THE: torch.Tensor,
     ) -> None:
-        """Fill in the outputs of the batch's short pieces."""
+        """Fill in the outputs of the batch's short chunks."""
         short = batch.short(MAX_TOKENS)
-        if not len(short.pieces_N4):
+        if not len(short.chunks_N4):
             return
         sinks = None if options.sinks_H is None else options.sinks_H.float().contiguous()
         shape = self.shape(query_THD, pages, options, output_THE)
@@ -98,7 +98,7 @@ class NativeBackend:
         scratch = torch.empty(size, dtype=torch.float32)
         self._kernels.attend(
             shape, query_THD, (pages.keys_PSKD, pages.values_PSKD), short.tables,
-            short.pieces_N4, sinks, scratch, output_THE,
+            short.chunks_N4, sinks, scratch, output_THE,
         )  # fmt: skip
 
     def shape(

@@ -1,9 +1,9 @@
-"""Which pieces share a padded pass, and where such a pass finds their keys and values.
+"""Which chunks share a padded pass, and where such a pass finds their keys and values.
 
 Sequences lie in the rows of a rectangle and end together, as in a batch that is padded on the left.
 The padding is read from the null page, whose zeros are finite, so that a mask can hide them.
 
-Legend: B rows of a pass, one per piece; T new tokens of each; S tokens of the longest sequence; N
+Legend: B rows of a pass, one per chunk; T new tokens of each; S tokens of the longest sequence; N
 slots; K heads of keys and values; D width of a head; R rows of single heads.
 """
 
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from planetserve.engine.ragged import MAX_GROUPED_TOKENS
-from planetserve.engine.transfers import integers
-from planetserve.model.skeleton import KvShape
-from planetserve.scheduler.batch import Piece
+from planetserve.engine.pinned_copy import integers
+from planetserve.model.span_blocks import KvShape
+from planetserve.scheduler.batch import ScheduledChunk
 
 _PASS_BYTES = 1 << 20
 """What a layer takes in a pass besides reading its weights, in bytes that could be read instead."""
@@ -57,20 +57,20 @@ class SharingLimits(NamedTuple):
         return extra <= self.pass_tokens and num_rows * longest <= self.max_copied
 
 
-def shared_passes(pieces: Sequence[Piece], limits: SharingLimits) -> list[list[int]]:
-    """The passes that serve all pieces, as lists of their indices in ascending order."""
+def shared_passes(chunks: Sequence[ScheduledChunk], limits: SharingLimits) -> list[list[int]]:
+    """The passes that serve all chunks, as lists of their indices in ascending order."""
     passes = []
     short: dict[int, list[int]] = {}
-    for index, piece in enumerate(pieces):
-        if piece.num_tokens <= MAX_GROUPED_TOKENS:
-            short.setdefault(piece.num_tokens, []).append(index)
+    for index, chunk in enumerate(chunks):
+        if chunk.num_tokens <= MAX_GROUPED_TOKENS:
+            short.setdefault(chunk.num_tokens, []).append(index)
         else:
             passes.append([index])
     for sized in short.values():
-        sized.sort(key=lambda index: pieces[index].end, reverse=True)
+        sized.sort(key=lambda index: chunks[index].end, reverse=True)
         while sized:
-            longest, count = pieces[sized[0]].end, 1
-            while count < len(sized) and limits.allow(pieces[sized[count]].end, longest, count + 1):
+            longest, count = chunks[sized[0]].end, 1
+            while count < len(sized) and limits.allow(chunks[sized[count]].end, longest, count + 1):
                 count += 1
             members, sized = sized[:count], sized[count:]
             passes.append(sorted(members))
@@ -109,27 +109,27 @@ class PaddedBatch:
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], page_size: int, null_page: int, device: torch.device
+        self, chunks: Sequence[ScheduledChunk], page_size: int, null_page: int, device: torch.device
     ):
-        self.num_rows = len(pieces)
-        self.num_tokens = pieces[0].num_tokens
-        self.num_keys = max(piece.end for piece in pieces)
+        self.num_rows = len(chunks)
+        self.num_tokens = chunks[0].num_tokens
+        self.num_keys = max(chunk.end for chunk in chunks)
         slots = array("q")
-        for piece in pieces:
-            slots.extend(piece.slots)
+        for chunk in chunks:
+            slots.extend(chunk.slots)
         self.slots = integers(slots, device)
         self.mask_BS: torch.Tensor | None = None
         self._where: slice | torch.Tensor | None = None
         """The slots of all tokens, consecutive or `[B, S]`; None if all tokens are new."""
         self._index: dict[int, torch.Tensor] = {}
-        if all(piece.start == 0 for piece in pieces):
+        if all(chunk.start == 0 for chunk in chunks):
             return
-        pages = pieces[0].pages
-        if len(pieces) == 1 and pages == array("i", range(pages[0], pages[0] + len(pages))):
+        pages = chunks[0].pages
+        if len(chunks) == 1 and pages == array("i", range(pages[0], pages[0] + len(pages))):
             first = pages[0] * page_size
             self._where = slice(first, first + self.num_keys)
         else:
-            self._where = self._find_slots(pieces, page_size, null_page, device)
+            self._where = self._find_slots(chunks, page_size, null_page, device)
 
     def all_tokens(
         self, new_BKTD: torch.Tensor, tokens_NKD: torch.Tensor, scratch: Scratch
@@ -157,22 +157,22 @@ class PaddedBatch:
         return gathered.view(self.num_rows, num_heads, self.num_keys, -1)
 
     def _find_slots(
-        self, pieces: Sequence[Piece], page_size: int, null_page: int, device: torch.device
+        self, chunks: Sequence[ScheduledChunk], page_size: int, null_page: int, device: torch.device
     ) -> torch.Tensor:
         """Where all tokens lie, `[B, S]`."""
-        width = max(len(piece.pages) for piece in pieces)
+        width = max(len(chunk.pages) for chunk in chunks)
         numbers = array("i")
-        for piece in pieces:
-            numbers.append(self.num_keys - piece.end)
-            numbers.extend(piece.pages)
-            numbers.extend([null_page] * (width - len(piece.pages)))
+        for chunk in chunks:
+            numbers.append(self.num_keys - chunk.end)
+            numbers.extend(chunk.pages)
+            numbers.extend([null_page] * (width - len(chunk.pages)))
         padding_B1, tables_BN = integers(numbers, device).view(-1, 1 + width).split((1, width), 1)
         positions_BS = torch.arange(self.num_keys, device=device) - padding_B1
         is_token_BS = positions_BS >= 0
         positions_BS.clamp_(min=0)
         slots_BS = tables_BN.gather(1, positions_BS // page_size) * page_size
         slots_BS += positions_BS % page_size
-        if any(piece.end < self.num_keys for piece in pieces):
+        if any(chunk.end < self.num_keys for chunk in chunks):
             slots_BS.masked_fill_(~is_token_BS, null_page * page_size)
             self.mask_BS = is_token_BS.long()
         return slots_BS

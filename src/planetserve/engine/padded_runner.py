@@ -1,8 +1,8 @@
-"""Runs pieces of equally many tokens as one left-padded batch of the model's own code.
+"""Runs chunks of equally many tokens as one left-padded batch of the model's own code.
 
 For models whose attention cannot be exchanged. They see what they know from `generate`: rows, a
 mask of the padding, positions, and a cache that returns the keys and values of whole rows. Only
-that these lie in pages is new to them. Longer pieces run alone over the same pages. That a family
+that these lie in pages is new to them. Longer chunks run alone over the same pages. That a family
 treats padded rows as it does single sequences is established by `probe` before this runner is used.
 
 Legend: B rows, T new tokens of each, S tokens of the longest row, K heads of keys and values, D
@@ -20,8 +20,8 @@ from transformers import Cache
 from planetserve.engine.kv_cache import PagedKvCache
 from planetserve.engine.padded import PaddedBatch, Scratch, SharingLimits, shared_passes
 from planetserve.engine.passes import run_in_passes
-from planetserve.model.skeleton import SpanBlocks
-from planetserve.scheduler.batch import Piece, ScheduledBatch
+from planetserve.model.span_blocks import SpanBlocks
+from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
 from planetserve.types import BlockSpan
 
 
@@ -41,17 +41,17 @@ class PaddedRunner:
 
     def forward(
         self,
-        pieces: Sequence[Piece],
+        chunks: Sequence[ScheduledChunk],
         hidden_TD: torch.Tensor,
         positions_T: torch.Tensor,
         span: BlockSpan,
     ) -> torch.Tensor:
         """Hidden states after the blocks of `span`, `[T, D]`.
 
-        May be repeated for the same pieces.
+        May be repeated for the same chunks.
         """
 
-        def run(part: Sequence[Piece], hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        def run(part: Sequence[ScheduledChunk], hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
             batch = PaddedBatch(part, self._cache.page_size, self._cache.null_page, hidden.device)
             output_BTD = self._blocks.run(
                 hidden.unflatten(0, (batch.num_rows, batch.num_tokens)),
@@ -62,8 +62,8 @@ class PaddedRunner:
             )
             return output_BTD.flatten(0, 1)
 
-        passes = shared_passes(pieces, self._limits)
-        return run_in_passes(run, pieces, passes, hidden_TD, positions_T)
+        passes = shared_passes(chunks, self._limits)
+        return run_in_passes(run, chunks, passes, hidden_TD, positions_T)
 
 
 class _PassCache(Cache):

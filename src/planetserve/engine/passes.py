@@ -1,4 +1,4 @@
-"""A batch in several passes, each of some of its pieces, with the outputs put back in order.
+"""A batch in several passes, each of some of its chunks, with the outputs put back in order.
 
 Legend: T tokens of a batch, D width of a hidden state.
 """
@@ -12,12 +12,12 @@ from typing import Protocol
 
 import torch
 
-from planetserve.engine.transfers import integers
-from planetserve.scheduler.batch import Piece, ScheduledBatch
+from planetserve.engine.pinned_copy import integers
+from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
 from planetserve.types import BlockSpan
 
-Run = Callable[[Sequence[Piece], torch.Tensor, torch.Tensor], torch.Tensor]
-"""From pieces, their hidden states `[T, D]` and their positions `[T]` to outputs `[T, D]`."""
+Run = Callable[[Sequence[ScheduledChunk], torch.Tensor, torch.Tensor], torch.Tensor]
+"""From chunks, their hidden states `[T, D]` and their positions `[T]` to outputs `[T, D]`."""
 
 
 class Runner(Protocol):
@@ -29,7 +29,7 @@ class Runner(Protocol):
 
     def forward(
         self,
-        pieces: Sequence[Piece],
+        chunks: Sequence[ScheduledChunk],
         hidden_TD: torch.Tensor,
         positions_T: torch.Tensor,
         span: BlockSpan,
@@ -38,29 +38,29 @@ class Runner(Protocol):
         ...
 
 
-def token_rows(pieces: Sequence[Piece], members: Sequence[int]) -> array[int]:
-    """Where the tokens of some pieces are when all are laid end to end."""
-    ends = list(itertools.accumulate(piece.num_tokens for piece in pieces))
+def token_rows(chunks: Sequence[ScheduledChunk], members: Sequence[int]) -> array[int]:
+    """Where the tokens of some chunks are when all are laid end to end."""
+    ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
     rows = array("q")
     for index in members:
-        rows.extend(range(ends[index] - pieces[index].num_tokens, ends[index]))
+        rows.extend(range(ends[index] - chunks[index].num_tokens, ends[index]))
     return rows
 
 
 def run_in_passes(
     run: Run,
-    pieces: Sequence[Piece],
+    chunks: Sequence[ScheduledChunk],
     passes: Sequence[Sequence[int]],
     hidden_TD: torch.Tensor,
     positions_T: torch.Tensor,
 ) -> torch.Tensor:
-    """Outputs `[T, D]` of pieces that go through `run` in `passes`, lists of their indices."""
+    """Outputs `[T, D]` of chunks that go through `run` in `passes`, lists of their indices."""
     if len(passes) == 1:
-        return run(pieces, hidden_TD, positions_T)
+        return run(chunks, hidden_TD, positions_T)
     output_TD = torch.empty_like(hidden_TD)
     for members in passes:
-        rows = integers(token_rows(pieces, members), hidden_TD.device)
-        part = [pieces[index] for index in members]
+        rows = integers(token_rows(chunks, members), hidden_TD.device)
+        part = [chunks[index] for index in members]
         output_TD[rows] = run(part, hidden_TD[rows], positions_T[rows])
     return output_TD
 
@@ -87,14 +87,14 @@ class SplitByLength:
 
     def forward(
         self,
-        pieces: Sequence[Piece],
+        chunks: Sequence[ScheduledChunk],
         hidden_TD: torch.Tensor,
         positions_T: torch.Tensor,
         span: BlockSpan,
     ) -> torch.Tensor:
         """As of the runner in it."""
         within, passes = [], []
-        parts = positions_T.cpu().split([piece.num_tokens for piece in pieces])
+        parts = positions_T.cpu().split([chunk.num_tokens for chunk in chunks])
         for index, part in enumerate(parts):
             if int(part.max()) < self._constant_length:
                 within.append(index)
@@ -103,7 +103,7 @@ class SplitByLength:
         if within:
             passes.append(within)
 
-        def run(part: Sequence[Piece], hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        def run(part: Sequence[ScheduledChunk], hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
             return self._runner.forward(part, hidden, at, span)
 
-        return run_in_passes(run, pieces, passes, hidden_TD, positions_T)
+        return run_in_passes(run, chunks, passes, hidden_TD, positions_T)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from planetserve.model.skeleton import SpanBlocks, SpanCache
-from planetserve.scheduler.batch import Piece, ScheduledBatch
+from planetserve.model.span_blocks import SpanBlocks, SpanCache
+from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
 from planetserve.types import BlockSpan
 
 
@@ -34,24 +34,24 @@ class PlainRunner:
 
     def forward(
         self,
-        pieces: Sequence[Piece],
+        chunks: Sequence[ScheduledChunk],
         hidden_TD: torch.Tensor,
         positions_T: torch.Tensor,
         span: BlockSpan,
     ) -> torch.Tensor:
-        """Hidden states after the blocks of `span`, `[T, D]`. May be repeated for the same pieces.
+        """Hidden states after the blocks of `span`, `[T, D]`. May be repeated for the same chunks.
 
         A sequence must always come with the same `span`.
         """
         outputs = []
         start = 0
-        for piece in pieces:
-            stop = start + piece.num_tokens
-            cache = self._caches.get(piece.sequence_id)
-            if cache is None or piece.start == 0:
-                cache = self._caches[piece.sequence_id] = self._blocks.make_cache(span)
-            if cache.get_seq_length(span.start) > piece.start:
-                cache.truncate(piece.start)
+        for chunk in chunks:
+            stop = start + chunk.num_tokens
+            cache = self._caches.get(chunk.sequence_id)
+            if cache is None or chunk.start == 0:
+                cache = self._caches[chunk.sequence_id] = self._blocks.make_cache(span)
+            if cache.get_seq_length(span.start) > chunk.start:
+                cache.truncate(chunk.start)
             output = self._blocks.run(
                 hidden_TD[None, start:stop], positions_T[None, start:stop], cache, span=span
             )

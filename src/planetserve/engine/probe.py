@@ -26,8 +26,8 @@ from planetserve.engine.passes import Runner, split_by_length, token_rows
 from planetserve.engine.plain_runner import PlainRunner
 from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.errors import ModelError
-from planetserve.model.skeleton import SpanBlocks
-from planetserve.scheduler.batch import ScheduledBatch, WorkItem
+from planetserve.model.span_blocks import SpanBlocks
+from planetserve.scheduler.batch import ScheduledBatch, StepRequest
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.wire.step import RowSlice
 
@@ -168,11 +168,11 @@ def _padded_rows(steps: list[_Step]) -> list[int]:
     rows: list[int] = []
     offset = 0
     for step in steps:
-        pieces = step.batch.pieces
-        for members in shared_passes(pieces, _SHARES_ALL):
-            longest = max(pieces[index].end for index in members)
-            shorter = [index for index in members if pieces[index].end < longest]
-            rows.extend(offset + row for row in token_rows(pieces, shorter))
+        chunks = step.batch.chunks
+        for members in shared_passes(chunks, _SHARES_ALL):
+            longest = max(chunks[index].end for index in members)
+            shorter = [index for index in members if chunks[index].end < longest]
+            rows.extend(offset + row for row in token_rows(chunks, shorter))
         offset += step.batch.num_tokens
     return rows
 
@@ -272,9 +272,9 @@ def _run_plain(blocks: SpanBlocks, steps: list[_Step]) -> list[torch.Tensor]:
         outputs.append(_run(plain, step, blocks))
         _check_finite(outputs[-1], blocks)
         new = iter(zip(step.hidden_TD, step.positions_T, outputs[-1], strict=True))
-        for piece in step.batch.pieces:
-            del tokens[piece.item_id][piece.start :]
-            tokens[piece.item_id] += itertools.islice(new, piece.num_tokens)
+        for chunk in step.batch.chunks:
+            del tokens[chunk.item_id][chunk.start :]
+            tokens[chunk.item_id] += itertools.islice(new, chunk.num_tokens)
     for session in tokens:
         if len(session) > (blocks.constant_rotary_length or len(session)):
             continue  # one pass does embed positions differently, by its own length
@@ -327,7 +327,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _run(runner: Runner, step: _Step, blocks: SpanBlocks) -> torch.Tensor:
-    return runner.forward(step.batch.pieces, step.hidden_TD, step.positions_T, blocks.span)
+    return runner.forward(step.batch.chunks, step.hidden_TD, step.positions_T, blocks.span)
 
 
 def _inputs(hidden_size: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
@@ -357,9 +357,9 @@ def _script(inputs: list[torch.Tensor], pages: _Pages) -> Iterator[_Step]:
         scheduler.open(session_id, num_rows=1)
     for tick in _SCRIPT:
         for session, start, count in tick:
-            scheduler.add(WorkItem(session, sessions[session], (RowSlice(0, start, count),)))
+            scheduler.add(StepRequest(session, sessions[session], (RowSlice(0, start, count),)))
         batch = scheduler.schedule()
         scheduler.commit(batch)
-        hidden = [inputs[piece.item_id][piece.start : piece.end] for piece in batch.pieces]
-        positions = [torch.arange(piece.start, piece.end) for piece in batch.pieces]
+        hidden = [inputs[chunk.item_id][chunk.start : chunk.end] for chunk in batch.chunks]
+        positions = [torch.arange(chunk.start, chunk.end) for chunk in batch.chunks]
         yield _Step(batch, torch.cat(hidden), torch.cat(positions).to(inputs[0].device))

@@ -5,7 +5,7 @@ every layer. Pieces of equal length whose contexts are about as long are put in 
 one attention call serves them all; a group of one reads its keys in place when its pages are
 consecutive.
 
-Legend: B pieces in a group, T new tokens per piece, S visible keys, N pages.
+Legend: B chunks in a group, T new tokens per chunk, S visible keys, N pages.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from planetserve.engine.transfers import integers
-from planetserve.scheduler.batch import Piece
+from planetserve.engine.pinned_copy import integers
+from planetserve.scheduler.batch import ScheduledChunk
 
 MAX_GROUPED_TOKENS = 16
 """Pieces with more new tokens than this are never grouped."""
@@ -48,7 +48,7 @@ class Group:
     """Pieces that one attention call serves.
 
     Attributes:
-        num_pieces: B.
+        num_chunks: B.
         num_tokens: T.
         tokens: where the B * T tokens are in the batch: a slice, or an index tensor.
         is_fresh: the whole visible context is among the new tokens; nothing is read from pages.
@@ -59,7 +59,7 @@ class Group:
             `is_fresh`, if plain causality says it all.
     """
 
-    num_pieces: int
+    num_chunks: int
     num_tokens: int
     tokens: slice | torch.Tensor
     is_fresh: bool
@@ -70,18 +70,18 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class ShortPieces:
-    """The pieces of a few tokens, as kernels that follow page tables take them.
+class ShortChunks:
+    """The chunks of a few tokens, as kernels that follow page tables take them.
 
     Attributes:
-        pieces_N4: int64; per piece its first token in the batch, its tokens, the position of the
+        chunks_N4: int64; per chunk its first token in the batch, its tokens, the position of the
             first one, and where its page table starts in `tables`.
         tables: int32 page numbers.
         max_context: tokens of the longest sequence.
-        is_all: whether the batch has no other pieces.
+        is_all: whether the batch has no other chunks.
     """
 
-    pieces_N4: torch.Tensor
+    chunks_N4: torch.Tensor
     tables: torch.Tensor
     max_context: int
     is_all: bool
@@ -89,14 +89,14 @@ class ShortPieces:
 
 @dataclass(frozen=True, slots=True)
 class PageTables:
-    """All pieces, as kernels take them that serve a whole batch; int32, on the batch's device.
+    """All chunks, as kernels take them that serve a whole batch; int32, on the batch's device.
 
     Attributes:
-        offsets_M: of B + 1 numbers, where each piece's tokens begin in the batch, and the end.
-        contexts_B: per piece, its sequence's tokens up to and including these.
+        offsets_M: of B + 1 numbers, where each chunk's tokens begin in the batch, and the end.
+        contexts_B: per chunk, its sequence's tokens up to and including these.
         context_offsets_M: where each sequence would begin if all were laid end to end, and the end.
         tables_BN: page tables, shorter ones padded with the null page.
-        max_tokens: tokens of the longest piece.
+        max_tokens: tokens of the longest chunk.
         max_context: tokens of the longest sequence.
     """
 
@@ -113,35 +113,35 @@ class RaggedBatch:
 
     def __init__(
         self,
-        pieces: Sequence[Piece],
+        chunks: Sequence[ScheduledChunk],
         page_size: int,
         null_page: int,
         max_grouped_context: int,
         device: torch.device,
     ):
         """Args:
-        max_grouped_context: contexts of more tokens are not grouped, because gathering them
+        max_grouped_context: contexts of more tokens are not grouped, because batch_delay them
             costs more than separate calls.
         """
-        self._pieces = pieces
+        self._chunks = chunks
         self._page_size = page_size
         self._null_page = null_page
         self._max_grouped_pages = max_grouped_context // page_size
         self._device = device
         self._groups: dict[tuple[Visibility, int], tuple[Group, ...]] = {}
-        self._short: dict[int, ShortPieces] = {}
+        self._short: dict[int, ShortChunks] = {}
         self._tables: PageTables | None = None
         slots = array("q")
         self._offsets = []
-        for piece in pieces:
+        for chunk in chunks:
             self._offsets.append(len(slots))
-            slots.extend(piece.slots)
+            slots.extend(chunk.slots)
         self.slots_T = integers(slots, device)
 
     def groups(self, visibility: Visibility, longer_than: int = 0) -> tuple[Group, ...]:
-        """The attention calls that serve the pieces of more than `longer_than` tokens.
+        """The attention calls that serve the chunks of more than `longer_than` tokens.
 
-        Together they cover every token of these pieces once.
+        Together they cover every token of these chunks once.
         """
         found = self._groups.get((visibility, longer_than))
         if found is None:
@@ -149,28 +149,28 @@ class RaggedBatch:
             found = self._groups[visibility, longer_than] = made
         return found
 
-    def short(self, max_tokens: int) -> ShortPieces:
-        """The pieces of at most `max_tokens` tokens."""
+    def short(self, max_tokens: int) -> ShortChunks:
+        """The chunks of at most `max_tokens` tokens."""
         found = self._short.get(max_tokens)
         if found is None:
             found = self._short[max_tokens] = self._make_short(max_tokens)
         return found
 
     def tables(self) -> PageTables:
-        """All pieces."""
+        """All chunks."""
         if self._tables is None:
             self._tables = self._make_tables()
         return self._tables
 
     def _make_tables(self) -> PageTables:
-        pieces, count = self._pieces, len(self._pieces)
-        tokens = [piece.num_tokens for piece in pieces]
-        contexts = [piece.end for piece in pieces]
-        width = max(len(piece.pages) for piece in pieces)
+        chunks, count = self._chunks, len(self._chunks)
+        tokens = [chunk.num_tokens for chunk in chunks]
+        contexts = [chunk.end for chunk in chunks]
+        width = max(len(chunk.pages) for chunk in chunks)
         numbers = array("i", itertools.accumulate(tokens, initial=0))
         numbers.extend(contexts)
         numbers.extend(itertools.accumulate(contexts, initial=0))
-        numbers += self._padded([piece.pages for piece in pieces], width)
+        numbers += self._padded([chunk.pages for chunk in chunks], width)
         # One copy to the device, whose parts the kernel takes.
         offsets, ends, context_offsets, tables = integers(numbers, self._device).split(
             (count + 1, count, count + 1, count * width)
@@ -187,32 +187,32 @@ class RaggedBatch:
             flat.extend([self._null_page] * (num_pages - len(table)))
         return flat
 
-    def _make_short(self, max_tokens: int) -> ShortPieces:
+    def _make_short(self, max_tokens: int) -> ShortChunks:
         numbers, tables, longest = array("q"), array("i"), 0
-        for piece, offset in zip(self._pieces, self._offsets, strict=True):
-            if piece.num_tokens <= max_tokens:
-                numbers.extend((offset, piece.num_tokens, piece.start, len(tables)))
-                tables.extend(piece.pages)
-                longest = max(longest, piece.end)
+        for chunk, offset in zip(self._chunks, self._offsets, strict=True):
+            if chunk.num_tokens <= max_tokens:
+                numbers.extend((offset, chunk.num_tokens, chunk.start, len(tables)))
+                tables.extend(chunk.pages)
+                longest = max(longest, chunk.end)
         if not numbers:
             empty = torch.empty(0, 4, dtype=torch.int64)
-            return ShortPieces(empty, torch.empty(0, dtype=torch.int32), 0, is_all=False)
-        return ShortPieces(
+            return ShortChunks(empty, torch.empty(0, dtype=torch.int32), 0, is_all=False)
+        return ShortChunks(
             torch.frombuffer(numbers, dtype=torch.int64).view(-1, 4),
             torch.frombuffer(tables, dtype=torch.int32),
             longest,
-            is_all=len(numbers) == 4 * len(self._pieces),
+            is_all=len(numbers) == 4 * len(self._chunks),
         )
 
     def _make_groups(self, visibility: Visibility, longer_than: int) -> list[Group]:
         groups = []
         short: dict[int, list[tuple[int, int]]] = {}
-        for index, piece in enumerate(self._pieces):
-            if piece.num_tokens <= longer_than:
+        for index, chunk in enumerate(self._chunks):
+            if chunk.num_tokens <= longer_than:
                 continue
-            num_pages = len(piece.pages) - visibility.first_key(piece.start) // self._page_size
-            if piece.num_tokens <= MAX_GROUPED_TOKENS and num_pages <= self._max_grouped_pages:
-                short.setdefault(piece.num_tokens, []).append((num_pages, index))
+            num_pages = len(chunk.pages) - visibility.first_key(chunk.start) // self._page_size
+            if chunk.num_tokens <= MAX_GROUPED_TOKENS and num_pages <= self._max_grouped_pages:
+                short.setdefault(chunk.num_tokens, []).append((num_pages, index))
             else:
                 groups.append(self._single(index, visibility))
         for sized in short.values():
@@ -228,38 +228,38 @@ class RaggedBatch:
         return groups
 
     def _single(self, index: int, visibility: Visibility) -> Group:
-        piece = self._pieces[index]
-        offset, start, end = self._offsets[index], piece.start, piece.end
+        chunk = self._chunks[index]
+        offset, start, end = self._offsets[index], chunk.start, chunk.end
         first = visibility.first_key(start)
         is_fresh = start == 0
         mask = None
-        if piece.num_tokens > 1 and not (is_fresh and visibility.first_key(end - 1) == 0):
+        if chunk.num_tokens > 1 and not (is_fresh and visibility.first_key(end - 1) == 0):
             mask = _mask(
                 torch.arange(start, end, device=self._device)[None, :, None],
                 torch.arange(first, end, device=self._device)[None, None, :],
                 visibility,
             )
-        tokens = slice(offset, offset + piece.num_tokens)
+        tokens = slice(offset, offset + chunk.num_tokens)
         if is_fresh:
-            return Group(1, piece.num_tokens, tokens, True, None, None, None, mask)
+            return Group(1, chunk.num_tokens, tokens, True, None, None, None, mask)
         first_page = first // self._page_size
-        skip, pages = first - first_page * self._page_size, piece.pages[first_page:]
+        skip, pages = first - first_page * self._page_size, chunk.pages[first_page:]
         keys = slice(skip, skip + end - first)
         if pages == array("i", range(pages[0], pages[0] + len(pages))):
             base = pages[0] * self._page_size
             slots = slice(base + keys.start, base + keys.stop)
-            return Group(1, piece.num_tokens, tokens, False, slots, None, None, mask)
+            return Group(1, chunk.num_tokens, tokens, False, slots, None, None, mask)
         table = integers(pages, self._device)
-        return Group(1, piece.num_tokens, tokens, False, None, table, keys, mask)
+        return Group(1, chunk.num_tokens, tokens, False, None, table, keys, mask)
 
     def _several(self, members: list[int], visibility: Visibility) -> Group:
-        size, num_tokens = self._page_size, self._pieces[members[0]].num_tokens
-        pieces = [self._pieces[index] for index in members]
-        first_pages = [visibility.first_key(piece.start) // size for piece in pieces]
-        tables = [piece.pages[first:] for piece, first in zip(pieces, first_pages, strict=True)]
+        size, num_tokens = self._page_size, self._chunks[members[0]].num_tokens
+        chunks = [self._chunks[index] for index in members]
+        first_pages = [visibility.first_key(chunk.start) // size for chunk in chunks]
+        tables = [chunk.pages[first:] for chunk, first in zip(chunks, first_pages, strict=True)]
         num_pages = max(map(len, tables))
         pages = integers(self._padded(tables, num_pages), self._device)
-        starts = array("q", (piece.start for piece in pieces))
+        starts = array("q", (chunk.start for chunk in chunks))
         starts.extend(first * size for first in first_pages)
         numbers = integers(starts, self._device).view(2, -1)
         queries_BT1 = (

@@ -1,4 +1,4 @@
-"""Runs all pieces of a batch in one `[1, tokens, hidden]` pass over the paged cache.
+"""Runs all chunks of a batch in one `[1, tokens, hidden]` pass over the paged cache.
 
 The model's own layers see one long sequence; only the attention function knows where one session
 ends and the next begins. That is right for models whose layers mix tokens nowhere but in their
@@ -15,8 +15,8 @@ from planetserve.engine.attention import AttentionBackend, RaggedPass, register
 from planetserve.engine.fused import FusedLayers
 from planetserve.engine.kv_cache import PagedKvCache
 from planetserve.engine.ragged import RaggedBatch
-from planetserve.model.skeleton import SpanBlocks
-from planetserve.scheduler.batch import Piece, ScheduledBatch
+from planetserve.model.span_blocks import SpanBlocks
+from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
 from planetserve.types import BlockSpan
 
 
@@ -49,18 +49,18 @@ class RaggedRunner:
 
     def forward(
         self,
-        pieces: Sequence[Piece],
+        chunks: Sequence[ScheduledChunk],
         hidden_TD: torch.Tensor,
         positions_T: torch.Tensor,
         span: BlockSpan,
     ) -> torch.Tensor:
-        """Hidden states after the blocks of `span`, `[T, D]`. May be repeated for the same pieces.
+        """Hidden states after the blocks of `span`, `[T, D]`. May be repeated for the same chunks.
 
         Raises:
             UnsupportedAttention: a layer asks for attention that pages do not provide.
         """
         geometry = RaggedBatch(
-            pieces,
+            chunks,
             self._cache.page_size,
             self._cache.null_page,
             self._max_grouped_context,

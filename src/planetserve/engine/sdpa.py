@@ -20,7 +20,7 @@ from planetserve.engine.kv_cache import LayerPages
 from planetserve.engine.ragged import Group, RaggedBatch
 
 _CPU_GROUPED_KEY_BYTES = 64 * 1024
-"""On a CPU, reading in place beats gathering once a sequence's keys pass this size (measured)."""
+"""On a CPU, reading in place beats batch_delay once a sequence's keys pass this size (measured)."""
 _FEW_QUERIES = 8
 """On a CPU, half-precision attention of at most this many queries per key head is quicker, and more
 exact, after widening keys and values to float32 (measured: 4 to 6 times for one query)."""
@@ -84,9 +84,9 @@ def _split(query_1HTD: torch.Tensor, group: Group) -> torch.Tensor:
         query = query_1HTD[:, :, group.tokens]
     else:
         query = query_1HTD.index_select(2, group.tokens)
-    if group.num_pieces == 1:
+    if group.num_chunks == 1:
         return query
-    return query[0].unflatten(1, (group.num_pieces, group.num_tokens)).transpose(0, 1)
+    return query[0].unflatten(1, (group.num_chunks, group.num_tokens)).transpose(0, 1)
 
 
 def _merge(output_BHTE: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ def _context(
         rows = pages_PSKD.index_select(0, group.pages).flatten(0, 1)
         if group.keys is not None:
             rows = rows[group.keys]
-        rows = rows.unflatten(0, (group.num_pieces, -1))
+        rows = rows.unflatten(0, (group.num_chunks, -1))
         gathered.append(rows.transpose(1, 2))
     return gathered[0], gathered[1]
 

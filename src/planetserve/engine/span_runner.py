@@ -20,8 +20,8 @@ from planetserve.engine.plain_runner import PlainRunner
 from planetserve.engine.probe import Batching, Verdict, examine, why_not_padded
 from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.engine.sdpa import SdpaBackend
-from planetserve.model.skeleton import KvShape, SpanBlocks
-from planetserve.scheduler.batch import Piece, ScheduledBatch
+from planetserve.model.span_blocks import KvShape, SpanBlocks
+from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
 from planetserve.types import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -151,16 +151,16 @@ class SpanRunner:
 
     def forward(
         self,
-        pieces: Sequence[Piece],
+        chunks: Sequence[ScheduledChunk],
         hidden_TD: torch.Tensor,
         positions_T: torch.Tensor,
         span: BlockSpan | None = None,
     ) -> torch.Tensor:
-        """Compute pieces of a batch that has been prepared. May be repeated for the same pieces.
+        """Compute chunks of a batch that has been prepared. May be repeated for the same chunks.
 
         Args:
-            pieces: at least one.
-            hidden_TD: the pieces' hidden states, one after the other, in the span's dtype and on
+            chunks: at least one.
+            hidden_TD: the chunks' hidden states, one after the other, in the span's dtype and on
                 its device.
             positions_T: their rotary positions.
             span: the blocks they pass, by default all; always the same for one sequence.
@@ -168,4 +168,4 @@ class SpanRunner:
         Returns:
             Hidden states after these blocks, in the same order.
         """
-        return self._runner.forward(pieces, hidden_TD, positions_T, span or self.span)
+        return self._runner.forward(chunks, hidden_TD, positions_T, span or self.span)

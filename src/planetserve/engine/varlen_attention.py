@@ -1,10 +1,10 @@
 """Attention of a whole batch in one call per layer, by torch's own kernel for CUDA.
 
 `torch.nn.attention.varlen` takes sequences of different lengths and follows page tables, so decode
-steps and pieces of prompts read their keys and values in place: nothing is gathered, and there is
+steps and chunks of prompts read their keys and values in place: nothing is gathered, and there is
 no mask. What follows comes from torch's sources and issue tracker:
 
-- The kernel is FlashAttention-2, whose pages hold a multiple of 256 tokens. Gathering smaller pages
+- The kernel is FlashAttention-2, whose pages hold a multiple of 256 tokens. BatchDelay smaller pages
   for it would read and write every key once more in each layer, which is most of what a decode
   step costs; so where this backend serves, pages are as large (`page_multiple`). A sequence then
   leaves half such a page unused on average.

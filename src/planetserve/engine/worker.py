@@ -23,10 +23,10 @@ import torch
 
 from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig
-from planetserve.engine.inputs import KeptInputs
+from planetserve.engine.recompute_inputs import KeptInputs
 from planetserve.engine.passes import token_rows
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.engine.transfers import integers, to_device, to_host
+from planetserve.engine.pinned_copy import integers, to_device, to_host
 from planetserve.errors import (
     CacheExhausted,
     PlanetServeError,
@@ -34,9 +34,9 @@ from planetserve.errors import (
     RemoteProtocolError,
     SessionError,
 )
-from planetserve.scheduler.batch import Piece, ScheduledBatch, WorkItem
-from planetserve.scheduler.chunk_budget import ChunkBudget
-from planetserve.scheduler.gathering import Gathering
+from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch, StepRequest
+from planetserve.scheduler.prefill_budget import PrefillBudget
+from planetserve.scheduler.batch_delay import BatchDelay
 from planetserve.scheduler.scheduler import Ready, Scheduler, SchedulerConfig
 from planetserve.scheduler.segments import segments, separate
 from planetserve.scheduler.speed import PassSpeed
@@ -57,7 +57,7 @@ _Result = tuple["asyncio.Future[torch.Tensor]", torch.Tensor | PlanetServeError]
 class Job:
     """A submitted step on its way through the engine."""
 
-    item: WorkItem
+    item: StepRequest
     positions: tuple[int, ...] | None
     hidden_TD: torch.Tensor
     future: asyncio.Future[torch.Tensor]
@@ -119,8 +119,8 @@ class Worker:
         self._waiting_since_s: dict[bytes, float] = {}
         self._is_stuck = False
         """Whether all steps wait for pages that only a command can free."""
-        self._chunk_budget = ChunkBudget(config.max_batch_tokens, config.prefill_slowdown)
-        self._gathering = Gathering(config.batch_patience if runner.is_paged else 0.0)
+        self._prefill_budget = PrefillBudget(config.max_batch_tokens, config.prefill_slowdown)
+        self._batch_delay = BatchDelay(config.batch_patience if runner.is_paged else 0.0)
         self._gather_s = 0.0
         """How long the next pass waits for decode steps that are about to come."""
         self._has_waited = False
@@ -213,7 +213,7 @@ class Worker:
         self._scheduler.open(session_id, num_rows, owner)
         if self._inputs is not None:
             self._inputs.open(session_id, num_rows)
-        self._gathering.open(session_id, span)
+        self._batch_delay.open(session_id, span)
         self._spans[session_id] = span
 
     def accept(self, job: Job) -> None:
@@ -227,14 +227,14 @@ class Worker:
         except SessionError as error:
             self._resolved.append((job, error))
         else:
-            self._gathering.returned(job.item.session_id, job.submitted_s)
+            self._batch_delay.returned(job.item.session_id, job.submitted_s)
             self._jobs[job.item.item_id] = job
 
     def forget(self, session_id: bytes) -> None:
         """Free a session's pages and drop its steps."""
         self._spans.pop(session_id, None)
-        self._chunk_budget.forget(session_id)
-        self._gathering.forget(session_id)
+        self._prefill_budget.forget(session_id)
+        self._batch_delay.forget(session_id)
         self._forget_inputs(session_id)
         for item_id in self._scheduler.close(session_id):
             del self._jobs[item_id]
@@ -247,7 +247,7 @@ class Worker:
         started_s = self._work_clock()
         max_prefill = None
         if ready.prefilling:
-            max_prefill = self._chunk_budget.tokens(
+            max_prefill = self._prefill_budget.tokens(
                 self._clock.monotonic(), ready.prefilling, sum(ready.decoding.values())
             )
         batch = self._scheduler.schedule(max_prefill, self._idle_sessions())
@@ -256,18 +256,18 @@ class Worker:
         try:
             self._runner.prepare(batch)
         except Exception as error:  # noqa: BLE001 - kernels may raise anything
-            for session_id in {piece.session_id for piece in batch.pieces}:
+            for session_id in {chunk.session_id for chunk in batch.chunks}:
                 self._drop(session_id, error)
             return
-        if not batch.pieces:
+        if not batch.chunks:
             return
         try:
-            self._forward(batch.pieces)
+            self._forward(batch.chunks)
         except Exception as error:  # noqa: BLE001 - as above, and so may a family's code
-            self._isolate(batch.pieces, error)
+            self._isolate(batch.chunks, error)
         work_s = self._work_clock() - started_s
         # A step that has waited, even in vain, does not say what one takes that meets nobody.
-        is_single = len({piece.session_id for piece in batch.pieces}) == 1 and not self._has_waited
+        is_single = len({chunk.session_id for chunk in batch.chunks}) == 1 and not self._has_waited
         self._has_waited = False
         finished = [self._jobs.pop(item_id) for item_id in self._scheduler.commit(batch)]
         for job in finished:
@@ -281,7 +281,7 @@ class Worker:
             for job in finished:
                 self._inputs.extend(job.item.session_id, job.table, job.hidden_TD)
                 self._finished_s[job.item.session_id] = now_s
-        self._chunk_budget.record(
+        self._prefill_budget.record(
             batch.decoding,
             batch.num_tokens - batch.num_prefill_tokens,
             batch.num_prefill_tokens,
@@ -293,53 +293,53 @@ class Worker:
         """Seconds until decode steps that are worth waiting for are here or late."""
         if not ready.decoding or ready.prefilling or self._scheduler.waiting:
             return 0.0
-        wait_s = self._gathering.wait_s(ready.decoding, self._clock.monotonic())
+        wait_s = self._batch_delay.wait_s(ready.decoding, self._clock.monotonic())
         self._has_waited |= wait_s > 0
         return wait_s
 
     def _expect(self, batch: ScheduledBatch, finished: Sequence[Job], now_s: float) -> None:
         """Note what the batch says about the steps that come next."""
         if not batch.num_prefill_tokens:
-            self._gathering.record(*self._last_pass)
+            self._batch_delay.record(*self._last_pass)
         token_rate = self.speed.tokens_per_s_per_block
         slope_s = 1 / token_rate if token_rate else 0.0
         decoding = set(batch.decoding)
         ids = [job.item.session_id for job in finished]
-        self._gathering.answered([key for key in ids if key in decoding], now_s, slope_s)
+        self._batch_delay.answered([key for key in ids if key in decoding], now_s, slope_s)
 
-    def _forward(self, pieces: Sequence[Piece]) -> None:
-        """Run pieces through the spans of their sessions and hand the outputs to jobs."""
+    def _forward(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Run chunks through the spans of their sessions and hand the outputs to jobs."""
         hidden = []
         positions = array("q")
-        for piece in pieces:
-            if piece.is_restored and self._inputs is not None:
-                known_TD, known = self._inputs.read(piece)
+        for chunk in chunks:
+            if chunk.is_restored and self._inputs is not None:
+                known_TD, known = self._inputs.read(chunk)
                 hidden.append(known_TD)
                 positions.extend(known)
                 continue
-            job, end = self._jobs[piece.item_id], piece.offset + piece.num_tokens
-            hidden.append(job.hidden_TD[piece.offset : end])
+            job, end = self._jobs[chunk.item_id], chunk.offset + chunk.num_tokens
+            hidden.append(job.hidden_TD[chunk.offset : end])
             if job.positions is None:
-                positions.extend(range(piece.start, piece.end))
+                positions.extend(range(chunk.start, chunk.end))
             else:
-                positions.extend(job.positions[piece.offset : end])
+                positions.extend(job.positions[chunk.offset : end])
         hidden_TD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        output_TD = self._pass(pieces, hidden_TD, positions)
+        output_TD = self._pass(chunks, hidden_TD, positions)
         # A view would keep everyone's output alive for as long as anyone holds theirs.
-        is_shared = pieces[0].item_id != pieces[-1].item_id
+        is_shared = chunks[0].item_id != chunks[-1].item_id
         start = 0
-        for piece in pieces:
-            own_TD = output_TD[start : start + piece.num_tokens]
-            if not piece.is_restored:
-                self._jobs[piece.item_id].outputs.append(own_TD.clone() if is_shared else own_TD)
-            start += piece.num_tokens
+        for chunk in chunks:
+            own_TD = output_TD[start : start + chunk.num_tokens]
+            if not chunk.is_restored:
+                self._jobs[chunk.item_id].outputs.append(own_TD.clone() if is_shared else own_TD)
+            start += chunk.num_tokens
 
     def _pass(
-        self, pieces: Sequence[Piece], hidden_TD: torch.Tensor, positions: array[int]
+        self, chunks: Sequence[ScheduledChunk], hidden_TD: torch.Tensor, positions: array[int]
     ) -> torch.Tensor:
-        """What leaves the pieces' spans; pieces share a pass wherever their spans overlap."""
+        """What leaves the chunks' spans; chunks share a pass wherever their spans overlap."""
         runner = self._runner
-        spans = [self._spans[piece.session_id] for piece in pieces]
+        spans = [self._spans[chunk.session_id] for chunk in chunks]
         # A plain cache belongs to one sequence and one span: nothing to share, nothing to cut.
         passes = segments(spans) if runner.is_paged else separate(spans)
         started_s = self._clock.monotonic()
@@ -347,14 +347,14 @@ class Worker:
         positions_T = integers(positions, runner.device)
         num_blocks = num_token_blocks = 0
         for span, members in passes:
-            if len(members) == len(pieces):
-                hidden_TD = runner.forward(pieces, hidden_TD, positions_T, span)
+            if len(members) == len(chunks):
+                hidden_TD = runner.forward(chunks, hidden_TD, positions_T, span)
                 num_tokens = len(positions)
             else:
-                part = [pieces[index] for index in members]
-                rows = integers(token_rows(pieces, members), runner.device)
+                part = [chunks[index] for index in members]
+                rows = integers(token_rows(chunks, members), runner.device)
                 num_tokens = len(rows)
-                # With more than one piece `hidden_TD` is a copy, so nobody's input is written.
+                # With more than one chunk `hidden_TD` is a copy, so nobody's input is written.
                 hidden_TD[rows] = runner.forward(part, hidden_TD[rows], positions_T[rows], span)
             num_blocks += len(span)
             num_token_blocks += num_tokens * len(span)
@@ -364,15 +364,15 @@ class Worker:
         self.speed.record(*self._last_pass)
         return output_TD
 
-    def _isolate(self, pieces: Sequence[Piece], cause: Exception) -> None:
+    def _isolate(self, chunks: Sequence[ScheduledChunk], cause: Exception) -> None:
         """Run a failed batch again session by session, and drop the sessions that fail alone."""
-        session_ids = list(dict.fromkeys(piece.session_id for piece in pieces))
+        session_ids = list(dict.fromkeys(chunk.session_id for chunk in chunks))
         if len(session_ids) == 1:
             self._drop(session_ids[0], cause)
             return
         for session_id in session_ids:
             try:
-                self._forward([piece for piece in pieces if piece.session_id == session_id])
+                self._forward([chunk for chunk in chunks if chunk.session_id == session_id])
             except Exception as error:  # noqa: BLE001 - as in _tick
                 self._drop(session_id, error)
 
@@ -405,7 +405,7 @@ class Worker:
         for item_id, num_done in batch.rewound:
             job = self._jobs[item_id]
             job.outputs = [torch.cat(job.outputs)[:num_done]] if num_done else []
-        self._is_stuck = not (batch.pieces or batch.started)
+        self._is_stuck = not (batch.chunks or batch.started)
         now_s = self._clock.monotonic()
         self._waiting_since_s = {
             session_id: self._waiting_since_s.get(session_id, now_s)

@@ -23,7 +23,7 @@ from planetserve.model.capabilities import check_servable, warn_if_untested
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.decoder import Decoder, find_decoder
 from planetserve.model.families import family_of
-from planetserve.model.loading import build_skeleton, load_parameters, materialize_buffers
+from planetserve.model.loading import build_on_meta, load_parameters, materialize_buffers
 from planetserve.model.partial_outputs import (
     give_states,
     switch_off,
@@ -65,7 +65,7 @@ def load_client_half(
     """
     check_servable(checkpoint)
     warn_if_untested(checkpoint)
-    model = build_skeleton(checkpoint, dtype)
+    model = build_on_meta(checkpoint, dtype)
     decoder = find_decoder(model)
     load_parameters(model, checkpoint, lambda name: decoder.layer_of(name) is None, dtype, device)
     setattr(decoder.base, decoder.layers_attr, _NoLayers())

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from planetserve.model import experts
 from planetserve.model.converted_linear import unpack
 from planetserve.model.linear_backends import BACKENDS, PLAIN, TIMED_ROWS, why_not_convertible
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 
 logger = logging.getLogger(__name__)
 

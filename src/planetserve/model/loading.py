@@ -32,7 +32,7 @@ from planetserve.errors import ModelError, one_line
 from planetserve.model.checkpoint import Checkpoint
 
 
-def build_skeleton(
+def build_on_meta(
     checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """The checkpoint's causal-LM class with every parameter and buffer on the meta device.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from planetserve import cli
-from planetserve.client.block_ranges import trusted_spans
+from planetserve.client.planning.block_ranges import trusted_spans
 from planetserve.config import LOG_LEVELS, TORCH_DTYPES, ClientConfig
 from planetserve.errors import ConfigError, NoChainAvailable
 from planetserve.plan.report import as_json, as_text

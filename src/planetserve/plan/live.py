@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from planetserve.client.chain_manager import ChainManager
-from planetserve.client.planning import ModelFacts
+from planetserve.client.planning.chain_manager import ChainManager
+from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.config import ClientConfig
 from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype

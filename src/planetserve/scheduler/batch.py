@@ -2,7 +2,7 @@
 
 The engine does what a batch asks in this order: forget `released` sequences, make `forks`, perform
 page `copies` (all sources read before any destination is written), zero `cleared_pages`, then
-compute the `pieces`, each of which first cuts its sequence to `start`.
+compute the `chunks`, each of which first cuts its sequence to `start`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from planetserve.wire.step import RowSlice
 
 
 @dataclass(frozen=True, slots=True)
-class WorkItem:
+class StepRequest:
     """One step of one session, as the scheduler sees it.
 
     Attributes:
@@ -31,11 +31,11 @@ class WorkItem:
 
     @property
     def num_tokens(self) -> int:
-        return sum(piece.num_tokens for piece in self.rows)
+        return sum(chunk.num_tokens for chunk in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ScheduledChunk:
     """Consecutive tokens of one sequence that run in this batch.
 
     Attributes:
@@ -72,15 +72,15 @@ class Piece:
 class ScheduledBatch:
     """One tick: `forks` are `(new sequence, source sequence)`, `copies` `(from, to)` pages.
 
-    `decoding` are the sessions whose pieces are decode steps; `num_prefill_tokens` of its tokens
+    `decoding` are the sessions whose chunks are decode steps; `num_prefill_tokens` of its tokens
     belong to other steps.
 
-    `started` are the items that reorder and cut their rows now, in this order; they may have pieces
+    `started` are the items that reorder and cut their rows now, in this order; they may have chunks
     in later batches only. `rewound` are `(item, tokens)`: of what the item has done, only so many
     tokens still count.
     """
 
-    pieces: tuple[Piece, ...] = ()
+    chunks: tuple[ScheduledChunk, ...] = ()
     forks: tuple[tuple[int, int], ...] = ()
     released: tuple[int, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
@@ -92,4 +92,4 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(piece.num_tokens for piece in self.pieces)
+        return sum(chunk.num_tokens for chunk in self.chunks)

@@ -6,7 +6,7 @@ room to grow, because an engine can read consecutive pages in place. That is a p
 any free page is correct.
 
 Owned by the thread that owns the scheduler. Never runs out while admission goes through
-`leases.py`, so running out is an internal error, not a refusal.
+`kv_reservations.py`, so running out is an internal error, not a refusal.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from planetserve.scheduler.batch import WorkItem
+from planetserve.scheduler.batch import StepRequest
 from planetserve.scheduler.page_allocator import PageAllocator
-from planetserve.scheduler.sequence import Sequence
+from planetserve.scheduler.kv_row import Sequence
 from planetserve.scheduler.state import Draft, Lost, Progress, Session
 from planetserve.wire.step import RowSlice
 
@@ -129,9 +129,9 @@ class Preemption:
             return
         targets = list(lost.lengths)
         if step.item.reorder is None:
-            for piece in step.item.rows:  # what the step overwrites is not needed
-                end = piece.start if not step.started else targets[piece.row]
-                targets[piece.row] = min(targets[piece.row], end)
+            for chunk in step.item.rows:  # what the step overwrites is not needed
+                end = chunk.start if not step.started else targets[chunk.row]
+                targets[chunk.row] = min(targets[chunk.row], end)
         slices = []
         lost.pending.clear()
         for row, sequence in enumerate(session.rows):
@@ -146,7 +146,7 @@ class Preemption:
         if not slices:
             self.finish(session)
             return
-        item = WorkItem(step.item.item_id, session_id, tuple(slices))
+        item = StepRequest(step.item.item_id, session_id, tuple(slices))
         session.restoring = Progress(item, step.arrival, item.num_tokens, False, is_restored=True)
 
     def finish(self, session: Session) -> None:
@@ -214,9 +214,9 @@ class Preemption:
         if step is None or not step.num_done:
             return
         done = 0
-        for index, piece in enumerate(step.item.rows[: step.row + 1]):
-            ran = step.row_tokens if index == step.row else piece.num_tokens
-            kept = max(0, min(ran, session.rows[piece.row].length - piece.start))
+        for index, chunk in enumerate(step.item.rows[: step.row + 1]):
+            ran = step.row_tokens if index == step.row else chunk.num_tokens
+            kept = max(0, min(ran, session.rows[chunk.row].length - chunk.start))
             if kept < ran:
                 break
             done += ran
@@ -224,7 +224,7 @@ class Preemption:
             return
         for later in step.item.rows[index : step.row + 1]:
             row = session.rows[later.row]
-            end = later.start + (kept if later is piece else 0)
+            end = later.start + (kept if later is chunk else 0)
             row.truncate(min(row.length, end))
             lost.lengths[later.row] = end
         step.row, step.row_tokens = index, kept

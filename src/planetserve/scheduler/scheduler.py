@@ -1,6 +1,6 @@
 """Iteration-level scheduling (ORCA): which tokens of which sessions run in the next forward pass.
 
-Every call of `schedule` makes one batch: first decode steps of all ready sessions, then pieces of
+Every call of `schedule` makes one batch: first decode steps of all ready sessions, then chunks of
 longer steps, up to a token budget. A long step is spread over several batches, so that it never
 stalls the others. `commit` reports the batch done. Only one batch is open at a time.
 
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from planetserve.errors import ConfigError, SessionError
-from planetserve.scheduler.batch import Piece, ScheduledBatch, WorkItem
+from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch, StepRequest
 from planetserve.scheduler.page_allocator import PageAllocator
 from planetserve.scheduler.policies import POLICIES, Candidate, Grant, SchedulingPolicy
 from planetserve.scheduler.preemption import Preemption
-from planetserve.scheduler.sequence import Sequence
+from planetserve.scheduler.kv_row import Sequence
 from planetserve.scheduler.state import Draft, Progress, Session
 
 _PREFILL_SHARE = 8
@@ -188,7 +188,7 @@ class Scheduler:
         self._release(session.rows)
         return tuple(progress.item.item_id for progress in session.queue)
 
-    def add(self, item: WorkItem) -> None:
+    def add(self, item: StepRequest) -> None:
         """Queue a step behind the session's earlier ones.
 
         Raises:
@@ -199,7 +199,7 @@ class Scheduler:
         if session is None:
             raise SessionError("no session with this id is open here")
         session.planned_lengths = self._lengths_after(item, session.planned_lengths)
-        longest = max((piece.num_tokens for piece in item.rows), default=0)
+        longest = max((chunk.num_tokens for chunk in item.rows), default=0)
         is_decode = longest <= self._config.max_decode_tokens
         session.queue.append(Progress(item, self._num_arrivals, item.num_tokens, is_decode))
         self._num_arrivals += 1
@@ -215,7 +215,7 @@ class Scheduler:
                 several batches; None: as many as the batch holds; 0: none beside decode steps.
             idle: sessions without steps that give up their pages first.
 
-        The batch may have no pieces and still name released sequences. `commit` it, or `close` its
+        The batch may have no chunks and still name released sequences. `commit` it, or `close` its
         sessions, before the next call.
         """
         draft = Draft()
@@ -228,7 +228,7 @@ class Scheduler:
             self._run(grant, order, draft)
         released, self._released = tuple(self._released), []
         return ScheduledBatch(
-            tuple(draft.pieces),
+            tuple(draft.chunks),
             tuple(draft.forks),
             released,
             tuple(draft.copies),
@@ -246,7 +246,7 @@ class Scheduler:
             Ids of the items that are now finished.
         """
         finished = []
-        for session_id in dict.fromkeys(piece.session_id for piece in batch.pieces):
+        for session_id in dict.fromkeys(chunk.session_id for chunk in batch.chunks):
             session = self._ready.get(session_id)
             if session is None or session.head.num_left:
                 continue
@@ -326,17 +326,17 @@ class Scheduler:
             return
         draft.started.append(head.item.item_id)
         self._reorder(session, head.item, draft)
-        for piece in head.item.rows:
-            session.rows[piece.row].truncate(piece.start)
+        for chunk in head.item.rows:
+            session.rows[chunk.row].truncate(chunk.start)
 
     def _take(self, session: Session, num_tokens: int, draft: Draft) -> None:
         """Put the next `num_tokens` tokens of what the session runs next into the batch."""
         progress = session.head
-        num_pieces = len(draft.pieces)
+        num_chunks = len(draft.chunks)
         while num_tokens:
             row_slice = progress.item.rows[progress.row]
             if progress.is_restored and self._preemption.is_fork_due(session, row_slice.row):
-                if len(draft.pieces) > num_pieces:
+                if len(draft.chunks) > num_chunks:
                     return  # what it forks from must have run before pages of it are copied
                 self._preemption.fork(session, row_slice.row)
             count = min(num_tokens, row_slice.num_tokens - progress.row_tokens)
@@ -347,8 +347,8 @@ class Scheduler:
                 draft.copies.append(appended.copy)
             if appended.cleared_page is not None:
                 draft.cleared_pages.append(appended.cleared_page)
-            draft.pieces.append(
-                Piece(
+            draft.chunks.append(
+                ScheduledChunk(
                     progress.item.item_id,
                     progress.item.session_id,
                     sequence.sequence_id,
@@ -369,7 +369,7 @@ class Scheduler:
             if progress.row_tokens == row_slice.num_tokens:
                 progress.row, progress.row_tokens = progress.row + 1, 0
 
-    def _reorder(self, session: Session, item: WorkItem, draft: Draft) -> None:
+    def _reorder(self, session: Session, item: StepRequest, draft: Draft) -> None:
         """Rows that keep their place, or are the first to take another's, need no fork."""
         if item.reorder is None:
             return
@@ -388,10 +388,10 @@ class Scheduler:
         session.rows = rows
         self._release([sequence for row, sequence in enumerate(old) if row not in owners])
 
-    def _lengths_after(self, item: WorkItem, lengths: list[int]) -> list[int]:
+    def _lengths_after(self, item: StepRequest, lengths: list[int]) -> list[int]:
         """Row lengths once `item` has run on rows of these `lengths`."""
         num_rows = len(lengths)
-        if not item.rows or len({piece.row for piece in item.rows}) != len(item.rows):
+        if not item.rows or len({chunk.row for chunk in item.rows}) != len(item.rows):
             raise SessionError("a step must bring tokens, and name each of its rows once")
         if item.reorder is not None:
             if len(item.reorder) != num_rows or not all(0 <= r < num_rows for r in item.reorder):
@@ -399,23 +399,23 @@ class Scheduler:
             lengths = [lengths[source] for source in item.reorder]
         else:
             lengths = lengths[:]
-        for piece in item.rows:
-            if not 0 <= piece.row < num_rows or piece.num_tokens < 1:
+        for chunk in item.rows:
+            if not 0 <= chunk.row < num_rows or chunk.num_tokens < 1:
                 raise SessionError(
-                    f"{piece.num_tokens} tokens for row {piece.row} of a session with "
+                    f"{chunk.num_tokens} tokens for row {chunk.row} of a session with "
                     f"{num_rows} rows"
                 )
-            if not 0 <= piece.start <= lengths[piece.row]:
+            if not 0 <= chunk.start <= lengths[chunk.row]:
                 raise SessionError(
-                    f"the step starts at position {piece.start}, row {piece.row} holds "
-                    f"{lengths[piece.row]} tokens; send the tokens in between first"
+                    f"the step starts at position {chunk.start}, row {chunk.row} holds "
+                    f"{lengths[chunk.row]} tokens; send the tokens in between first"
                 )
-            if 0 < piece.start < lengths[piece.row] and not self._config.can_rollback:
+            if 0 < chunk.start < lengths[chunk.row] and not self._config.can_rollback:
                 raise SessionError(
-                    f"this model cannot roll back to position {piece.start}; "
+                    f"this model cannot roll back to position {chunk.start}; "
                     "start again from position 0"
                 )
-            lengths[piece.row] = piece.end
+            lengths[chunk.row] = chunk.end
         return lengths
 
     def _new_sequence(self) -> Sequence:

@@ -1,7 +1,7 @@
 """How a batch passes through a span when its sessions use different parts of it.
 
 Sessions whose parts overlap share a pass wherever they do: the blocks are cut where some part
-begins or ends, and all pieces that pass a segment between two cuts go through it together. One read
+begins or ends, and all chunks that pass a segment between two cuts go through it together. One read
 of the weights then serves them all.
 """
 

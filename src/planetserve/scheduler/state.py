@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from planetserve.scheduler.batch import Piece, WorkItem
-from planetserve.scheduler.sequence import Sequence
+from planetserve.scheduler.batch import ScheduledChunk, StepRequest
+from planetserve.scheduler.kv_row import Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +21,7 @@ class Progress:
             are known already.
     """
 
-    item: WorkItem
+    item: StepRequest
     arrival: int
     num_left: int
     is_decode: bool
@@ -37,7 +37,7 @@ class Progress:
 
     def left(self) -> list[tuple[int, int, int]]:
         """`(row, start, end)` of what has not run yet."""
-        rest = [(piece.row, piece.start, piece.end) for piece in self.item.rows[self.row :]]
+        rest = [(chunk.row, chunk.start, chunk.end) for chunk in self.item.rows[self.row :]]
         if rest:
             row, start, end = rest[0]
             rest[0] = (row, start + self.row_tokens, end)
@@ -101,7 +101,7 @@ class Session:
 class Draft:
     """A batch being made."""
 
-    pieces: list[Piece] = field(default_factory=list)
+    chunks: list[ScheduledChunk] = field(default_factory=list)
     forks: list[tuple[int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     cleared_pages: list[int] = field(default_factory=list)

@@ -3,7 +3,7 @@
 Everything an OPEN asks for is compared with what this server serves, and with what the peer may
 hold (`limits.py`), before a key is made or memory is leased; a refusal waits for nothing. One
 `ServerSession` a stream; the table of sessions is bounded and its entries end with their streams,
-on idleness, or at the age limit. Whatever is refused is counted by reason (`counters.py`).
+on idleness, or at the age limit. Whatever is refused is counted by reason (`refusal_log.py`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from planetserve.errors import (
     RemoteProtocolError,
     SessionExpired,
 )
-from planetserve.server.counters import Refusals
-from planetserve.server.dials import Dials
-from planetserve.server.gate import StepGate
-from planetserve.server.journal import JournalBytes
+from planetserve.server.refusal_log import RefusalLog
+from planetserve.server.next_hop_dials import Dials
+from planetserve.server.backpressure import StepBackpressure
+from planetserve.server.replay_buffer import ReplayBytes
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
 from planetserve.server.session import ServerSession, Shared, check_neighbours
 from planetserve.swarm.network import Network, Stream
@@ -82,10 +82,10 @@ class SessionHandler:
         self._limits = limits
         clock = clock or SystemClock()
         self._admission = Admission(limits, clock)
-        self._gate = StepGate(QueuedBytes(limits))
-        self._journals = JournalBytes()
+        self._gate = StepBackpressure(QueuedBytes(limits))
+        self._journals = ReplayBytes()
         self._shared = Shared(engine, self._gate, Dials(node, limits, clock), self._journals)
-        self._refusals = Refusals(clock)
+        self._refusals = RefusalLog(clock)
         self._sessions: dict[SessionKey, ServerSession] = {}
         # Pushes whose OPEN is still on its way, by session and the peer that pushes: a stranger
         # who says HELLO first must not keep the right one out.

@@ -2,7 +2,7 @@
 
 `Admission` says whether a peer may open another session; `QueuedBytes` says whether another step
 frame may be queued. Both answer at once, from counters that the event loop's thread owns, and
-neither waits. Memory of the KV cache is shared out by `scheduler/leases.py`.
+neither waits. Memory of the KV cache is shared out by `scheduler/kv_reservations.py`.
 
 A peer id costs nothing, so a limit per peer bounds what one stranger does by accident or with
 little effort; the limits on the whole server bound what many ids can do together.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from planetserve.clock import Clock
 from planetserve.errors import ConfigError, QueueFull
-from planetserve.swarm.buckets import TokenBuckets
+from planetserve.swarm.rate_limit import TokenBuckets
 from planetserve.types import PeerId
 
 SMALL_FRAME_BYTES = 64 * 1024

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from planetserve.clock import Clock
 from planetserve.errors import PlanetServeError
 from planetserve.swarm import multiaddr
-from planetserve.swarm.averages import PeerAverages
+from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.network import Network
 from planetserve.swarm.ping import ping, whom_to_ping
@@ -37,7 +37,7 @@ class Neighbours:
         self._node = node
         self._directory = directory
         self._rng = rng or random.Random()
-        self._rtt = PeerAverages(_MAX_KNOWN, clock, MAX_AGE_S)
+        self._rtt = PeerEwma(_MAX_KNOWN, clock, MAX_AGE_S)
 
     @property
     def rtt_ms(self) -> Mapping[PeerId, float]:

@@ -27,15 +27,15 @@ from planetserve.errors import (
     TransportError,
 )
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
-from planetserve.model.heap import share_one_heap
+from planetserve.model.malloc_tuning import share_one_arena
 from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
 from planetserve.model.quantization import require_quantizer
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.server.announcer import Announcer
 from planetserve.server.handler import ServedModel, SessionHandler
 from planetserve.server.limits import ServerLimits
 from planetserve.server.neighbours import Neighbours
-from planetserve.server.parts import (
+from planetserve.server.factory import (
     build_engine,
     check_span,
     device_named,
@@ -47,7 +47,7 @@ from planetserve.server.reachability import warn_if_unreachable
 from planetserve.server.span_choice import ahead_of, choose_span, is_wanted_elsewhere
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.network import Join, Network
-from planetserve.swarm.node import SwarmNode
+from planetserve.swarm.libp2p.node import SwarmNode
 from planetserve.swarm.ping import serve_ping
 from planetserve.tensors import dtype_name
 from planetserve.types import BlockSpan, ServerInfo, ServerState
@@ -362,7 +362,7 @@ async def serve(
     Raises:
         TransportError: the libp2p daemon ended, so nobody reaches this server any more.
     """
-    share_one_heap()
+    share_one_arena()
     starting = asyncio.create_task(Server.start(config))
     stopping = asyncio.create_task(stop.wait())
     try:

@@ -1,9 +1,9 @@
 """One session at one hop: frames in, engine steps, frames out, in order and bounded.
 
 The client's stream brings deals, rewirings and the end, and at the first hop the STEP frames;
-`ingest` takes those of the hop before from its push stream. The inlet says what they are
-(`inlet.py`); what they become goes through the engine, and `_pump` hands its answers to the outlet
-(`outlet.py`) in the same order. The queue between them is bounded, so a slow consumer stops the
+`ingest` takes those of the hop before from its push stream. The upstream says what they are
+(`upstream.py`); what they become goes through the engine, and `_pump` hands its answers to the downstream
+(`downstream.py`) in the same order. The queue between them is bounded, so a slow consumer stops the
 reading of its own producer and nobody else's.
 
 A neighbour that is lost leaves the session waiting: the client names another in its place. Any
@@ -23,7 +23,7 @@ import torch
 
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer, Opener, Sealer
 from planetserve.crypto.identity import peer_id_bytes
-from planetserve.crypto.secrets import ChannelSecret, open_deal, wipe
+from planetserve.crypto.secrets import ChannelSecret, open_edge_keys, wipe
 from planetserve.engine.engine import Engine
 from planetserve.errors import (
     DecryptionFailed,
@@ -34,11 +34,11 @@ from planetserve.errors import (
     SessionError,
     StreamClosed,
 )
-from planetserve.server.dials import Dials
-from planetserve.server.gate import GateShare, StepGate
-from planetserve.server.inlet import Arrived, Inlet
-from planetserve.server.journal import Journal, JournalBytes
-from planetserve.server.outlet import Outlet
+from planetserve.server.next_hop_dials import Dials
+from planetserve.server.backpressure import PeerBackpressure, StepBackpressure
+from planetserve.server.upstream import Arrived, Upstream
+from planetserve.server.replay_buffer import ReplayBuffer, ReplayBytes
+from planetserve.server.downstream import Downstream
 from planetserve.swarm.network import Stream
 from planetserve.tensors import is_finite
 from planetserve.types import CLIENT
@@ -70,9 +70,9 @@ class Shared:
     """What all sessions of a server share."""
 
     engine: Engine
-    gate: StepGate
+    gate: StepBackpressure
     dials: Dials
-    journals: JournalBytes
+    journals: ReplayBytes
 
 
 @dataclass(slots=True)
@@ -132,12 +132,12 @@ class ServerSession:
         self.session_id = session_id
         self.open = message
         self._engine = engine = shared.engine
-        self._share = GateShare(shared.gate, control.remote)
+        self._share = PeerBackpressure(shared.gate, control.remote)
         self._control = control
         self._queue: asyncio.Queue[_Pending] = asyncio.Queue(MAX_STEPS_IN_FLIGHT)
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._channel = channel
-        self._inlet = Inlet(
+        self._upstream = Upstream(
             message,
             control,
             self._share,
@@ -145,20 +145,20 @@ class ServerSession:
             chunkable=engine.runner.chunkable,
             reserve=lambda num_tokens: engine.reserve(self.key, num_tokens),
         )
-        self._journal: Journal | None = None
+        self._replay_buffer: ReplayBuffer | None = None
         if message.next is not None:
-            self._journal = Journal(
+            self._replay_buffer = ReplayBuffer(
                 message.num_rows,
                 control.remote,
                 shared.journals,
                 max_tokens=lambda: engine.leased_tokens(self.key),
             )
-        self._outlet = Outlet(
+        self._downstream = Downstream(
             shared.dials,
             session_id,
             message,
             control,
-            self._journal,
+            self._replay_buffer,
             load_ms=lambda: engine.decode_ms_per_block,
             report=self._report_parked,
             fail=self.fail,
@@ -172,7 +172,7 @@ class ServerSession:
     @property
     def last_frame_s(self) -> float:
         """Monotonic time of the latest step frame; 0 before the first."""
-        return self._inlet.last_frame_s
+        return self._upstream.last_frame_s
 
     async def run(self) -> PlanetServeError | None:
         """Serve until the client closes, something fails, or the task is cancelled.
@@ -199,8 +199,8 @@ class ServerSession:
         """Give back all that the session holds, even if this is cancelled half-way."""
         with contextlib.ExitStack() as held:
             held.callback(self._share.close)
-            if self._journal is not None:
-                held.callback(self._journal.close)
+            if self._replay_buffer is not None:
+                held.callback(self._replay_buffer.close)
             held.callback(self._channel.erase)
             self.end_ingesting()
             for task in tasks:
@@ -209,11 +209,11 @@ class ServerSession:
             try:
                 await asyncio.gather(*tasks, return_exceptions=True)
             finally:
-                await self._outlet.close()
+                await self._downstream.close()
 
     def end_ingesting(self) -> None:
         """Take no frame that still comes, and no other stream."""
-        self._inlet.close()
+        self._upstream.close()
         for task in self._ingesting:
             task.cancel()
 
@@ -244,7 +244,7 @@ class ServerSession:
         Raises:
             RemoteProtocolError: not the peer, edge or epoch the client named, or a second stream.
         """
-        self._inlet.attach(stream, hello)
+        self._upstream.attach(stream, hello)
 
     async def ingest(self, stream: Stream) -> None:
         """Take STEP frames from the attached push stream, until it ends or another takes its place.
@@ -258,7 +258,7 @@ class ServerSession:
             task.add_done_callback(self._ingesting.discard)
         await self._dealt.wait()
         try:
-            while stream is self._inlet.stream:
+            while stream is self._upstream.stream:
                 header = await stream.peek()
                 if header.type is not FrameType.STEP:
                     raise RemoteProtocolError(f"unexpected {header.type.name} frame")
@@ -279,7 +279,7 @@ class ServerSession:
         while True:
             try:
                 header = await control.peek()
-                if header.type is FrameType.STEP and self._inlet.is_control:
+                if header.type is FrameType.STEP and self._upstream.is_control:
                     await self._take_step(control, header)
                     continue
                 if header.type not in (FrameType.CLOSE, FrameType.REWIRE, FrameType.STATUS):
@@ -298,7 +298,7 @@ class ServerSession:
                     raise RemoteProtocolError(f"unexpected {header.type.name} frame")
 
     async def _take_step(self, stream: Stream, header: FrameHeader) -> None:
-        arrived = await self._inlet.take(stream, header)
+        arrived = await self._upstream.take(stream, header)
         if arrived is None:
             return
         future = self._engine.submit(self.key, arrived.table, arrived.hidden_TD)
@@ -307,19 +307,19 @@ class ServerSession:
         await self._queue.put(_Pending(arrived, future, entering_s))
 
     async def _is_given_up(self) -> bool:
-        """Whether CLOSE comes in the place of a DEAL, as when another hop of the ring refuses."""
+        """Whether CLOSE comes in the place of a EDGE_KEYS, as when another hop of the ring refuses."""
         return (await self._control.peek(_DEAL_TIMEOUT_S)).type is FrameType.CLOSE
 
     async def _take_first_deal(self) -> None:
         """Receive the secrets of this hop's two edges; only then can a step be opened or sent."""
         inbound, outbound = await self._take_deal(self.open.epoch)
         try:
-            self._inlet.set_opener(self._new_opener(inbound, self.open.epoch))
-            sealer = self._new_sealer(outbound, self._outlet.edge, self.open.epoch)
+            self._upstream.set_opener(self._new_opener(inbound, self.open.epoch))
+            sealer = self._new_sealer(outbound, self._downstream.edge, self.open.epoch)
         finally:
             wipe(inbound, outbound)
         self._dealt.set()
-        self._outlet.start(sealer)
+        self._downstream.start(sealer)
 
     async def _rewire(self, payload: bytearray) -> None:
         """Put another hop in the place of one that the client has given up."""
@@ -340,11 +340,11 @@ class ServerSession:
         inbound, outbound = await self._take_deal(message.epoch, payload)
         try:
             if previous is not None:
-                self._inlet.change(previous, message.epoch)
-                self._inlet.set_opener(self._new_opener(inbound, message.epoch))
+                self._upstream.change(previous, message.epoch)
+                self._upstream.set_opener(self._new_opener(inbound, message.epoch))
             if following is not None:
                 sealer = self._new_sealer(outbound, following.edge, message.epoch)
-                self._outlet.rewire(message, sealer)
+                self._downstream.rewire(message, sealer)
         finally:
             wipe(inbound, outbound)
         header = FrameHeader(
@@ -356,10 +356,10 @@ class ServerSession:
         self, expected_epoch: int, rewire: bytearray | bytes = b""
     ) -> tuple[bytearray, bytearray]:
         header = await self._control.peek(_DEAL_TIMEOUT_S)
-        if header.type is not FrameType.DEAL:
-            raise RemoteProtocolError(f"expected DEAL, got {header.type.name}")
+        if header.type is not FrameType.EDGE_KEYS:
+            raise RemoteProtocolError(f"expected EDGE_KEYS, got {header.type.name}")
         _, payload = await self._control.receive(_DEAL_TIMEOUT_S)
-        epoch, inbound, outbound = open_deal(self._channel, bytes(payload), rewire)
+        epoch, inbound, outbound = open_edge_keys(self._channel, bytes(payload), rewire)
         if epoch != expected_epoch:
             wipe(inbound, outbound)
             raise RemoteProtocolError("secrets for another epoch than was announced")
@@ -378,9 +378,9 @@ class ServerSession:
             await asyncio.sleep(wait_s)
         self._next_answer_s = loop.time() + _LEAST_ASKING_PERIOD_S
         progress = Progress(
-            frames_received=self._inlet.frames_received,
-            frames_sent=self._outlet.frames_sent,
-            bytes_received=self._inlet.bytes_received(),
+            frames_received=self._upstream.frames_received,
+            frames_sent=self._downstream.frames_sent,
+            bytes_received=self._upstream.bytes_received(),
             steps_running=self._num_running,
         )
         header = FrameHeader(FrameType.STATUS, session=self.session_id, edge=self.open.edge)
@@ -390,10 +390,10 @@ class ServerSession:
         """Tell the client that the next hop is lost; it may name another. Why is not said."""
         reply = error_reply(PeerUnreachable(), error.peer_id or "")
         header = FrameHeader(
-            FrameType.PARKED,
+            FrameType.NEXT_HOP_LOST,
             session=self.session_id,
             edge=self.open.edge,
-            epoch=self._outlet.epoch,
+            epoch=self._downstream.epoch,
         )
         async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
             await self._control.send(header, reply.encode())
@@ -413,15 +413,15 @@ class ServerSession:
                 offset = 0
                 for header, table in arrived.chunks:
                     end = offset + table.num_tokens
-                    await self._outlet.push(header, table, output_TD[offset:end])
+                    await self._downstream.push(header, table, output_TD[offset:end])
                     offset = end
                 if arrived.table.is_decode:
                     handling_s = pending.entering_s + loop.time() - done_s
                     self._engine.count_handling(1000 * handling_s)
-                self._inlet.leave(arrived)
+                self._upstream.leave(arrived)
         except PlanetServeError as error:
             # The engine refused what the upstream hop computed, or was handed.
-            self.blame_upstream(error, self._inlet.previous)
+            self.blame_upstream(error, self._upstream.previous)
             raise
 
     async def _report(self, error: BaseException) -> PlanetServeError:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from planetserve.routing.placement import PLACEMENTS
-from planetserve.routing.points import usable_point
+from planetserve.routing.server_points import usable_point
 from planetserve.routing.snapshot import ServerPoint
 from planetserve.types import BlockSpan, PeerId, ServerInfo, ServerState
 

@@ -9,8 +9,8 @@ block that `n` tokens of a tick go through takes
 the line through the two speeds that a server announces: one token takes `decode_ms_per_block`, and
 many of them come at `tokens_per_s_per_block`. All results go at the end of the tick. Admission, the
 prompt tokens that a batch may take, the sharing of a full budget, the waiting for steps that are
-about to come back and the load that is announced are the real `Leases`, `ChunkBudget`, scheduling
-policy, `Gathering` and `StepLatency`; how a batch is put together repeats `Scheduler`, without
+about to come back and the load that is announced are the real `KvReservations`, `PrefillBudget`, scheduling
+policy, `BatchDelay` and `StepLatency`; how a batch is put together repeats `Scheduler`, without
 pages.
 """
 
@@ -23,11 +23,11 @@ from typing import NamedTuple
 import simpy
 
 from planetserve.config import ServerConfig
-from planetserve.routing.points import split_load
+from planetserve.routing.server_points import split_load
 from planetserve.routing.snapshot import ServerPoint
-from planetserve.scheduler.chunk_budget import ChunkBudget
-from planetserve.scheduler.gathering import Gathering
-from planetserve.scheduler.leases import Leases
+from planetserve.scheduler.prefill_budget import PrefillBudget
+from planetserve.scheduler.batch_delay import BatchDelay
+from planetserve.scheduler.kv_reservations import KvReservations
 from planetserve.scheduler.policies import POLICIES, Candidate, SchedulingPolicy
 from planetserve.scheduler.speed import StepCost, StepLatency
 from planetserve.simulation.events import SimClock, later
@@ -89,9 +89,9 @@ class SimServer:
 
     def _reset(self) -> None:
         pages = self._cache_tokens // _CONFIG.page_size
-        self.leases = Leases(pages, _CONFIG.page_size, self._clock, _CONFIG.max_peer_kv_share)
-        self._chunk_budget = ChunkBudget(_CONFIG.max_batch_size, _CONFIG.prefill_slowdown)
-        self._gathering = Gathering(_CONFIG.batch_patience)
+        self.leases = KvReservations(pages, _CONFIG.page_size, self._clock, _CONFIG.max_peer_kv_share)
+        self._prefill_budget = PrefillBudget(_CONFIG.max_batch_size, _CONFIG.prefill_slowdown)
+        self._batch_delay = BatchDelay(_CONFIG.batch_patience)
         self._has_waited = False
         self._load = StepLatency(StepCost(0.0, self.machine.decode_ms_per_block), self._env.now)
         self._heads: dict[Ring, Step] = {}
@@ -138,7 +138,7 @@ class SimServer:
             CacheExhausted: no room for it.
         """
         self.leases.open(ring.id, ring.session.client.name, 1, lease_tokens)
-        self._gathering.open(ring.id, span)
+        self._batch_delay.open(ring.id, span)
         self.rings[ring] = None
 
     def close(self, ring: Ring) -> None:
@@ -146,8 +146,8 @@ class SimServer:
         if ring in self.rings:
             del self.rings[ring]
             self.leases.close(ring.id)
-            self._chunk_budget.forget(ring.id)
-            self._gathering.forget(ring.id)
+            self._prefill_budget.forget(ring.id)
+            self._batch_delay.forget(ring.id)
             self.drop_steps(ring)
 
     def drop_steps(self, ring: Ring) -> None:
@@ -162,7 +162,7 @@ class SimServer:
             return
         step.arrived_s = self._env.now
         step.num_left = step.num_tokens
-        self._gathering.returned(ring.id, self._env.now)
+        self._batch_delay.returned(ring.id, self._env.now)
         step.is_alone = not self._is_busy and not self._heads
         if ring in self._heads:
             self._behind.setdefault(ring, deque()).append(step)
@@ -186,7 +186,7 @@ class SimServer:
         first_ms = self.machine.decode_ms_per_block
         took_s = (blocks * (first_ms - more_ms) + token_blocks * more_ms) / 1000.0
         if all(step.num_tokens <= _DECODE_TOKENS for step, _ in batch):
-            self._gathering.record(token_blocks / blocks, blocks, took_s)
+            self._batch_delay.record(token_blocks / blocks, blocks, took_s)
         self._is_busy = True
         self.busy_s += took_s
         self.num_ticks += 1
@@ -198,7 +198,7 @@ class SimServer:
         heads = self._heads
         if not heads or any(step.num_tokens > _DECODE_TOKENS for step in heads.values()):
             return 0.0
-        return self._gathering.wait_s({ring.id for ring in heads}, self._env.now)
+        return self._batch_delay.wait_s({ring.id for ring in heads}, self._env.now)
 
     def _waited(self, life: object) -> None:
         if life is self._life and not self._is_busy:
@@ -213,7 +213,7 @@ class SimServer:
         decoding = [step.ring.id for step, _ in tick.batch if step.num_tokens <= _DECODE_TOKENS]
         prefill = sum(count for step, count in tick.batch if step.num_tokens > _DECODE_TOKENS)
         total = sum(count for _, count in tick.batch)
-        self._chunk_budget.record(decoding, total - prefill, prefill, tick.took_s, now_s)
+        self._prefill_budget.record(decoding, total - prefill, prefill, tick.took_s, now_s)
         answered = []
         for step, count in tick.batch:
             ring = step.ring
@@ -234,7 +234,7 @@ class SimServer:
             if step.num_tokens <= _DECODE_TOKENS:
                 answered.append(ring.id)
             self._send(self, step)
-        self._gathering.answered(answered, now_s, self._slope_ms / 1000.0)
+        self._batch_delay.answered(answered, now_s, self._slope_ms / 1000.0)
         if self._heads and not self._is_busy:
             self._tick()
 
@@ -251,7 +251,7 @@ class SimServer:
         budget -= sum(count for _, count in batch)
         prefilling = {step.ring.id for step in prefill}
         num_decode = sum(step.num_left for step in decode)
-        allowed = self._chunk_budget.tokens(self._env.now, prefilling, num_decode)
+        allowed = self._prefill_budget.tokens(self._env.now, prefilling, num_decode)
         budget = min(budget, max(0 if decode else 1, allowed))
         return batch + self._share(1, prefill, budget) if budget > 0 else batch
 

@@ -3,7 +3,7 @@
 Follows the real client: all hops are opened at once and each leases cache or refuses; the prompt
 goes round in chunks, one behind the other; after that one token at a time. When a server is lost or
 leaves, others take over its part and are filled by the hop before them, the rest stays; the same
-happens when a clearly better chain has come up (`routing/moving.py`).
+happens when a clearly better chain has come up (`routing/migration.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from planetserve.errors import CacheExhausted, NoChainAvailable
 from planetserve.routing.cost import latency_ms
-from planetserve.routing.moving import Mover, Offer, move_ms, new_hops
+from planetserve.routing.migration import MigrationPolicy, Offer, move_ms, new_hops
 from planetserve.simulation.client import CLIENT_CONFIG
 from planetserve.simulation.events import SimClock, later
 from planetserve.simulation.ring import Ring, Step, spliced
@@ -96,10 +96,10 @@ class Session:
         self._leaving: set[int] = set()
         self._lease = request.prompt_tokens + sim.world.scenario.workload.max_output_tokens
         self._seed = client.draw_seed()
-        self._mover: Mover | None = None
+        self._migration_policy: MigrationPolicy | None = None
         if moves:
             dice = random.Random(self._seed)
-            self._mover = Mover(CLIENT_CONFIG, SimClock(sim.env), dice)
+            self._migration_policy = MigrationPolicy(CLIENT_CONFIG, SimClock(sim.env), dice)
 
     @property
     def _known(self) -> int:
@@ -226,8 +226,8 @@ class Session:
         else:
             gap_ms = 1000.0 * (now_s - self._latest_token_s)
             self.record.gaps_ms.append(gap_ms)
-            if self._mover is not None:
-                self._mover.count_step(self._ring.chain, gap_ms)
+            if self._migration_policy is not None:
+                self._migration_policy.count_step(self._ring.chain, gap_ms)
         self._latest_token_s = now_s
         self._generated += 1
         self._sim.count_token(now_s)
@@ -255,11 +255,11 @@ class Session:
             self.record.num_jumps += 1
             self._replace(set(self._leaving))
             return True
-        if self._mover is None or not self._mover.is_due():
+        if self._migration_policy is None or not self._migration_policy.is_due():
             return False
         # How long a text will be is unknown: probably as long again as it is already.
         tokens_left = min(self._generated, self._lease - self._known)
-        chain = self._mover.decide(self._better_chain(self._mover.may_decide), tokens_left)
+        chain = self._migration_policy.decide(self._better_chain(self._migration_policy.may_decide), tokens_left)
         if chain is None:
             return False
         self.record.num_moves += 1

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 
 from planetserve.errors import HopTimeout, RemoteProtocolError
-from planetserve.swarm.averages import PeerAverages
+from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.network import Network, Stream
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader, FrameType
@@ -54,7 +54,7 @@ async def ping(node: Network, peer_id: PeerId, addresses: Sequence[str], timeout
 
 
 def whom_to_ping(
-    candidates: Sequence[PeerId], rtt: PeerAverages, *, most: int, keep: int, rng: random.Random
+    candidates: Sequence[PeerId], rtt: PeerEwma, *, most: int, keep: int, rng: random.Random
 ) -> list[PeerId]:
     """At most `most` of `candidates`: all of a few; of many, some unknown ones, drawn by lot, and
     of the `keep` nearest known ones those that were measured longest ago.

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.client_half import load_client_half
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.types import BlockSpan
 
 

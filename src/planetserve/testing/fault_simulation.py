@@ -20,7 +20,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from planetserve.client.chain_manager import ChainManager
+from planetserve.client.planning.chain_manager import ChainManager
 from planetserve.client.session_core import SessionCore
 from planetserve.config import ClientConfig
 from planetserve.errors import PlanetServeError
@@ -366,7 +366,7 @@ class _Simulation:
                 "pages": stats.pages_used,
                 "leased pages": stats.pages_leased,
                 "queued bytes": handler.queued_bytes,
-                "journal bytes": handler.journal_bytes,
+                "replay_buffer bytes": handler.journal_bytes,
                 "kept input bytes": stats.kept_input_bytes,
                 "streams": sum(stream.protocol != PING for stream in server.memory_node.streams),
             }

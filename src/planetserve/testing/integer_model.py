@@ -20,7 +20,7 @@ from planetserve.engine.engine import Engine
 from planetserve.engine.probe import Batching
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.engine.worker import Worker
-from planetserve.scheduler.batch import Piece, ScheduledBatch
+from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
 from planetserve.testing.virtual_time import VirtualTimeLoop
 from planetserve.types import BlockSpan
 
@@ -123,7 +123,7 @@ class IntegerRunner(SpanRunner):
     @override
     def forward(
         self,
-        pieces: Sequence[Piece],
+        chunks: Sequence[ScheduledChunk],
         hidden_TD: torch.Tensor,
         positions_T: torch.Tensor,
         span: BlockSpan | None = None,
@@ -131,24 +131,24 @@ class IntegerRunner(SpanRunner):
         span = span or self.span
         hidden = hidden_TD.numpy().astype(np.int64)
         positions = positions_T.numpy()
-        ends = list(itertools.accumulate(piece.num_tokens for piece in pieces))
+        ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
         outputs = np.empty_like(hidden)
-        for piece, end in zip(pieces, ends, strict=True):
-            part = slice(end - piece.num_tokens, end)
-            outputs[part] = self._run(piece, hidden[part], positions[part], span)
+        for chunk, end in zip(chunks, ends, strict=True):
+            part = slice(end - chunk.num_tokens, end)
+            outputs[part] = self._run(chunk, hidden[part], positions[part], span)
         self._loop.ahead_s += len(span) * self._block_s * (1 + ends[-1] / 20)
         return torch.from_numpy(outputs.astype(np.float32))
 
     def _run(
-        self, piece: Piece, hidden_TD: np.ndarray, positions_T: np.ndarray, span: BlockSpan
+        self, chunk: ScheduledChunk, hidden_TD: np.ndarray, positions_T: np.ndarray, span: BlockSpan
     ) -> np.ndarray:
-        pages = np.asarray(piece.pages, dtype=np.int64)
-        slots = (pages[:, None] * self.page_size + np.arange(self.page_size)).ravel()[: piece.end]
-        new = np.asarray(piece.slots, dtype=np.int64)
+        pages = np.asarray(chunk.pages, dtype=np.int64)
+        slots = (pages[:, None] * self.page_size + np.arange(self.page_size)).ravel()[: chunk.end]
+        new = np.asarray(chunk.slots, dtype=np.int64)
         for block in range(span.start, span.end):
             memory = self._state[block - self.span.start].reshape(-1)
             memory[new] = _keys(block, hidden_TD, positions_T)
-            hidden_TD = _outputs(block, hidden_TD, memory[slots], piece.start)
+            hidden_TD = _outputs(block, hidden_TD, memory[slots], chunk.start)
         return hidden_TD
 
 

@@ -22,10 +22,10 @@ from planetserve.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from planetserve.swarm.averages import PeerAverages
+from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.network import FrameTap, Records, StreamHandler
 from planetserve.swarm.records import RecordChecker, key_digest
-from planetserve.swarm.swarm_time import SwarmClock
+from planetserve.swarm.dht.swarm_clock import SwarmClock
 from planetserve.testing.memory_streams import Link, MemoryStream, Pipe
 from planetserve.testing.virtual_time import VirtualClock, VirtualTimeLoop
 from planetserve.types import PeerId
@@ -52,7 +52,7 @@ class MemoryNode:
         self.records._passed = network.checker._passed  # noqa: SLF001 - it takes most of the time
         self.refused: Counter[str] = Counter()
         self.taps: list[FrameTap] = []
-        self.send_rates = PeerAverages(max_peers=64, clock=self.machine_clock)
+        self.send_rates = PeerEwma(max_peers=64, clock=self.machine_clock)
         self.stopped = asyncio.Event()
         self.streams: dict[MemoryStream, None] = {}
         self.handlers: dict[str, StreamHandler] = {}

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from planetserve.errors import ConfigError
-from planetserve.swarm.sockets import stop_serving
+from planetserve.swarm.libp2p.sockets import stop_serving
 
 _READ_BYTES = 16 * 1024
 _SOCKET_BYTES = 64 * 1024

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from planetserve.engine.attention_choice import Script
+from planetserve.engine.attention_selector import Script
 
 _NUM_TICKS = 6
 _LONGEST = 600

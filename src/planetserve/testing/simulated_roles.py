@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from planetserve.client.chain_manager import ChainManager
-from planetserve.client.planning import ModelFacts
+from planetserve.client.planning.chain_manager import ChainManager
+from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.config import ClientConfig, ServerConfig
 from planetserve.crypto.identity import Identity
 from planetserve.engine.config import EngineConfig
 from planetserve.engine.engine import Engine
 from planetserve.server.server import Server
 from planetserve.swarm.network import Network
-from planetserve.swarm.node import NodeConfig
+from planetserve.swarm.libp2p.node import NodeConfig
 from planetserve.testing.integer_model import WIDTH, IntegerRunner, LoopEngine
 from planetserve.testing.memory_network import MemoryNetwork, MemoryNode
 from planetserve.testing.virtual_time import VirtualClock

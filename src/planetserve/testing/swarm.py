@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
-from planetserve.client.portal import Portal
+from planetserve.client.event_loop_thread import EventLoopThread
 from planetserve.config import ServerConfig
 from planetserve.server.server import Server
-from planetserve.swarm.node import NodeConfig, SwarmNode
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 from planetserve.types import BlockSpan, PeerId
 from planetserve.wire.frame import FrameHeader
 
@@ -50,10 +50,10 @@ class LocalSwarm:
     """Frames that the servers sent and received, in the order each saw them."""
 
     def __enter__(self) -> LocalSwarm:
-        self._portal = Portal("planetserve-local-swarm")
+        self._loop_thread = EventLoopThread("planetserve-local-swarm")
         try:
-            self._bootstrap = self._portal.call(_start_bootstrap())
-            self._portal.call(self.start_servers([(span, {}) for span in self.spans]))
+            self._bootstrap = self._loop_thread.call(_start_bootstrap())
+            self._loop_thread.call(self.start_servers([(span, {}) for span in self.spans]))
         except BaseException:
             self.close()
             raise
@@ -78,23 +78,23 @@ class LocalSwarm:
 
     def add_servers(self, wanted: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Server]:
         """Start more servers at the same time, each given as its span and its own options."""
-        return self._portal.call(self.start_servers(wanted))
+        return self._loop_thread.call(self.start_servers(wanted))
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the servers' event loop."""
-        return self._portal.call(work)
+        return self._loop_thread.call(work)
 
     def stop_server(self, server: Server) -> None:
         """Close one server without draining it."""
         self.servers.remove(server)
-        self._portal.call(server.close())
+        self._loop_thread.call(server.close())
 
     def close(self) -> None:
         """Stop everything."""
         servers, self.servers = self.servers, []
-        if not self._portal.closed:
-            self._portal.call(self._close_all(servers))
-            self._portal.close()
+        if not self._loop_thread.closed:
+            self._loop_thread.call(self._close_all(servers))
+            self._loop_thread.close()
 
     async def start_servers(self, wanted: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Server]:
         """`add_servers` for callers on the servers' event loop."""

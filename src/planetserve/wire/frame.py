@@ -41,10 +41,10 @@ class FrameType(enum.IntEnum):
     PING = 7
     PONG = 8
     LEAVING = 9
-    DEAL = 10
+    EDGE_KEYS = 10
     REWIRE = 11
     REWIRED = 12
-    PARKED = 13
+    NEXT_HOP_LOST = 13
     STATUS = 14
 
 

@@ -1,4 +1,4 @@
-"""Control messages: strict JSON in the payloads of all frames that are neither STEP nor DEAL.
+"""Control messages: strict JSON in the payloads of all frames that are neither STEP nor EDGE_KEYS.
 
 Every field is bounded, unknown fields are refused, and nothing is coerced. `decode` is the only
 way from bytes to a message.
@@ -149,7 +149,7 @@ class Progress(Message):
 
 
 class ErrorReply(Message):
-    """Hop -> client or upstream: why a session failed, or (PARKED) cannot go on as it is.
+    """Hop -> client or upstream: why a session failed, or (NEXT_HOP_LOST) cannot go on as it is.
 
     Nothing that a person or an exception has worded travels: the receiver words the code itself.
     """

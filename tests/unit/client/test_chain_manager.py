@@ -8,9 +8,9 @@ import pytest
 from written_swarm import FACTS, Board, server
 
 from planetserve import errors
-from planetserve.client import chain_manager
-from planetserve.client.chain_manager import ChainManager
-from planetserve.client.swarm_view import SwarmView
+from planetserve.client.planning.chain_planner import chain_manager
+from planetserve.client.planning.chain_manager import ChainManager
+from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.config import ClientConfig
 from planetserve.errors import (
     EdgeStalled,
@@ -54,11 +54,11 @@ async def first_hop(manager: ChainManager) -> str:
 async def test_two_sessions_may_revive_the_same_server(
     manager: ChainManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def answers(_view: SwarmView, _info: ServerInfo) -> bool:
+    async def answers(_view: ServerDiscovery, _info: ServerInfo) -> bool:
         await asyncio.sleep(0)  # both have asked before either is answered
         return True
 
-    monkeypatch.setattr(SwarmView, "ping", answers)
+    monkeypatch.setattr(ServerDiscovery, "ping", answers)
     manager._bans.ban(["a"], 60.0)
     assert await first_hop(manager) == "b"
     await asyncio.gather(manager._revive(), manager._revive())
@@ -68,10 +68,10 @@ async def test_two_sessions_may_revive_the_same_server(
 async def test_bans_that_are_over_keep_no_banned_server_from_its_chance(
     manager: ChainManager, clock: ManualClock, board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def answers(_view: SwarmView, _info: ServerInfo) -> bool:
+    async def answers(_view: ServerDiscovery, _info: ServerInfo) -> bool:
         return True
 
-    monkeypatch.setattr(SwarmView, "ping", answers)
+    monkeypatch.setattr(ServerDiscovery, "ping", answers)
     earlier = [server(f"earlier {number}", 0, 4) for number in range(20)]
     board.servers += earlier
     await manager.view.refresh()
@@ -133,10 +133,10 @@ async def test_the_clients_own_mistake_bans_nobody(manager: ChainManager) -> Non
 async def test_of_a_chain_that_fell_silent_those_who_answer_no_ping_are_at_fault(
     manager: ChainManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def answers(_view: SwarmView, info: ServerInfo) -> bool:
+    async def answers(_view: ServerDiscovery, info: ServerInfo) -> bool:
         return info.peer_id != "a"
 
-    monkeypatch.setattr(SwarmView, "ping", answers)
+    monkeypatch.setattr(ServerDiscovery, "ping", answers)
     assert await manager.report_failure(HopTimeout("no answer"), BOTH) == ["a"]
     assert await first_hop(manager) == "b"
 
@@ -147,10 +147,10 @@ async def test_a_way_that_stands_still_bans_neither_end(
     error = EdgeStalled("nothing passes")
     error.edge = ("a", "b")
     assert not await manager.report_failure(error, BOTH)
-    assert set(manager._quarrels.avoided()) == {("a", "b")}
+    assert set(manager._edge_suspicions.avoided()) == {("a", "b")}
     assert await first_hop(manager) == "a"
     clock.now_s += manager.config.ban_timeout
-    assert not manager._quarrels.avoided()
+    assert not manager._edge_suspicions.avoided()
 
 
 @pytest.mark.parametrize("kind", [EdgeStalled, PeerReportedError])
@@ -172,7 +172,7 @@ async def test_a_fault_of_a_whole_chain_makes_all_of_it_the_last_choice(
     manager: ChainManager,
 ) -> None:
     assert not await manager.report_failure(RemoteProtocolError("another step"), BOTH)
-    assert set(manager._quarrels.avoided()) == {("a", "b")}
+    assert set(manager._edge_suspicions.avoided()) == {("a", "b")}
     alone = Chain((Hop("a", 0, 8),))
     assert await manager.report_failure(RemoteProtocolError("another step"), alone) == ["a"]
 

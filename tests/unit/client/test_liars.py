@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 from written_swarm import FACTS, Board, server
 
-from planetserve.client.chain_manager import ChainManager
+from planetserve.client.planning.chain_manager import ChainManager
 from planetserve.config import ClientConfig
 from planetserve.errors import (
     EdgeStalled,
@@ -36,7 +36,7 @@ def refuses(_rng: random.Random, _chain: Chain, liar: str) -> PlanetServeError:
     return error
 
 
-def quarrels(rng: random.Random, chain: Chain, liar: str) -> PlanetServeError:
+def edge_suspicions(rng: random.Random, chain: Chain, liar: str) -> PlanetServeError:
     """It accuses a neighbour, or the neighbour does: to the client both look alike."""
     ring = [CLIENT, *(hop.peer_id for hop in chain), CLIENT]
     at = ring.index(liar)
@@ -55,9 +55,9 @@ def passes_on(rng: random.Random, _chain: Chain, _liar: str) -> PlanetServeError
 
 LIES: dict[str, tuple[Callable[[random.Random, Chain, str], PlanetServeError], ...]] = {
     "refusing": (refuses,),
-    "quarrelling": (quarrels,),
+    "quarrelling": (edge_suspicions,),
     "passing on": (passes_on,),
-    "everything": (refuses, quarrels, passes_on),
+    "everything": (refuses, edge_suspicions, passes_on),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from planetserve.client.local_blocks import LocalBlocks, LocalEnds, LocalRows
+from planetserve.client.hf.local_blocks import LocalBlocks, LocalEnds, LocalRows
 from planetserve.errors import SessionClosed
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.testing.checkpoints import make_tiny_checkpoint

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from written_swarm import FACTS, server
 
-from planetserve.client.planning import ChainPlanner
-from planetserve.client.ring_spec import Gap
+from planetserve.client.planning.chain_planner import ChainPlanner
+from planetserve.client.ring.ring_spec import Gap
 from planetserve.clock import SystemClock
 from planetserve.config import ClientConfig
-from planetserve.swarm.averages import PeerAverages
+from planetserve.swarm.ewma import PeerEwma
 from planetserve.types import BlockSpan, ServerInfo
 
 PINGS = {"a": 20.0, "b": 21.0, "first": 20.0, "last": 20.0}
@@ -35,7 +35,7 @@ def chosen(
     num_rows: int = 1,
     gap: Gap | None = None,
 ) -> list[str]:
-    rtt = PeerAverages(max_peers=16, clock=SystemClock())
+    rtt = PeerEwma(max_peers=16, clock=SystemClock())
     for peer_id, ms in pings_ms.items():
         rtt.add(peer_id, ms)
     planner = ChainPlanner(ClientConfig(chain_spread=0.0), FACTS, rtt)

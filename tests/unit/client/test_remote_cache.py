@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from planetserve.client.remote_cache import RemoteCache
+from planetserve.client.hf.remote_cache import RemoteCache
 
 
 class NoSession:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from planetserve.client.ring_ends import RingEnds, RingStep
-from planetserve.client.ring_spec import RingSpec
+from planetserve.client.ring.ring_ends import RingEnds, RingStep
+from planetserve.client.ring.ring_spec import RingSpec
 from planetserve.crypto.channel import EdgeSealer
 from planetserve.errors import RemoteProtocolError
 from planetserve.wire.frame import ANSWER_EDGE, Direction, FrameHeader, FrameType, WireDtype

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from planetserve.client import hop_link
-from planetserve.client.ring_ends import RingStep
-from planetserve.client.ring_feed import MAX_CHUNKS_IN_FLIGHT, RingFeed
-from planetserve.client.ring_spec import RingSpec
+from planetserve.client.ring.ring import hop_connection
+from planetserve.client.ring.ring_ends import RingStep
+from planetserve.client.ring.ring_feed import MAX_CHUNKS_IN_FLIGHT, RingFeed
+from planetserve.client.ring.ring_spec import RingSpec
 from planetserve.errors import StreamClosed
 from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY
 from planetserve.wire.step import RowSlice, StepTable

@@ -12,8 +12,8 @@ import pytest
 import torch
 from written_swarm import server
 
-from planetserve.client import ring_hops
-from planetserve.client.ring_hops import RingHops
+from planetserve.client.ring.ring import hop_setup
+from planetserve.client.ring.hop_setup import HopSetup
 from planetserve.client.session import InferenceSession
 from planetserve.config import ClientConfig
 from planetserve.errors import ConfigError, PlanetServeError, SessionClosed, StreamClosed
@@ -208,7 +208,7 @@ async def test_hops_that_are_put_in_while_a_ring_is_closed_are_let_go(
     opening, may_open = asyncio.Event(), asyncio.Event()
     closed: list[str] = []
 
-    class SlowLink(ring_hops.HopLink):
+    class SlowLink(ring_hops.HopConnection):
         async def open(self, *_: object, **__: object) -> None:
             opening.set()
             await may_open.wait()
@@ -219,9 +219,9 @@ async def test_hops_that_are_put_in_while_a_ring_is_closed_are_let_go(
         async def close(self) -> None:
             closed.append(self.peer_id)
 
-    monkeypatch.setattr(ring_hops, "HopLink", SlowLink)
+    monkeypatch.setattr(ring_hops, "HopConnection", SlowLink)
     nobody: Any = None
-    hops = RingHops(nobody, nobody, bytes(16), asyncio.Queue(), nobody)
+    hops = HopSetup(nobody, nobody, bytes(16), asyncio.Queue(), nobody)
     splice = asyncio.create_task(hops.splice(0, 0, [HOP], {"a": server("a")}, 0))
     await opening.wait()
     await hops.close()

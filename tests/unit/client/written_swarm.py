@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from planetserve.client.planning import ModelFacts
+from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.errors import PeerUnreachable
 from planetserve.types import BlockSpan, ServerInfo, ServerState
 

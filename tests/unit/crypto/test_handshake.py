@@ -19,8 +19,8 @@ from planetserve.crypto.secrets import (
     SECRET_BYTES,
     ChannelSecret,
     new_edge_secret,
-    open_deal,
-    seal_deal,
+    open_edge_keys,
+    seal_edge_keys,
     wipe,
 )
 from planetserve.errors import Blame, DecryptionFailed, HandshakeFailed, LocalProtocolError
@@ -51,7 +51,7 @@ def channels() -> tuple[ChannelSecret, ChannelSecret]:
 
 
 def agree(client: ChannelSecret, hop: ChannelSecret) -> bool:
-    return open_deal(hop, seal_deal(client, 0, INBOUND, OUTBOUND)) == (0, INBOUND, OUTBOUND)
+    return open_edge_keys(hop, seal_edge_keys(client, 0, INBOUND, OUTBOUND)) == (0, INBOUND, OUTBOUND)
 
 
 def test_the_vectors_are_what_the_plain_implementation_computes() -> None:
@@ -87,10 +87,10 @@ def test_the_handshake_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (answer, signature) == (expected["answer"], expected["signature"])
     channel = client.finish(vectors.OPEN_PAYLOAD, answer, signature)
 
-    deals = seal_deal(channel, 0, INBOUND, OUTBOUND), seal_deal(channel, 1, OUTBOUND, INBOUND)
+    deals = seal_edge_keys(channel, 0, INBOUND, OUTBOUND), seal_edge_keys(channel, 1, OUTBOUND, INBOUND)
     assert deals == (expected["deal of epoch 0"], expected["deal of epoch 1"])
-    assert open_deal(hop, deals[0]) == (0, INBOUND, OUTBOUND)
-    assert open_deal(hop, deals[1]) == (1, OUTBOUND, INBOUND)
+    assert open_edge_keys(hop, deals[0]) == (0, INBOUND, OUTBOUND)
+    assert open_edge_keys(hop, deals[1]) == (1, OUTBOUND, INBOUND)
     back = hop.seal(b"word", b"test")
     assert back == vectors.gcm_seal(expected["hop to client"], 0, b"word", b"test")
 
@@ -105,7 +105,7 @@ def test_every_handshake_has_keys_of_its_own() -> None:
     assert len(first.offer) == PUBLIC_KEY_BYTES
     assert first.offer != ClientHandshake(SESSION, 0, HOP.peer_id).offer
     with pytest.raises(DecryptionFailed):
-        open_deal(channels()[1], seal_deal(second[0], 0, INBOUND, OUTBOUND))
+        open_edge_keys(channels()[1], seal_edge_keys(second[0], 0, INBOUND, OUTBOUND))
 
 
 @pytest.mark.parametrize(
@@ -242,14 +242,14 @@ def test_deals_go_on_through_the_epochs() -> None:
     client, hop = channels()
     for epoch in (0, 1, 2, 7, 2**32 - 1):
         inbound, outbound = new_edge_secret(), new_edge_secret()
-        blob = seal_deal(client, epoch, inbound, outbound)
+        blob = seal_edge_keys(client, epoch, inbound, outbound)
         assert len(blob) == DEAL_BYTES
-        assert open_deal(hop, memoryview(bytearray(blob))) == (epoch, inbound, outbound)
+        assert open_edge_keys(hop, memoryview(bytearray(blob))) == (epoch, inbound, outbound)
 
 
 def test_a_deal_hides_its_secrets() -> None:
     client, _ = channels()
-    blob = seal_deal(client, 0, INBOUND, OUTBOUND)
+    blob = seal_edge_keys(client, 0, INBOUND, OUTBOUND)
     assert INBOUND[:8] not in blob
     assert OUTBOUND[:8] not in blob
 
@@ -257,26 +257,26 @@ def test_a_deal_hides_its_secrets() -> None:
 @pytest.mark.parametrize("order", [(1,), (0, 0), (0, 2), (0, 1, 1), (0, 1, 0)])
 def test_a_deal_that_is_not_the_next_closes_the_channel(order: tuple[int, ...]) -> None:
     client, hop = channels()
-    blobs = [seal_deal(client, epoch, INBOUND, OUTBOUND) for epoch in range(3)]
+    blobs = [seal_edge_keys(client, epoch, INBOUND, OUTBOUND) for epoch in range(3)]
     for index in order[:-1]:
-        open_deal(hop, blobs[index])
+        open_edge_keys(hop, blobs[index])
     with pytest.raises(DecryptionFailed):
-        open_deal(hop, blobs[order[-1]])
+        open_edge_keys(hop, blobs[order[-1]])
     for blob in blobs:
         with pytest.raises(DecryptionFailed):
-            open_deal(hop, blob)
+            open_edge_keys(hop, blob)
 
 
 @pytest.mark.parametrize("at", range(DEAL_BYTES))
 def test_any_changed_byte_of_a_deal_closes_the_channel(at: int) -> None:
     client, hop = channels()
-    good = seal_deal(client, 0, INBOUND, OUTBOUND)
+    good = seal_edge_keys(client, 0, INBOUND, OUTBOUND)
     bad = bytearray(good)
     bad[at] ^= 1
     with pytest.raises(DecryptionFailed):
-        open_deal(hop, bad)
+        open_edge_keys(hop, bad)
     with pytest.raises(DecryptionFailed):
-        open_deal(hop, good)
+        open_edge_keys(hop, good)
     with pytest.raises(LocalProtocolError):
         hop.seal(b"", b"")
 
@@ -284,38 +284,38 @@ def test_any_changed_byte_of_a_deal_closes_the_channel(at: int) -> None:
 @given(st.binary(max_size=200))
 def test_any_other_bytes_are_no_deal(blob: bytes) -> None:
     with pytest.raises(DecryptionFailed):
-        open_deal(channels()[1], blob)
+        open_edge_keys(channels()[1], blob)
 
 
 def test_a_message_that_is_no_deal_is_refused_even_from_the_client() -> None:
     client, hop = channels()
     with pytest.raises(DecryptionFailed):
-        open_deal(hop, client.seal(bytes(DEAL_BYTES - 16), b"planetserve/1 receipt"))
+        open_edge_keys(hop, client.seal(bytes(DEAL_BYTES - 16), b"planetserve/1 receipt"))
     client, hop = channels()
     with pytest.raises(DecryptionFailed):
-        open_deal(hop, client.seal(b"short", b"planetserve/1 deal"))
+        open_edge_keys(hop, client.seal(b"short", b"planetserve/1 deal"))
 
 
 def test_the_client_cannot_deal_backwards_and_the_hop_would_not_take_it() -> None:
     client, hop = channels()
-    open_deal(hop, seal_deal(client, 3, INBOUND, OUTBOUND))
+    open_edge_keys(hop, seal_edge_keys(client, 3, INBOUND, OUTBOUND))
     for epoch in (-1, 0, 3, 2**32):
         with pytest.raises(LocalProtocolError, match="cannot follow"):
-            seal_deal(client, epoch, INBOUND, OUTBOUND)
+            seal_edge_keys(client, epoch, INBOUND, OUTBOUND)
     client.dealt_epoch = -1
     with pytest.raises(DecryptionFailed):
-        open_deal(hop, seal_deal(client, 3, INBOUND, OUTBOUND))
+        open_edge_keys(hop, seal_edge_keys(client, 3, INBOUND, OUTBOUND))
     with pytest.raises(DecryptionFailed):
-        open_deal(hop, seal_deal(client, 4, INBOUND, OUTBOUND))
+        open_edge_keys(hop, seal_edge_keys(client, 4, INBOUND, OUTBOUND))
 
 
 @pytest.mark.parametrize("size", [0, 31, 33])
 def test_secrets_have_one_length(size: int) -> None:
     client, _ = channels()
     with pytest.raises(LocalProtocolError, match="32 bytes"):
-        seal_deal(client, 0, bytes(size), OUTBOUND)
+        seal_edge_keys(client, 0, bytes(size), OUTBOUND)
     with pytest.raises(LocalProtocolError, match="32 bytes"):
-        seal_deal(client, 0, INBOUND, bytes(size))
+        seal_edge_keys(client, 0, INBOUND, bytes(size))
 
 
 def test_the_two_directions_of_a_channel_do_not_mix() -> None:
@@ -328,15 +328,15 @@ def test_the_two_directions_of_a_channel_do_not_mix() -> None:
 
 def test_erased_channels_do_nothing_more() -> None:
     client, hop = channels()
-    blob = seal_deal(client, 0, INBOUND, OUTBOUND)
+    blob = seal_edge_keys(client, 0, INBOUND, OUTBOUND)
     for end in (client, hop):
         end.erase()
         end.erase()
         assert repr(end) == "ChannelSecret(erased)"
     with pytest.raises(LocalProtocolError, match="keys are gone"):
-        seal_deal(client, 1, INBOUND, OUTBOUND)
+        seal_edge_keys(client, 1, INBOUND, OUTBOUND)
     with pytest.raises(DecryptionFailed):
-        open_deal(hop, blob)
+        open_edge_keys(hop, blob)
 
 
 def test_the_secret_of_a_channel_is_overwritten_as_soon_as_it_has_been_used() -> None:

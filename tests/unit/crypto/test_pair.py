@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer
 from planetserve.crypto.handshake import ClientHandshake, answer_open
 from planetserve.crypto.identity import Identity
-from planetserve.crypto.secrets import ChannelSecret, new_edge_secret, open_deal, seal_deal, wipe
+from planetserve.crypto.secrets import ChannelSecret, new_edge_secret, open_edge_keys, seal_edge_keys, wipe
 from planetserve.errors import DecryptionFailed, RemoteProtocolError
 from planetserve.wire.frame import HEADER_BYTES, Direction, FrameHeader, FrameType
 
@@ -53,7 +53,7 @@ class Hop:
 
     def on_deal(self, blob: bytes) -> None:
         assert self.channel is not None
-        self.epoch, inbound, outbound = open_deal(self.channel, blob)
+        self.epoch, inbound, outbound = open_edge_keys(self.channel, blob)
         self.opener = EdgeOpener(inbound, SESSION, self.edge, self.epoch, FORWARD)
         self.sealer = EdgeSealer(outbound, SESSION, self.edge + 1, self.epoch, FORWARD, 0.0)
         wipe(inbound, outbound)
@@ -95,7 +95,7 @@ class Client:
         secrets = [new_edge_secret() for _ in range(last + 1)]
         for hop, channel in zip(self.hops, self.channels, strict=True):
             pair = secrets[hop.edge], secrets[hop.edge + 1]
-            hop.on_deal(seal_deal(channel, self.epoch, *pair))
+            hop.on_deal(seal_edge_keys(channel, self.epoch, *pair))
         self.sealer = EdgeSealer(secrets[0], SESSION, 0, self.epoch, FORWARD, 0.0)
         self.opener = EdgeOpener(secrets[last], SESSION, last, self.epoch, FORWARD)
         wipe(*secrets)
@@ -271,7 +271,7 @@ def test_deals_over_a_bad_link_arrive_in_order_or_not_at_all(faults: list[Fault]
     hop = Hop(IDENTITIES[0], 0)
     client = Client([hop])
     secrets = [(bytes(new_edge_secret()), bytes(new_edge_secret())) for _ in range(4)]
-    good = [seal_deal(client.channels[0], epoch, *pair) for epoch, pair in enumerate(secrets)]
+    good = [seal_edge_keys(client.channels[0], epoch, *pair) for epoch, pair in enumerate(secrets)]
     blobs = list(good)
     for fault in faults:
         fault.apply(blobs)
@@ -279,7 +279,7 @@ def test_deals_over_a_bad_link_arrive_in_order_or_not_at_all(faults: list[Fault]
     assert hop.channel is not None
     for blob in blobs:
         try:
-            received.append(open_deal(hop.channel, blob))
+            received.append(open_edge_keys(hop.channel, blob))
         except DecryptionFailed:
             break
     assert received == [(epoch, *pair) for epoch, pair in enumerate(secrets[: len(received)])]

@@ -39,10 +39,10 @@ class Poisoned(SpanRunner):
 
     MARK = 12345.0
 
-    def forward(self, pieces, hidden_TD, positions_T, span=None):
+    def forward(self, chunks, hidden_TD, positions_T, span=None):
         if (hidden_TD == self.MARK).any():
             raise RuntimeError("kernel failure")
-        return super().forward(pieces, hidden_TD, positions_T, span)
+        return super().forward(chunks, hidden_TD, positions_T, span)
 
 
 class Slow(SpanRunner):
@@ -52,10 +52,10 @@ class Slow(SpanRunner):
         self.sizes: list[int] = []
         super().__init__(*args, **kwargs)
 
-    def forward(self, pieces, hidden_TD, positions_T, span=None):
-        self.sizes.append(len({piece.session_id for piece in pieces}))
+    def forward(self, chunks, hidden_TD, positions_T, span=None):
+        self.sizes.append(len({chunk.session_id for chunk in chunks}))
         time.sleep(0.03)
-        return super().forward(pieces, hidden_TD, positions_T, span)
+        return super().forward(chunks, hidden_TD, positions_T, span)
 
 
 def table(start: int, num_tokens: int, **options) -> StepTable:

@@ -16,9 +16,9 @@ from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.linear import convert_span
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.native import library
-from planetserve.scheduler.batch import WorkItem
+from planetserve.scheduler.batch import StepRequest
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.testing.checkpoints import NUM_BLOCKS, make_tiny_checkpoint
 from planetserve.types import BlockSpan
@@ -83,18 +83,18 @@ def test_fused_layers_give_what_the_familys_code_gives(
         for counts in [(40, 3, 17, 1), (1, 1, 1, 1), (1, 5, 2, 9), (1, 1, 1, 1)]:
             for index, count in enumerate(counts):
                 rows = (RowSlice(0, lengths[index], count),)
-                scheduler.add(WorkItem(index, bytes([index]), rows))
+                scheduler.add(StepRequest(index, bytes([index]), rows))
                 lengths[index] += count
             batch = scheduler.schedule()
             scheduler.commit(batch)
             hidden = torch.randn(batch.num_tokens, 64, generator=generator).to(dtype)
-            positions = torch.cat([torch.arange(p.start, p.end) for p in batch.pieces])
+            positions = torch.cat([torch.arange(p.start, p.end) for p in batch.chunks])
             before = hidden.clone()
             own.prepare(batch)
             fused.prepare(batch)
             for part in (SPAN, BlockSpan(SPAN.start, SPAN.start + 1)):
-                actual = fused.forward(batch.pieces, hidden, positions, part)
-                assert agree(actual, own.forward(batch.pieces, hidden, positions, part), hidden)
+                actual = fused.forward(batch.chunks, hidden, positions, part)
+                assert agree(actual, own.forward(batch.chunks, hidden, positions, part), hidden)
             assert torch.equal(hidden, before)
 
 
@@ -120,18 +120,18 @@ def test_one_call_for_all_layers_gives_exactly_what_their_kernels_give(
         patch.setattr(kernels, "layers", lambda *a: (called.append(a[1]), run_layers(*a)))
         for count in (20, 1, 3):
             for index in range(3):
-                item = WorkItem(index, bytes([index]), (RowSlice(0, start, count),))
+                item = StepRequest(index, bytes([index]), (RowSlice(0, start, count),))
                 scheduler.add(item)
             start += count
             batch = scheduler.schedule()
             scheduler.commit(batch)
             hidden = torch.randn(batch.num_tokens, 64, generator=generator).to(dtype)
-            positions = torch.cat([torch.arange(p.start, p.end) for p in batch.pieces])
+            positions = torch.cat([torch.arange(p.start, p.end) for p in batch.chunks])
             for part in (SPAN, BlockSpan(SPAN.start + 1, SPAN.end)):
                 outputs = []
                 for runner in runners:
                     runner.prepare(batch)
-                    outputs.append(runner.forward(batch.pieces, hidden, positions, part))
+                    outputs.append(runner.forward(batch.chunks, hidden, positions, part))
                 assert torch.equal(*outputs)
     assert called == [slice(0, len(SPAN)), slice(1, len(SPAN))] * 2
 

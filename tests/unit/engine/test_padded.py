@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from planetserve.engine.padded import PaddedBatch, Scratch, SharingLimits, shared_passes
-from planetserve.model.skeleton import KvShape
-from planetserve.scheduler.batch import Piece
+from planetserve.model.span_blocks import KvShape
+from planetserve.scheduler.batch import ScheduledChunk
 
 PAGE_SIZE = 4
 NULL_PAGE = 8
@@ -17,35 +17,35 @@ CPU = torch.device("cpu")
 GENEROUS = SharingLimits(pass_tokens=10_000, max_copied=10_000)
 
 
-def piece(end: int, num_tokens: int = 1, pages: tuple[int, ...] = ()) -> Piece:
+def chunk(end: int, num_tokens: int = 1, pages: tuple[int, ...] = ()) -> ScheduledChunk:
     start = end - num_tokens
     table = array("i", pages or range(-(-end // PAGE_SIZE)))
     slots = array(
         "q",
         [table[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in range(start, end)],
     )
-    return Piece(0, b"", 0, start, num_tokens, 0, table, slots)
+    return ScheduledChunk(0, b"", 0, start, num_tokens, 0, table, slots)
 
 
 def test_pieces_of_equal_length_share_a_pass():
-    pieces = [piece(9), piece(30, 2), piece(40), piece(200, 200), piece(6, 2), piece(100, 60)]
-    passes = shared_passes(pieces, GENEROUS)
+    chunks = [chunk(9), chunk(30, 2), chunk(40), chunk(200, 200), chunk(6, 2), chunk(100, 60)]
+    passes = shared_passes(chunks, GENEROUS)
     assert sorted(passes) == [[0, 2], [1, 4], [3], [5]]
 
 
 def test_contexts_that_cost_more_than_a_pass_stay_alone():
     limits = SharingLimits(pass_tokens=100, max_copied=10_000)
     # Padded to 60 tokens, the one of 20 would cost 160 more than alone.
-    assert shared_passes([piece(60), piece(20), piece(400)], limits) == [[2], [0], [1]]
-    assert shared_passes([piece(40), piece(20), piece(400)], limits) == [[2], [0, 1]]
-    assert shared_passes([piece(50), piece(50)], limits) == [[0, 1]]
-    assert shared_passes([piece(51), piece(51)], limits) == [[0], [1]]
+    assert shared_passes([chunk(60), chunk(20), chunk(400)], limits) == [[2], [0], [1]]
+    assert shared_passes([chunk(40), chunk(20), chunk(400)], limits) == [[2], [0, 1]]
+    assert shared_passes([chunk(50), chunk(50)], limits) == [[0, 1]]
+    assert shared_passes([chunk(51), chunk(51)], limits) == [[0], [1]]
 
 
 def test_no_pass_copies_too_much():
     limits = SharingLimits(pass_tokens=10_000, max_copied=100)
-    assert shared_passes([piece(30)] * 7, limits) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert shared_passes([piece(300)], limits) == [[0]]
+    assert shared_passes([chunk(30)] * 7, limits) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert shared_passes([chunk(300)], limits) == [[0]]
 
 
 def test_limits_follow_the_weights():
@@ -69,7 +69,7 @@ def numbered(num_heads: int) -> torch.Tensor:
 
 def test_rows_end_together_and_begin_with_zeros():
     batch = PaddedBatch(
-        [piece(7, 2, (5, 2)), piece(3, 2, (7,)), piece(5, 2, (0, 1))], PAGE_SIZE, NULL_PAGE, CPU
+        [chunk(7, 2, (5, 2)), chunk(3, 2, (7,)), chunk(5, 2, (0, 1))], PAGE_SIZE, NULL_PAGE, CPU
     )
     assert (batch.num_rows, batch.num_tokens, batch.num_keys) == (3, 2, 7)
     assert batch.slots.tolist() == [9, 10, 29, 30, 3, 4]
@@ -87,12 +87,12 @@ def test_rows_end_together_and_begin_with_zeros():
 
 def test_a_single_sequence_is_read_in_place_where_its_pages_allow():
     tokens_NKD, scratch = numbered(2), Scratch()
-    batch = PaddedBatch([piece(10, 3, (3, 4, 5))], PAGE_SIZE, NULL_PAGE, CPU)
+    batch = PaddedBatch([chunk(10, 3, (3, 4, 5))], PAGE_SIZE, NULL_PAGE, CPU)
     rows = batch.all_tokens(torch.empty(0), tokens_NKD, scratch)
     assert batch.mask_BS is None
     assert torch.equal(rows[0], tokens_NKD[12:22].transpose(0, 1))
     assert rows.data_ptr() == tokens_NKD[12].data_ptr()
-    scattered = PaddedBatch([piece(6, 3, (3, 1))], PAGE_SIZE, NULL_PAGE, CPU)
+    scattered = PaddedBatch([chunk(6, 3, (3, 1))], PAGE_SIZE, NULL_PAGE, CPU)
     rows = scattered.all_tokens(torch.empty(0), tokens_NKD, scratch)
     assert scattered.mask_BS is None
     assert torch.equal(rows[0], tokens_NKD[[12, 13, 14, 15, 4, 5]].transpose(0, 1))
@@ -100,6 +100,6 @@ def test_a_single_sequence_is_read_in_place_where_its_pages_allow():
 
 def test_new_sequences_need_nothing_from_pages():
     new_BKTD = torch.randn(2, 2, 3, 2)
-    batch = PaddedBatch([piece(3, 3, (3,)), piece(3, 3, (1,))], PAGE_SIZE, NULL_PAGE, CPU)
+    batch = PaddedBatch([chunk(3, 3, (3,)), chunk(3, 3, (1,))], PAGE_SIZE, NULL_PAGE, CPU)
     assert batch.all_tokens(new_BKTD, numbered(2), Scratch()) is new_BKTD
     assert batch.mask_BS is None

@@ -14,7 +14,7 @@ from planetserve.engine.attention import AttentionOptions
 from planetserve.engine.kv_cache import PagedKvCache
 from planetserve.engine.ragged import RaggedBatch, Visibility
 from planetserve.native import library
-from planetserve.scheduler.batch import Piece
+from planetserve.scheduler.batch import ScheduledChunk
 
 PAGE_SIZE = 4
 NUM_PAGES = 96
@@ -30,12 +30,12 @@ BACKENDS = [
 ]
 
 
-def make_piece(start: int, num_tokens: int, pages: list[int]) -> Piece:
+def make_chunk(start: int, num_tokens: int, pages: list[int]) -> ScheduledChunk:
     slots = [
         pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
         for position in range(start, start + num_tokens)
     ]
-    return Piece(0, b"", 0, start, num_tokens, 0, array("i", pages), array("q", slots))
+    return ScheduledChunk(0, b"", 0, start, num_tokens, 0, array("i", pages), array("q", slots))
 
 
 def naive(query_HD, keys_SKD, values_SKE, position, options: AttentionOptions) -> torch.Tensor:
@@ -90,11 +90,11 @@ def test_every_piece_attends_to_its_own_past(
     rng.shuffle(shapes)
     neat, scattered = list(range(NUM_PAGES // 2)), list(range(NUM_PAGES // 2, NUM_PAGES))
     rng.shuffle(scattered)
-    pieces, past = [], []
+    chunks, past = [], []
     for start, num_tokens in shapes:
         source = rng.choice([neat, scattered])
         count = -(-(start + num_tokens) // PAGE_SIZE)
-        pieces.append(make_piece(start, num_tokens, [source.pop(0) for _ in range(count)]))
+        chunks.append(make_chunk(start, num_tokens, [source.pop(0) for _ in range(count)]))
         past.append((start, start + num_tokens))
     cache = PagedKvCache(1, NUM_PAGES, PAGE_SIZE)
     cache.write(
@@ -103,19 +103,19 @@ def test_every_piece_attends_to_its_own_past(
         torch.randn(NUM_PAGES * PAGE_SIZE, num_kv_heads, key_width),
         torch.randn(NUM_PAGES * PAGE_SIZE, num_kv_heads, value_width),
     )
-    total = sum(piece.num_tokens for piece in pieces)
+    total = sum(chunk.num_tokens for chunk in chunks)
     query = torch.randn(1, 4, total, key_width)
     key = torch.randn(1, num_kv_heads, total, key_width)
     value = torch.randn(1, num_kv_heads, total, value_width)
     batch = RaggedBatch(
-        pieces, PAGE_SIZE, cache.null_page, max_grouped_context, torch.device("cpu")
+        chunks, PAGE_SIZE, cache.null_page, max_grouped_context, torch.device("cpu")
     )
     pages = cache.write(0, batch.slots_T, key[0].transpose(0, 1), value[0].transpose(0, 1))
     output = REGISTRY.create(backend).attend(query, key, value, pages, batch, OPTIONS[name])
     assert output.shape == (1, total, 4, value_width)
     token = 0
-    for piece, (start, end) in zip(pieces, past, strict=True):
-        slots = [piece.pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in range(piece.end)]
+    for chunk, (start, end) in zip(chunks, past, strict=True):
+        slots = [chunk.pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in range(chunk.end)]
         for position in range(start, end):
             expected = naive(
                 query[0, :, token],
@@ -129,16 +129,16 @@ def test_every_piece_attends_to_its_own_past(
 
 
 def test_steps_over_contexts_of_one_length_share_a_call():
-    pieces = [make_piece(8, 1, [i * 3, i * 3 + 1, i * 3 + 2]) for i in range(5)]
-    batch = RaggedBatch(pieces, PAGE_SIZE, NUM_PAGES, 64, torch.device("cpu"))
+    chunks = [make_chunk(8, 1, [i * 3, i * 3 + 1, i * 3 + 2]) for i in range(5)]
+    batch = RaggedBatch(chunks, PAGE_SIZE, NUM_PAGES, 64, torch.device("cpu"))
     (group,) = batch.groups(Visibility())
-    assert group.num_pieces == 5
+    assert group.num_chunks == 5
     assert batch.groups(Visibility()) is batch.groups(Visibility())
 
 
 def test_a_step_over_consecutive_pages_gathers_nothing():
     batch = RaggedBatch(
-        [make_piece(9, 1, [4, 5, 6])], PAGE_SIZE, NUM_PAGES, 64, torch.device("cpu")
+        [make_chunk(9, 1, [4, 5, 6])], PAGE_SIZE, NUM_PAGES, 64, torch.device("cpu")
     )
     (group,) = batch.groups(Visibility(window=3))
     assert group.pages is None

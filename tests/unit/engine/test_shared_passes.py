@@ -17,7 +17,7 @@ from planetserve.engine.span_runner import SpanRunner
 from planetserve.errors import RemoteError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.linear import convert_span
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.native import library
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.types import BlockSpan
@@ -30,17 +30,17 @@ MARK = 12345.0
 
 
 class Recorder(SpanRunner):
-    """Notes which blocks each pass ran for how many pieces; fails on marked tokens from block 2."""
+    """Notes which blocks each pass ran for how many chunks; fails on marked tokens from block 2."""
 
     def __init__(self, *args, **kwargs):
         self.passes: list[tuple[str, int]] = []
         super().__init__(*args, **kwargs)
 
-    def forward(self, pieces, hidden_TD, positions_T, span=None):
-        self.passes.append((str(span), len(pieces)))
+    def forward(self, chunks, hidden_TD, positions_T, span=None):
+        self.passes.append((str(span), len(chunks)))
         if span.start >= 2 and (hidden_TD == MARK).any():
             raise RuntimeError("kernel failure")
-        return super().forward(pieces, hidden_TD, positions_T, span)
+        return super().forward(chunks, hidden_TD, positions_T, span)
 
 
 @pytest.fixture(
@@ -110,10 +110,10 @@ async def test_sharing_passes_changes_no_result(engine, parts, shared):
         if engine.runner.is_paged:
             sessions = {span: count for span, count in shared}
             assert [span for span, _ in engine.runner.passes] == list(sessions)
-            for span, num_pieces in engine.runner.passes:
+            for span, num_chunks in engine.runner.passes:
                 covering = [n for part, n in zip(parts, rows_each, strict=True)
                             if BlockSpan.parse(part).covers(BlockSpan.parse(span))]  # fmt: skip
-                assert (num_pieces, sessions[span]) == (sum(covering), len(covering))
+                assert (num_chunks, sessions[span]) == (sum(covering), len(covering))
         else:
             assert sorted(span for span, _ in engine.runner.passes) == sorted(set(parts))
         for key, own, output in zip(alone, steps, outputs, strict=True):

@@ -10,7 +10,7 @@ from tiny_models import SPAN, Tiny
 
 from planetserve.engine.probe import Batching, agree
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.scheduler.batch import WorkItem
+from planetserve.scheduler.batch import StepRequest
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.testing.checkpoints import VOCAB_SIZE
 from planetserve.types import BlockSpan
@@ -83,7 +83,7 @@ class Harness:
             expected.append(leaving[start:])
         if slices:
             self.rows[session_id] = rows
-            self.scheduler.add(WorkItem(self.num_items, session_id, tuple(slices), reorder))
+            self.scheduler.add(StepRequest(self.num_items, session_id, tuple(slices), reorder))
             self.inputs[self.num_items] = torch.cat(inputs)
             self.expected[self.num_items] = torch.cat(expected)
             self.outputs[self.num_items] = torch.full_like(self.expected[self.num_items], 1e9)
@@ -93,16 +93,16 @@ class Harness:
     def tick(self) -> None:
         batch = self.scheduler.schedule()
         self.runner.prepare(batch)
-        if not batch.pieces:
+        if not batch.chunks:
             return
-        ranges = [(p.item_id, slice(p.offset, p.offset + p.num_tokens)) for p in batch.pieces]
+        ranges = [(p.item_id, slice(p.offset, p.offset + p.num_tokens)) for p in batch.chunks]
         output = self.runner.forward(
-            batch.pieces,
+            batch.chunks,
             torch.cat([self.inputs[item_id][where] for item_id, where in ranges]),
-            torch.cat([torch.arange(p.start, p.end) for p in batch.pieces]),
+            torch.cat([torch.arange(p.start, p.end) for p in batch.chunks]),
         )
         for (item_id, where), part in zip(
-            ranges, output.split([p.num_tokens for p in batch.pieces]), strict=True
+            ranges, output.split([p.num_tokens for p in batch.chunks]), strict=True
         ):
             self.outputs[item_id][where] = part
         for item_id in self.scheduler.commit(batch):
@@ -182,14 +182,14 @@ def test_sessions_over_parts_of_the_span(tiny, family):
     with torch.inference_mode():
         for start, end in [(0, 9), (9, 10), (10, 13)]:
             for number, part in enumerate(parts):
-                item = WorkItem(number, str(part).encode(), (RowSlice(0, start, end - start),))
+                item = StepRequest(number, str(part).encode(), (RowSlice(0, start, end - start),))
                 scheduler.add(item)
             batch = scheduler.schedule()
             runner.prepare(batch)
-            for piece in batch.pieces:
-                part = parts[piece.item_id]
+            for chunk in batch.chunks:
+                part = parts[chunk.item_id]
                 output = runner.forward(
-                    [piece], states[part.start][start:end], torch.arange(start, end), part
+                    [chunk], states[part.start][start:end], torch.arange(start, end), part
                 )
                 torch.testing.assert_close(
                     output, states[part.end][start:end], rtol=1e-4, atol=1e-4
@@ -217,17 +217,17 @@ def test_nobody_feels_how_long_others_are(tiny, family, batching):
     for start, count in [(0, 10), *((10 + step, 1) for step in range(8)), (18, 2)]:
         for number in range(len(first)):
             row = RowSlice(0, start, count)
-            scheduler.add(WorkItem(number, bytes([number]), (row,)))
+            scheduler.add(StepRequest(number, bytes([number]), (row,)))
         batch = scheduler.schedule()
-        assert len(batch.pieces) == len(first)
+        assert len(batch.chunks) == len(first)
         hidden = torch.randn(batch.num_tokens, 32, generator=generator)
         positions = torch.cat(
-            [torch.arange(p.start, p.end) + first[p.item_id] for p in batch.pieces]
+            [torch.arange(p.start, p.end) + first[p.item_id] for p in batch.chunks]
         )
         outputs = []
         for one in (runner, alone):
             one.prepare(batch)
-            outputs.append(one.forward(batch.pieces, hidden, positions))
+            outputs.append(one.forward(batch.chunks, hidden, positions))
         assert agree(*outputs, hidden)
         scheduler.commit(batch)
 
@@ -254,13 +254,13 @@ def test_half_precision_stays_near_float32(tiny, family, largest_error, dtype):
     outputs = []
     with torch.inference_mode():
         for start, end in [(0, 20), *((i, i + 1) for i in range(20, 30))]:
-            harness.scheduler.add(WorkItem(0, session, (RowSlice(0, start, end - start),)))
+            harness.scheduler.add(StepRequest(0, session, (RowSlice(0, start, end - start),)))
             batch = harness.scheduler.schedule()
             runner.prepare(batch)
-            for piece in batch.pieces:
-                where = slice(piece.start, piece.end)
+            for chunk in batch.chunks:
+                where = slice(chunk.start, chunk.end)
                 outputs.append(
-                    runner.forward([piece], entering[where].to(dtype), torch.arange(30)[where])
+                    runner.forward([chunk], entering[where].to(dtype), torch.arange(30)[where])
                 )
             harness.scheduler.commit(batch)
     error = (torch.cat(outputs).float() - leaving).norm() / leaving.norm()

@@ -8,14 +8,14 @@ import random
 import pytest
 import torch
 
-from planetserve.engine.attention_choice import MIN_PAGES, TOLERANCE, best_backend, largest_error
+from planetserve.engine.attention_selector import MIN_PAGES, TOLERANCE, best_backend, largest_error
 from planetserve.engine.native_attention import NativeBackend
 from planetserve.engine.probe import Batching, examine
 from planetserve.engine.sdpa import SdpaBackend
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.engine.varlen_attention import VarlenBackend
 from planetserve.errors import ConfigError
-from planetserve.model.skeleton import KvShape
+from planetserve.model.span_blocks import KvShape
 from planetserve.native import library
 from planetserve.testing.scripts import random_script
 

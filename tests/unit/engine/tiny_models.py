@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.types import BlockSpan
 
 SPAN = BlockSpan(1, 3)

@@ -13,7 +13,7 @@ from planetserve.errors import ModelError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.client_half import NO_ATTENTION, load_client_half
 from planetserve.model.decoder import find_decoder
-from planetserve.model.loading import build_skeleton
+from planetserve.model.loading import build_on_meta
 from planetserve.testing.chain import LengthCache, LocalChain
 from planetserve.testing.checkpoints import make_tiny_checkpoint, tiny_config
 from planetserve.types import BlockSpan
@@ -119,7 +119,7 @@ def test_a_model_without_a_final_norm_is_refused(tmp_path: Path) -> None:
 )
 def test_the_decoder_is_found(family: str, layers: str, norm: str, tmp_path: Path) -> None:
     tiny_config(family).save_pretrained(tmp_path)
-    decoder = find_decoder(build_skeleton(Checkpoint.open(str(tmp_path)), torch.float32))
+    decoder = find_decoder(build_on_meta(Checkpoint.open(str(tmp_path)), torch.float32))
     assert (decoder.layers_path, decoder.final_norm_attr) == (layers, norm)
     assert decoder.layer_of(f"{layers}.3.x.weight") == 3
     assert decoder.layer_of("lm_head.weight") is None

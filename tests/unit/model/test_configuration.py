@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from planetserve.errors import ModelError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.client_half import load_client_half
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.types import BlockSpan
 

@@ -13,7 +13,7 @@ from torch import nn
 from planetserve.model import experts
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.linear_backends import BACKENDS, PLAIN
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.native import library
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.types import BlockSpan

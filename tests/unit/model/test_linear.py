@@ -20,7 +20,7 @@ from planetserve.model.linear import convert_span
 from planetserve.model.linear_backends import BACKENDS, Auto, Native, Packed
 from planetserve.model.native_linear import NativeLinear
 from planetserve.model.onednn_linear import PackedLinear
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.native import library
 from planetserve.testing.checkpoints import SERVABLE_FAMILIES, make_tiny_checkpoint
 from planetserve.types import BlockSpan

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 from planetserve.errors import ModelError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.client_half import load_client_half
-from planetserve.model.loading import build_skeleton, load_parameters
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.loading import build_on_meta, load_parameters
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.types import BlockSpan
 
 
 def test_a_skeleton_takes_no_memory(llama: Path) -> None:
-    model = build_skeleton(Checkpoint.open(str(llama)), torch.bfloat16)
+    model = build_on_meta(Checkpoint.open(str(llama)), torch.bfloat16)
     assert all(value.is_meta for value in [*model.parameters(), *model.buffers()])
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
     assert not model.training
@@ -31,7 +31,7 @@ def test_a_skeleton_takes_no_memory(llama: Path) -> None:
 
 def test_only_wanted_parameters_become_real(llama: Path) -> None:
     checkpoint = Checkpoint.open(str(llama))
-    model = build_skeleton(checkpoint, torch.float32)
+    model = build_on_meta(checkpoint, torch.float32)
     load_parameters(model, checkpoint, lambda name: "layers.2." in name, torch.float32, "cpu")
     real = {name for name, value in model.named_parameters() if not value.is_meta}
     assert real == {name for name, _ in model.named_parameters() if "layers.2." in name}
@@ -133,7 +133,7 @@ def test_damage_in_a_shard_stays_an_error_of_that_file(tmp_path: Path) -> None:
 _PEAK = """
 import re, sys, torch
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.types import BlockSpan
 import transformers.models.llama.modeling_llama
 

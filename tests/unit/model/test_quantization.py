@@ -16,7 +16,7 @@ from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.experts import has_experts, is_split
 from planetserve.model.linear import convert_span
 from planetserve.model.quantization import block_bytes, require_quantizer
-from planetserve.model.skeleton import SpanBlocks
+from planetserve.model.span_blocks import SpanBlocks
 from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.types import BlockSpan
 

@@ -8,10 +8,10 @@ import pytest
 
 from planetserve.errors import ConfigError
 from planetserve.scheduler import preemption
-from planetserve.scheduler.batch import ScheduledBatch, WorkItem
+from planetserve.scheduler.batch import ScheduledBatch, StepRequest
 from planetserve.scheduler.page_allocator import PageAllocator
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
-from planetserve.scheduler.sequence import Sequence
+from planetserve.scheduler.kv_row import Sequence
 from planetserve.wire.step import RowSlice
 
 SIZE = 4
@@ -46,7 +46,7 @@ class Serving:
         item_id = len(self.names)
         self.names[item_id] = (name, rows[0][1])
         slices = tuple(RowSlice(*row) for row in rows)
-        self.scheduler.add(WorkItem(item_id, name.encode(), slices, reorder))
+        self.scheduler.add(StepRequest(item_id, name.encode(), slices, reorder))
 
     def tick(self, idle=()) -> ScheduledBatch:
         batch = self.scheduler.schedule(idle=idle)
@@ -58,7 +58,7 @@ class Serving:
         batches = []
         while self.scheduler.has_work:
             batches.append(self.tick())
-            if not batches[-1].pieces:
+            if not batches[-1].chunks:
                 break
         return batches
 
@@ -78,10 +78,10 @@ def old_and_new() -> Serving:
 
 def restored(batches: list[ScheduledBatch]) -> list[tuple[str, int, int]]:
     return [
-        (piece.session_id.decode(), piece.start, piece.end)
+        (chunk.session_id.decode(), chunk.start, chunk.end)
         for batch in batches
-        for piece in batch.pieces
-        if piece.is_restored
+        for chunk in batch.chunks
+        if chunk.is_restored
     ]
 
 
@@ -106,7 +106,7 @@ def test_the_newest_gives_up_what_the_oldest_needs_and_no_more():
 
 def test_nobody_takes_pages_from_an_older_session():
     serving = old_and_new()
-    assert not serving.tick().pieces
+    assert not serving.tick().chunks
     assert serving.waiting == {"new"}
     assert serving.scheduler.num_preemptions == 0
     serving.scheduler.close(b"old")
@@ -116,7 +116,7 @@ def test_nobody_takes_pages_from_an_older_session():
 
 def test_a_session_without_steps_loses_pages_to_newer_ones():
     serving = old_and_new()
-    assert serving.tick(idle={b"old"}).pieces
+    assert serving.tick(idle={b"old"}).chunks
     assert serving.finished[-1] == ("new", 4)
     serving.scheduler.close(b"new")
     serving.add("old", (0, 12, 1))
@@ -147,7 +147,7 @@ def test_a_prompt_begins_only_when_there_is_room_for_all_of_it():
     serving.open("new")
     serving.add("new", (0, 0, 16))
     # Four pages are free, but the older session may need one soon.
-    assert not serving.tick().pieces
+    assert not serving.tick().chunks
     assert serving.waiting == {"new"}
     serving.open("small")
     serving.add("small", (0, 0, 8))
@@ -173,7 +173,7 @@ def test_a_prompt_that_is_interrupted_goes_on_where_its_pages_end():
     serving.scheduler.close(b"old")
     batches = serving.run()
     assert restored(batches) == []
-    assert batches[0].pieces[0].start == 12
+    assert batches[0].chunks[0].start == 12
     assert serving.finished[-1] == ("new", 0)
     assert serving.scheduler.num_recomputed_tokens == 4
 
@@ -198,7 +198,7 @@ def test_rows_share_pages_again_after_these_were_taken():
     assert serving.finished[-1] == ("beams", 23)
     assert serving.scheduler.num_used_pages == before + 1
     for batch in batches:
-        written = {slot // SIZE for piece in batch.pieces for slot in piece.slots}
+        written = {slot // SIZE for chunk in batch.chunks for slot in chunk.slots}
         # A page is copied before anything is written, so not one that is filled in this batch.
         assert not written & {source for source, _ in batch.copies}
     # The first row anew, and of the others only what was their own.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from planetserve.errors import ConfigError, SessionError
-from planetserve.scheduler.batch import ScheduledBatch, WorkItem
+from planetserve.scheduler.batch import ScheduledBatch, StepRequest
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.wire.step import RowSlice
 
@@ -22,8 +22,8 @@ def make(**options) -> Scheduler:
     return Scheduler(SchedulerConfig(**{**settings, **options}))
 
 
-def step(item_id: int, session: bytes, *rows: tuple[int, int, int], reorder=None) -> WorkItem:
-    return WorkItem(item_id, session, tuple(RowSlice(*row) for row in rows), reorder)
+def step(item_id: int, session: bytes, *rows: tuple[int, int, int], reorder=None) -> StepRequest:
+    return StepRequest(item_id, session, tuple(RowSlice(*row) for row in rows), reorder)
 
 
 def run(scheduler: Scheduler) -> tuple[ScheduledBatch, tuple[int, ...]]:
@@ -70,10 +70,10 @@ def test_pieces_of_a_split_item_cover_it_exactly():
     finished = ()
     while scheduler.has_work:
         batch, finished = run(scheduler)
-        for piece in batch.pieces:
-            assert len(piece.slots) == piece.num_tokens
-            seen += [(piece.sequence_id, piece.start + i) for i in range(piece.num_tokens)]
-            assert piece.offset + piece.num_tokens <= 18
+        for chunk in batch.chunks:
+            assert len(chunk.slots) == chunk.num_tokens
+            seen += [(chunk.sequence_id, chunk.start + i) for i in range(chunk.num_tokens)]
+            assert chunk.offset + chunk.num_tokens <= 18
     assert finished == (1,)
     assert seen == [(0, i) for i in range(11)] + [(1, i) for i in range(7)]
 
@@ -86,7 +86,7 @@ def test_a_step_before_the_end_rolls_back():
     assert scheduler.num_used_pages == 3
     scheduler.add(step(2, b"s", (0, 5, 1)))
     batch, _ = run(scheduler)
-    assert batch.pieces[0].start == 5
+    assert batch.chunks[0].start == 5
     assert scheduler.num_used_pages == 2
 
 
@@ -134,12 +134,12 @@ def test_reorder_forks_the_rows_that_are_used_twice():
     scheduler.open(b"s", 3)
     scheduler.add(step(1, b"s", (0, 0, 5), (1, 0, 5), (2, 0, 5)))
     first, _ = run(scheduler)
-    ids = [piece.sequence_id for piece in first.pieces]
+    ids = [chunk.sequence_id for chunk in first.chunks]
     scheduler.add(step(2, b"s", (0, 5, 1), (1, 5, 1), (2, 5, 1), reorder=(1, 1, 0)))
     batch, _ = run(scheduler)
     assert batch.released == (ids[2],)
-    assert [piece.sequence_id for piece in batch.pieces[1:]] == [ids[1], ids[0]]
-    assert batch.forks == ((batch.pieces[0].sequence_id, ids[1]),)
+    assert [chunk.sequence_id for chunk in batch.chunks[1:]] == [ids[1], ids[0]]
+    assert batch.forks == ((batch.chunks[0].sequence_id, ids[1]),)
     assert len(batch.copies) == 1
     scheduler.close(b"s")
     assert scheduler.num_used_pages == 0
@@ -204,7 +204,7 @@ def test_a_model_that_cannot_be_chunked_gets_whole_steps():
     sizes = []
     while scheduler.has_work:
         batch, _ = run(scheduler)
-        sizes.append([piece.num_tokens for piece in batch.pieces])
+        sizes.append([chunk.num_tokens for chunk in batch.chunks])
     assert sorted(sizes) == [[40], [50]]
 
 
@@ -245,7 +245,7 @@ class RandomServing(RuleBasedStateMachine):
     """Sessions come, send steps with rollbacks and reorders, and vanish, in random order.
 
     A dictionary of slots stands in for the KV tensors: each token is written as its (row history)
-    value, and after each batch every piece must read its whole past through its page table.
+    value, and after each batch every chunk must read its whole past through its page table.
     """
 
     MAX_LENGTH = 24
@@ -260,7 +260,7 @@ class RandomServing(RuleBasedStateMachine):
         self.sessions: dict[bytes, list[list[int]]] = {}
         self.tokens: dict[int, list[list[int]]] = {}
         self.expected: dict[int, list[list[int]]] = {}
-        self.items: dict[int, WorkItem] = {}
+        self.items: dict[int, StepRequest] = {}
         self.inputs: dict[bytes, list[list[int]]] = {}
         self.finished: dict[bytes, list[int]] = {}
         self.slots: dict[int, int] = {}
@@ -298,12 +298,12 @@ class RandomServing(RuleBasedStateMachine):
                 rows[row] = rows[row][:start] + [first + i for i in range(count)]
         if not slices:
             return
-        item = WorkItem(self.next_id, session_id, tuple(slices), reorder)
+        item = StepRequest(self.next_id, session_id, tuple(slices), reorder)
         self.next_id += 1
         self.scheduler.add(item)
         self.items[item.item_id] = item
         self.sessions[session_id] = rows
-        self.expected[item.item_id] = [rows[piece.row][: piece.end] for piece in slices]
+        self.expected[item.item_id] = [rows[chunk.row][: chunk.end] for chunk in slices]
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data())
@@ -324,16 +324,16 @@ class RandomServing(RuleBasedStateMachine):
         assert batch.num_tokens <= 8
         self._start_and_rewind(batch)
         self._write_and_read(batch)
-        for piece in batch.pieces:
-            if not piece.is_restored:
-                assert self.done.get(piece.item_id, 0) == piece.offset
-                self.done[piece.item_id] = piece.offset + piece.num_tokens
+        for chunk in batch.chunks:
+            if not chunk.is_restored:
+                assert self.done.get(chunk.item_id, 0) == chunk.offset
+                self.done[chunk.item_id] = chunk.offset + chunk.num_tokens
         for item_id in self.scheduler.commit(batch):
             item = self.items[item_id]
             self.finished[item.session_id].append(item_id)
-            for piece, tokens in zip(item.rows, self.expected[item_id], strict=True):
-                self.inputs[item.session_id][piece.row] = tokens
-        return bool(batch.pieces or batch.started)
+            for chunk, tokens in zip(item.rows, self.expected[item_id], strict=True):
+                self.inputs[item.session_id][chunk.row] = tokens
+        return bool(batch.chunks or batch.started)
 
     def _start_and_rewind(self, batch: ScheduledBatch) -> None:
         for item_id in batch.started:
@@ -341,8 +341,8 @@ class RandomServing(RuleBasedStateMachine):
             rows = self.inputs[item.session_id]
             reorder = item.reorder or range(self.NUM_ROWS)
             rows[:] = [rows[source][:] for source in reorder]
-            for piece in item.rows:
-                del rows[piece.row][piece.start :]
+            for chunk in item.rows:
+                del rows[chunk.row][chunk.start :]
         for item_id, num_done in batch.rewound:
             assert num_done < self.done[item_id]
             self.done[item_id] = num_done
@@ -359,29 +359,29 @@ class RandomServing(RuleBasedStateMachine):
             for i in range(PAGE_SIZE):
                 self.slots[page * PAGE_SIZE + i] = -1
         used = set()
-        for piece in batch.pieces:
-            expected = self._expected(piece)
-            for i, slot in enumerate(piece.slots):
+        for chunk in batch.chunks:
+            expected = self._expected(chunk)
+            for i, slot in enumerate(chunk.slots):
                 assert slot not in used
                 used.add(slot)
-                self.slots[slot] = expected[piece.start + i]
-        for piece in batch.pieces:
+                self.slots[slot] = expected[chunk.start + i]
+        for chunk in batch.chunks:
             read = [
-                self.slots[piece.pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE]
-                for i in range(piece.end)
+                self.slots[chunk.pages[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE]
+                for i in range(chunk.end)
             ]
-            assert read == self._expected(piece)[: piece.end]
+            assert read == self._expected(chunk)[: chunk.end]
 
-    def _expected(self, piece) -> list[int]:
-        if piece.is_restored:
-            return self.inputs[piece.session_id][piece.row]
-        item = self.items[piece.item_id]
+    def _expected(self, chunk) -> list[int]:
+        if chunk.is_restored:
+            return self.inputs[chunk.session_id][chunk.row]
+        item = self.items[chunk.item_id]
         before = 0
         for index, row_slice in enumerate(item.rows):
-            if piece.offset < before + row_slice.num_tokens:
-                return self.expected[piece.item_id][index]
+            if chunk.offset < before + row_slice.num_tokens:
+                return self.expected[chunk.item_id][index]
             before += row_slice.num_tokens
-        raise AssertionError("a piece outside its item")
+        raise AssertionError("a chunk outside its item")
 
     @invariant()
     def pages_are_accounted_for(self):

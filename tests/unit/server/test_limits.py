@@ -8,9 +8,9 @@ import logging
 import pytest
 
 from planetserve.errors import ConfigError, QueueFull
-from planetserve.server import counters, limits
-from planetserve.server.counters import Refusals
-from planetserve.server.gate import GateShare, StepGate
+from planetserve.server import limits, refusal_log
+from planetserve.server.refusal_log import RefusalLog
+from planetserve.server.backpressure import PeerBackpressure, StepBackpressure
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
 from planetserve.testing.clock import ManualClock
 
@@ -99,7 +99,7 @@ def test_the_rest_of_a_begun_step_is_counted_in_any_case() -> None:
 
 
 async def test_the_gate_opens_when_there_is_room_again() -> None:
-    gate = StepGate(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    gate = StepBackpressure(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
     await gate.enter("a", 7)
     waiting = [asyncio.create_task(gate.enter("a", 4)) for _ in range(2)]
     await gate.enter("b", 2)
@@ -116,7 +116,7 @@ async def test_the_gate_opens_when_there_is_room_again() -> None:
 
 
 async def test_what_another_peer_leaves_lets_in_who_waited_for_the_whole() -> None:
-    gate = StepGate(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    gate = StepBackpressure(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
     await gate.enter("a", 10)
     waiting = asyncio.create_task(gate.enter("b", 4))
     await asyncio.sleep(0)
@@ -126,7 +126,7 @@ async def test_what_another_peer_leaves_lets_in_who_waited_for_the_whole() -> No
 
 
 async def test_who_is_let_in_and_cancelled_at_once_holds_nothing() -> None:
-    gate = StepGate(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    gate = StepBackpressure(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
     await gate.enter("a", 10)
     waiting = asyncio.create_task(gate.enter("b", 4))
     await asyncio.sleep(0)
@@ -138,8 +138,8 @@ async def test_who_is_let_in_and_cancelled_at_once_holds_nothing() -> None:
 
 
 async def test_a_session_that_ends_gives_back_what_it_has_in_the_gate() -> None:
-    gate = StepGate(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
-    share = GateShare(gate, "a")
+    gate = StepBackpressure(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    share = PeerBackpressure(gate, "a")
     await share.enter(6)
     share.close()
     share.leave(6)  # by whoever still held some
@@ -153,8 +153,8 @@ def test_refusals_are_counted_and_logged_at_a_bounded_rate(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = ManualClock()
-    refusals = Refusals(clock)
-    with caplog.at_level(logging.INFO, logger="planetserve.server.counters"):
+    refusals = RefusalLog(clock)
+    with caplog.at_level(logging.INFO, logger="planetserve.server.refusal_log"):
         for _ in range(1000):
             refusals.add("open.queue_full", "peer-a")
         refusals.add("frame", "peer-b")
@@ -170,7 +170,7 @@ def test_refusals_are_counted_and_logged_at_a_bounded_rate(
 
 def test_so_many_peers_are_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counters, "MAX_PEERS", 10)
-    refusals = Refusals(ManualClock())
+    refusals = RefusalLog(ManualClock())
     for number in range(100):
         refusals.add("frame", f"peer {number}")
     assert len(refusals._peers) == 10

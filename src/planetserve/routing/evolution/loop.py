@@ -16,7 +16,7 @@ from pymoo.core.problem import Problem
 from pymoo.core.repair import Repair
 
 from planetserve.routing.arrays import FloatArray, IntArray
-from planetserve.routing.evolution.first import good_chains
+from planetserve.routing.evolution.initial_population import good_chains
 from planetserve.routing.evolution.objectives import evaluate
 from planetserve.routing.evolution.operators import Operators
 from planetserve.routing.problem import RoutingProblem

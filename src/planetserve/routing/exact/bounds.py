@@ -3,7 +3,7 @@
 The backward dynamic programme works on runs, not blocks: `enter[b, s]` is the least cost of
 finishing the chain when server `s` starts a run at boundary `b`, and `leave[b, s]` when it has just
 ended one there. A later visit to the same server is not charged against its limit, so both are
-lower bounds; prices per block and per visit (see `dual.py`) tighten them.
+lower bounds; prices per block and per visit (see `lagrangian.py`) tighten them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from planetserve.errors import ConfigError
 from planetserve.routing.arrays import BoolArray, FloatArray, IntArray
 from planetserve.routing.problem import RoutingProblem
-from planetserve.routing.walk import run_ends
+from planetserve.routing.greedy_walk import run_ends
 
 Counts = NDArray[np.int64]
 _MAX_CELLS = 10**8

@@ -16,11 +16,11 @@ from itertools import pairwise
 import numpy as np
 
 from planetserve.routing.exact.bounds import Limits
-from planetserve.routing.exact.floor import FloorSolver
-from planetserve.routing.exact.labels import beam_effort
+from planetserve.routing.exact.throughput_constraint import ThroughputConstraint
+from planetserve.routing.exact.label_setting import beam_effort
 from planetserve.routing.exact.matching import deal_out
-from planetserve.routing.exact.neighbourhood import Neighbourhood
-from planetserve.routing.exact.work import TOLERANCE, Work
+from planetserve.routing.exact.large_neighbourhood_search import LargeNeighbourhoodSearch
+from planetserve.routing.exact.search_budget import TOLERANCE, SearchBudget
 from planetserve.routing.problem import RoutingProblem
 from planetserve.types import Chain
 
@@ -61,10 +61,10 @@ def sweep(problem: RoutingProblem, effort: int, time_limit_s: float = math.inf) 
 
     Args:
         problem: where to look.
-        effort, time_limit_s: work to spend, as for `Work`.
+        effort, time_limit_s: work to spend, as for `SearchBudget`.
     """
-    work = Work(problem, effort, time_limit_s)
-    solver = FloorSolver(work, int(_SEARCH_SHARE * effort))
+    work = SearchBudget(problem, effort, time_limit_s)
+    solver = ThroughputConstraint(work, int(_SEARCH_SHARE * effort))
     _prove_upwards(work, solver, effort - int(_PROVING_SHARE * effort))
     if not _complete(work.front(), solver):
         _refine(work, solver)
@@ -73,7 +73,7 @@ def sweep(problem: RoutingProblem, effort: int, time_limit_s: float = math.inf) 
     return Swept(tuple(chains), gaps, _complete(chains, solver))
 
 
-def _prove_upwards(work: Work, solver: FloorSolver, stop_at: int) -> None:
+def _prove_upwards(work: SearchBudget, solver: ThroughputConstraint, stop_at: int) -> None:
     """Floor after floor, until there is none or no more than `stop_at` of the effort is left."""
     best = solver.prove(_LEAST_RATE, work.left - stop_at)
     while best is not None and work.left > stop_at and not work.is_over(_PROVING_TIME):
@@ -81,9 +81,9 @@ def _prove_upwards(work: Work, solver: FloorSolver, stop_at: int) -> None:
         best = solver.prove(rate, work.left - stop_at)
 
 
-def _refine(work: Work, solver: FloorSolver) -> None:
+def _refine(work: SearchBudget, solver: ThroughputConstraint) -> None:
     """Look where the most may be gained, the harder the more often it was in vain."""
-    neighbourhood = Neighbourhood(work)
+    neighbourhood = LargeNeighbourhoodSearch(work)
     top = _top_rate(work)
     widest = max(1, int(_LOOK_SHARE * work.left / beam_effort(work.graph)))
     looks: dict[float, int] = {}
@@ -104,7 +104,7 @@ def _refine(work: Work, solver: FloorSolver) -> None:
 
 
 def _open_places(
-    work: Work, solver: FloorSolver, top: float, looks: dict[float, int]
+    work: SearchBudget, solver: ThroughputConstraint, top: float, looks: dict[float, int]
 ) -> Iterator[tuple[float, float]]:
     """Floors to look at, after the area between front and bounds that one look may settle."""
     chains = work.front()
@@ -122,14 +122,14 @@ def _open_places(
         yield area, math.sqrt(low * high) if not again and high > low * _FAR else low
 
 
-def _complete(chains: Sequence[Chain], solver: FloorSolver) -> bool:
+def _complete(chains: Sequence[Chain], solver: ThroughputConstraint) -> bool:
     """Whether bounds leave no room between neighbouring chains, and none above the last."""
     above = [solver.lower_ms(c.throughput_tokens_per_s * (1 + TOLERANCE)) for c in chains]
     least = [chain.latency_ms * (1 - TOLERANCE) for chain in chains[1:]]
     return all(bound >= ms for bound, ms in zip(above, [*least, math.inf], strict=True))
 
 
-def _top_rate(work: Work) -> float:
+def _top_rate(work: SearchBudget) -> float:
     """A rate that no chain passes, by at most 1 %: blocks cannot be dealt out any faster."""
     problem = work.problem
     low = work.front()[-1].throughput_tokens_per_s

@@ -1,7 +1,7 @@
 """What a chain optimiser is: a pure function from a snapshot and a request to a chain.
 
 Optimisers hold their settings and nothing else; one object may be used for any number of plans.
-They are chosen by name from `OPTIMIZERS`, and third parties add theirs through the entry-point
+They are chosen by name from `OPTIMIZERS`, and third cohorts add theirs through the entry-point
 group `planetserve.chain_optimizers`. Most start with `RoutingProblem.build`, which applies the
 filters.
 """

@@ -11,7 +11,7 @@ import numpy as np
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
-from planetserve.routing.walk import run_ends, walk
+from planetserve.routing.greedy_walk import run_ends, walk
 from planetserve.types import Chain
 
 

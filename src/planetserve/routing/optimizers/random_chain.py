@@ -8,7 +8,7 @@ from planetserve.routing.optimizers.base import checked_seed
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
-from planetserve.routing.walk import run_ends, walk
+from planetserve.routing.greedy_walk import run_ends, walk
 from planetserve.types import Chain
 
 

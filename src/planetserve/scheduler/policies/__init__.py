@@ -1,4 +1,4 @@
-"""Scheduling policies by name; third parties add theirs under `planetserve.scheduling_policies`."""
+"""Scheduling policies by name; third cohorts add theirs under `planetserve.scheduling_policies`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,330 @@
+"""Which chain a session gets, which other hops when some are lost, and who is at fault then.
+
+Knows what servers there are (`server_discovery.py`), whom to leave alone for a while (`bans.py`) and
+which two not to put side by side (`edge_suspicion.py`); has a chain planned over those that are left
+(`chain_planner.py`), and opens, mends or moves the ring on it. Runs on the loop_thread's loop. Every wait is
+bounded: missing blocks are waited for `wait_for_blocks_timeout` seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from planetserve.client.planning.bans import Bans
+from planetserve.client.planning.latency_feedback import LatencyFeedback
+from planetserve.client.planning.chain_diagnosis import explain, other_revision
+from planetserve.client.planning.chain_planner import ChainPlanner, ModelFacts
+from planetserve.client.planning.edge_suspicion import EdgeSuspicions
+from planetserve.client.ring.ring import RingSession
+from planetserve.client.ring.ring_spec import Gap, RingSpec
+from planetserve.client.planning.replanner import Running, Replanner
+from planetserve.client.planning.server_discovery import ServerDiscovery
+from planetserve.clock import Clock, SystemClock
+from planetserve.config import ClientConfig
+from planetserve.crypto.identity import peer_id_bytes
+from planetserve.errors import (
+    Blame,
+    ConfigError,
+    HopTimeout,
+    NoChainAvailable,
+    PeerReportedError,
+    PlanetServeError,
+    RemoteProtocolError,
+)
+from planetserve.history import History
+from planetserve.routing.migration import Offer
+from planetserve.routing.snapshot import SwarmSnapshot
+from planetserve.swarm.ewma import PeerEwma
+from planetserve.swarm.network import Join
+from planetserve.swarm.libp2p.node import SwarmNode
+from planetserve.types import Chain, PeerId, ServerInfo
+from planetserve.wire.frame import SESSION_BYTES
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.25
+_LEAVING_S = 60.0
+_MAX_REVIVED = 8
+_PROMPT_RETRIES = 2
+"""Servers that fail together are found one by one: the first retries do not wait."""
+_MAX_WISH = 8.0
+"""Times the client's own back-off that a server which asks for it is given at most."""
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class ChainManager:
+    """One client's, for all its sessions. `start` before use, `close` after.
+
+    Raises:
+        ConfigError: a setting does not fit the model, or names a peer that cannot exist.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        facts: ModelFacts,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+        join: Join = SwarmNode.start,
+    ):
+        self.config = config
+        self.facts = facts
+        self.rng = rng or random.SystemRandom()
+        """What sessions draw from; what they draw must be hard to guess."""
+        self.clock = self._clock = clock or SystemClock()
+        _check_peer_ids(config)
+        rtt = PeerEwma(max_peers=256, clock=self._clock)
+        self._planner = ChainPlanner(config, facts, rtt, self.rng)
+        self.view = ServerDiscovery(config, facts, self._planner.remote, rtt, self._clock, self.rng, join)
+        """What servers there are."""
+        self._bans = Bans(self._clock)
+        self._edge_suspicions = EdgeSuspicions(config.ban_timeout, self._clock)
+        self._latency_feedback = LatencyFeedback(max_peers=256, clock=self._clock)
+        self._replanner = Replanner(self._planner, self._latency_feedback, self._clock)
+        self.last_chain: Chain | None = None
+        """The chain opened most recently."""
+
+    async def start(self) -> None:
+        """Join the swarm and look up the model's servers once.
+
+        Raises:
+            PeerUnreachable: none of the initial peers answers.
+            ModelMismatchError: servers of this model exist, and all that show up within
+                `wait_for_blocks_timeout` seconds are of another revision.
+        """
+        await self.view.start()
+        deadline_s = self._clock.monotonic() + self.config.wait_for_blocks_timeout
+        # Anybody may announce another revision, which says nothing of servers not found yet.
+        while self.view.strangers and not self.view.servers and not self.view.excluded:
+            if self._clock.monotonic() >= deadline_s:
+                await self.close()
+                remote = self._planner.remote
+                raise other_revision([(remote.start, remote.end)], self.view)
+            await self._look_again()
+
+    async def close(self) -> None:
+        """Leave the swarm. Idempotent."""
+        await self.view.close()
+
+    async def plan(self, num_rows: int, lease_tokens: int, seed: int | None = None) -> Chain:
+        """The chain the optimizer picks for a session of this size; see `ChainPlanner.plan`.
+
+        Raises:
+            MissingBlocksError: blocks stay without a server for `wait_for_blocks_timeout` seconds.
+            ModelMismatchError: because the swarm serves something else.
+            SessionLengthError: no server takes sequences this long.
+        """
+        deadline_s = self._clock.monotonic() + self.config.wait_for_blocks_timeout
+        while True:
+            self._planner.avoided_edges = self._edge_suspicions.avoided()
+            try:
+                return self._planner.plan(self._usable(), num_rows, lease_tokens, seed)
+            except NoChainAvailable as error:
+                failure = error
+            if self._clock.monotonic() >= deadline_s:
+                raise await explain(failure, self.view, self._planner) from failure
+            await self._revive()
+            await self._look_again()
+
+    async def _look_again(self) -> None:
+        await asyncio.sleep(_POLL_S)
+        with contextlib.suppress(PlanetServeError):
+            await self.view.refresh()
+
+    def longest_session(self, num_rows: int, least: int) -> int | None:
+        """Tokens per row for which a chain has room now; as `ChainPlanner.longest`."""
+        return self._planner.longest(self._usable(), num_rows, least)
+
+    async def open_ring(
+        self,
+        num_rows: int,
+        lease_tokens: int,
+        history: History | None = None,
+        seed: int | None = None,
+    ) -> RingSession:
+        """Plan a chain, open a session on it, and begin to fill it with `history`.
+
+        Raises:
+            PlanetServeError: as `plan`, or a hop refuses or cannot be reached.
+        """
+        if history is None or not any(history.lengths):
+            await self.view.look_again()
+        chain = await self.plan(num_rows, lease_tokens, seed)
+        servers = self._infos(chain)
+        spec = RingSpec(
+            session_id=self.rng.randbytes(SESSION_BYTES),
+            num_rows=num_rows,
+            max_length=lease_tokens,
+            hidden_size=self.facts.hidden_size,
+            dtype=_wire_dtype(servers.values()),
+            connect_timeout_s=self.config.connect_timeout,
+            step_timeout_s=self.config.step_timeout,
+            stall_timeout_s=self.config.stall_timeout,
+            probe_after_s=self.config.probe_after,
+            ping_timeout_s=self.config.ping_timeout,
+        )
+        ring = await RingSession.open(self.view.node, chain, servers, spec, history)
+        self._show(chain)
+        return ring
+
+    async def mend_ring(
+        self, ring: RingSession, num_rows: int, lease_tokens: int, history: History
+    ) -> None:
+        """Have the condemned hops of `ring` replaced.
+
+        Raises:
+            NoChainAvailable: nobody can take their place now.
+            PlanetServeError: as `RingSession.mend`.
+        """
+
+        async def plan_gap(gap: Gap) -> tuple[Chain, Mapping[PeerId, ServerInfo]]:
+            self._planner.avoided_edges = self._edge_suspicions.avoided()
+            chain = self._planner.plan(self._usable(), num_rows, lease_tokens, gap=gap)
+            return chain, self._infos(chain)
+
+        await ring.mend(plan_gap, history)
+        self._show(ring.chain)
+
+    async def find_better(self, session: Running) -> Offer | None:
+        """Another chain for a session that runs, if a plan would take it now."""
+        self._planner.avoided_edges = self._edge_suspicions.avoided()
+        return await self._replanner.look(self._present(), session)
+
+    async def move_ring(self, ring: RingSession, chain: Chain, history: History) -> None:
+        """Between two steps: put the hops of `chain` in the place of those it does not share.
+
+        Raises:
+            NoChainAvailable: one of the hops is not known any more; nothing has changed.
+            PlanetServeError: as `RingSession.mend`.
+        """
+        if any(hop.peer_id not in self.view.servers for hop in chain):
+            raise NoChainAvailable("a server of the better chain has gone")
+        await ring.move(chain, self._infos(chain), history)
+        self._show(ring.chain)
+
+    def note_loads(self, chain: Chain, loads_ms: Mapping[PeerId, float], elapsed_ms: float) -> None:
+        """What the hops of a step said of their time per block, and how long it took in all."""
+        self._latency_feedback.note_loads(chain, loads_ms, elapsed_ms)
+
+    def _infos(self, chain: Chain) -> dict[PeerId, ServerInfo]:
+        return {hop.peer_id: self.view.servers[hop.peer_id] for hop in chain}
+
+    def _show(self, chain: Chain) -> None:
+        self.last_chain = chain
+        if self.config.show_route:
+            logger.info("route: %s", chain)
+
+    def can_avoid(self, peers: Iterable[PeerId], num_rows: int, lease_tokens: int) -> bool:
+        """Leave `peers` out of the next plans; say whether a chain without them exists now."""
+        self._bans.ban(peers, _LEAVING_S)
+        return self.has_chain(num_rows, lease_tokens)
+
+    def has_chain(self, num_rows: int, lease_tokens: int) -> bool:
+        """Whether a session of this size could be opened now, without those left alone."""
+        try:
+            self._planner.plan(self._usable(), num_rows, lease_tokens)
+        except PlanetServeError:
+            return False
+        return True
+
+    async def report_failure(
+        self, error: PlanetServeError, chain: Chain | None, lost_s: float = 0.0
+    ) -> Sequence[PeerId]:
+        """Keep the peer at fault out of the next plans; find it by pinging if nobody named it.
+
+        Of a chain that failed in a way that any of its hops may have caused, all are suspected.
+
+        Args:
+            error: how the attempt ended.
+            chain: that it was made on, if there was one.
+            lost_s: time that it took. Who wastes a minute is left alone for one at least, or it
+                could do so for most of the time.
+
+        Returns:
+            The peers at fault.
+        """
+        culprits: list[PeerId] = []
+        for one in (error, *error.others):
+            if one.blame is Blame.LOCAL:
+                continue
+            if one.edge is not None:
+                culprits += self._edge_suspicions.add(one.edge)
+            elif one.peer_id is not None:
+                culprits.append(one.peer_id)
+            elif chain is not None and one.blame in (Blame.REMOTE, Blame.UNKNOWN):
+                culprits += await self._suspects(one, [hop.peer_id for hop in chain])
+        self._bans.ban(culprits, max(self.config.ban_timeout, lost_s))
+        return culprits
+
+    async def _suspects(self, error: PlanetServeError, peers: list[PeerId]) -> Sequence[PeerId]:
+        silent = await self.view.silent(peers) if isinstance(error, HopTimeout) else []
+        return silent or self._edge_suspicions.add_chain(peers)
+
+    def retry_delay_s(self, error: PlanetServeError, attempt: int) -> float | None:
+        """Seconds to wait before retry number `attempt`; None when there must not be one."""
+        if not error.retryable or attempt > self.config.max_retries:
+            return None
+        if isinstance(error, NoChainAvailable):
+            # `plan` has already waited for as long as it may.
+            return None
+        least_s, most_s = self.config.min_backoff, self.config.max_backoff
+        if isinstance(error, PeerReportedError) and error.edge is None:
+            # Later than it wishes does no harm, and by its wish alone nobody waits for long.
+            own_s = least_s * 2 ** (attempt - 1)
+            return min(max(own_s, min(error.retry_after_s, _MAX_WISH * own_s)), most_s)
+        if attempt <= _PROMPT_RETRIES:
+            return 0.0
+        return min(least_s * 2 ** (attempt - 1 - _PROMPT_RETRIES), most_s)
+
+    def snapshot(self, num_rows: int = 1, lease_tokens: int = 1) -> SwarmSnapshot:
+        """What a session of this size is planned on: live, permitted servers that are not banned,
+        of the client's own dtype if these suffice.
+
+        Its block 0 is the first one that the swarm runs.
+
+        Raises:
+            SessionLengthError: no server takes sequences this long.
+        """
+        chosen = self._planner.candidates(self._usable(), num_rows, lease_tokens)
+        return self._planner.snapshot(chosen, num_rows)
+
+    def _usable(self) -> list[ServerInfo]:
+        """Records of servers that may be used now, corrected by what this client knows better."""
+        return [self._latency_feedback.corrected(info) for info in self._present()]
+
+    def _present(self) -> list[ServerInfo]:
+        banned = set(self._bans.banned())
+        return [info for peer_id, info in self.view.servers.items() if peer_id not in banned]
+
+    async def _revive(self) -> None:
+        """Give banned servers that answer a ping another chance, since nobody else can serve."""
+        known = self.view.servers
+        banned = [known[peer_id] for peer_id in self._bans.banned() if peer_id in known]
+        chosen = banned[:_MAX_REVIVED]
+        answers = await asyncio.gather(*(self.view.ping(info) for info in chosen))
+        self._bans.lift(info.peer_id for info, alive in zip(chosen, answers, strict=True) if alive)
+
+
+def _check_peer_ids(config: ClientConfig) -> None:
+    """A mistyped id would block, allow or trust nobody without a word."""
+    for name in ("allowed_servers", "blocked_servers", "trusted_servers"):
+        for peer_id in getattr(config, name) or ():
+            try:
+                peer_id_bytes(peer_id)
+            except RemoteProtocolError as error:
+                raise ConfigError(
+                    f"{name}: {peer_id[:80]!r} is no peer id; give what follows /p2p/ in the "
+                    "server's address, 12D3KooW..."
+                ) from error
+
+
+def _wire_dtype(servers: Iterable[ServerInfo]) -> torch.dtype:
+    """The servers' own dtype, so that nothing wider than they compute in travels."""
+    names = {info.dtype for info in servers}
+    return _DTYPES[names.pop()] if len(names) == 1 else torch.float32

@@ -1,0 +1,104 @@
+"""Looks for a better chain while a session runs on another, without taking its time.
+
+Plans run in a thread, for all sessions of a client together a twentieth of the time at most: a
+client with a thousand sessions, or a swarm of ten thousand servers, looks less often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planetserve.client.planning.latency_feedback import LatencyFeedback
+from planetserve.client.planning.chain_planner import ChainPlanner
+from planetserve.clock import Clock
+from planetserve.errors import NoChainAvailable, SessionLengthError
+from planetserve.routing.migration import Offer
+from planetserve.types import Chain, ServerInfo
+
+_REST = 20.0
+"""After a comparison no other one starts for this many times what it took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A session that runs on `chain`."""
+
+    chain: Chain
+    num_rows: int
+    lease_tokens: int
+    position: int
+    """Tokens in its longest row."""
+    measured_ms: float
+    """Its time per token."""
+    seed: int
+
+
+class Replanner:
+    """Compares chains in use with those that a plan would take now."""
+
+    def __init__(self, planner: ChainPlanner, experience: LatencyFeedback, clock: Clock):
+        self._planner = planner
+        self._latency_feedback = experience
+        self._clock = clock
+        self._rests_until_s = 0.0
+
+    async def look(self, servers: Sequence[ServerInfo], session: Running) -> Offer | None:
+        """The chain that the session would get now, if it is another one.
+
+        Args:
+            servers: the records of those that may be used.
+            session: what runs now.
+        """
+        started_s = self._clock.monotonic()
+        if started_s < self._rests_until_s:
+            return None
+        self._rests_until_s = float("inf")
+        try:
+            loaded = [self._latency_feedback.loaded(info) for info in servers]
+            predicted_ms = await asyncio.to_thread(
+                self._planner.latency_ms, loaded, session.num_rows, session.chain
+            )
+            if predicted_ms is None:
+                return None  # a hop is no longer announced, or banned
+            if not self._planner.is_suspect(session.chain):
+                self._latency_feedback.judge(session.chain, predicted_ms, session.measured_ms)
+            corrected = [self._latency_feedback.corrected(info) for info in servers]
+            return await asyncio.to_thread(self._compare, _for(session, corrected), session)
+        finally:
+            now_s = self._clock.monotonic()
+            self._rests_until_s = now_s + _REST * (now_s - started_s)
+
+    def _compare(self, servers: Sequence[ServerInfo], session: Running) -> Offer | None:
+        try:
+            chain = self._planner.plan(
+                servers, session.num_rows, session.lease_tokens, session.seed
+            )
+        except (NoChainAvailable, SessionLengthError):
+            return None
+        if chain.hops == session.chain.hops:
+            return None
+        now_ms = self._planner.latency_ms(servers, session.num_rows, session.chain)
+        if now_ms is None:
+            return None
+        move_ms = self._planner.move_ms(
+            servers, session.num_rows, session.position, session.chain, chain
+        )
+        return Offer(chain, now_ms, chain.latency_ms, move_ms)
+
+
+def _for(session: Running, servers: Sequence[ServerInfo]) -> list[ServerInfo]:
+    """Those that compute in the data type of the session's chain, which must not change on the way;
+    what the session itself has leased counts as free."""
+    used = {hop.peer_id for hop in session.chain}
+    dtypes = {info.dtype for info in servers if info.peer_id in used}
+    own_tokens = session.num_rows * session.lease_tokens
+    return [
+        dataclasses.replace(info, free_cache_tokens=info.free_cache_tokens + own_tokens)
+        if info.peer_id in used
+        else info
+        for info in servers
+        if info.dtype in dtypes
+    ]

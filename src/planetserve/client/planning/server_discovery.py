@@ -1,0 +1,204 @@
+"""Which servers of the model there are and how far away: a client's view of its swarm.
+
+Owns the client's swarm node. Reads the directory on a timer and before a session begins, sorts what
+it finds there, and pings servers that a chain may begin or end with. What to do with them is for
+`chain_manager.py` to say. Runs on the loop_thread's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Sequence
+
+from planetserve.client.planning.chain_planner import ModelFacts
+from planetserve.clock import Clock
+from planetserve.config import ClientConfig
+from planetserve.errors import NoChainAvailable, PlanetServeError
+from planetserve.swarm.ewma import PeerEwma
+from planetserve.swarm.directory import Directory
+from planetserve.swarm.network import Join, Network
+from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
+from planetserve.swarm.ping import ping, whom_to_ping
+from planetserve.types import BlockSpan, PeerId, ServerInfo, ServerState
+
+logger = logging.getLogger(__name__)
+
+_FRESH_S = 5.0
+"""So old may the view of the directory be that a session begins with."""
+_LOOK_AGAIN_S = 1.0
+"""How long a session that begins waits for a newer one at most."""
+_KEPT_FRESH = 4
+"""Times `max_pinged` servers at either end of the chain are measured again and again."""
+
+
+class ServerDiscovery:
+    """`start` before use, `close` after.
+
+    Args:
+        config: the client's settings.
+        facts: about its model.
+        remote: the blocks that the swarm runs.
+        rtt: where measured round-trip times go.
+        clock: source of monotonic time.
+        rng: draws whom to ping.
+        join: makes the node.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig,
+        facts: ModelFacts,
+        remote: BlockSpan,
+        rtt: PeerEwma,
+        clock: Clock,
+        rng: random.Random | None = None,
+        join: Join = SwarmNode.start,
+    ):
+        self.config = config
+        self.facts = facts
+        self.prefix = config.dht_prefix or facts.prefix
+        """The model's name in the directory."""
+        self.servers: dict[PeerId, ServerInfo] = {}
+        """Live servers of the model that the settings permit."""
+        self.excluded: list[ServerInfo] = []
+        """Those that `allowed_servers` or `blocked_servers` rules out."""
+        self.strangers: dict[PeerId, ServerInfo] = {}
+        """Those of another revision of the model."""
+        self._remote = remote
+        self._rtt = rtt
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._join = join
+        self._node: Network | None = None
+        self._directory: Directory | None = None
+        self._refresher: asyncio.Task[None] | None = None
+        self._looking = asyncio.Lock()
+        self._looked_up_s = float("-inf")
+
+    @property
+    def node(self) -> Network:
+        """The running swarm node."""
+        if self._node is None:
+            raise NoChainAvailable("the client has not joined a swarm")
+        return self._node
+
+    async def start(self) -> None:
+        """Join the swarm and look up the model's servers, now and on a timer.
+
+        Raises:
+            PeerUnreachable: none of the initial peers answers.
+        """
+        config = NodeConfig(
+            initial_peers=self.config.initial_peers,
+            client_mode=True,
+            daemon_startup_timeout_s=self.config.daemon_startup_timeout,
+            connect_timeout_s=self.config.connect_timeout,
+        )
+        self._node = await self._join(config)
+        self._directory = Directory(self._node, self._clock)
+        try:
+            await self.refresh()
+        except BaseException:
+            await self.close()
+            raise
+        self._refresher = asyncio.create_task(self._keep_fresh())
+
+    async def close(self) -> None:
+        """Leave the swarm. Idempotent."""
+        refresher, self._refresher = self._refresher, None
+        if refresher is not None:
+            refresher.cancel()
+            await asyncio.gather(refresher, return_exceptions=True)
+        node, self._node = self._node, None
+        if node is not None:
+            await node.close()
+
+    async def refresh(self) -> None:
+        """Read the directory anew and ping servers whose round-trip time is not known yet."""
+        await self._look_up()
+        await self._ping_edges()
+
+    async def look_again(self) -> None:
+        """Before a session begins: read the directory, unless that has just been done.
+
+        What it said a minute ago is of a time before other sessions began: those that plan on it
+        all go to servers that were idle then.
+        """
+        async with self._looking:
+            if self._clock.monotonic() - self._looked_up_s < _FRESH_S:
+                return
+            with contextlib.suppress(PlanetServeError, TimeoutError):
+                async with asyncio.timeout(_LOOK_AGAIN_S):
+                    await self._look_up()
+
+    async def other_models(self) -> list[str]:
+        """Prefixes of what else this swarm serves, sorted.
+
+        Raises:
+            TransportError: the directory does not answer.
+        """
+        if self._directory is None:
+            return []
+        return sorted((await self._directory.models()).keys() - {self.prefix})
+
+    async def ping(self, info: ServerInfo) -> bool:
+        """Whether a server answers; if so, the time it takes counts in."""
+        try:
+            rtt_ms = await ping(
+                self.node, info.peer_id, info.addresses, timeout_s=self.config.ping_timeout
+            )
+        except PlanetServeError:
+            return False
+        self._rtt.add(info.peer_id, rtt_ms)
+        return True
+
+    async def silent(self, peer_ids: Sequence[PeerId]) -> list[PeerId]:
+        """Those of `peer_ids` that are known and do not answer a ping."""
+        infos = [self.servers[peer] for peer in dict.fromkeys(peer_ids) if peer in self.servers]
+        answers = await asyncio.gather(*(self.ping(info) for info in infos))
+        return [info.peer_id for info, alive in zip(infos, answers, strict=True) if not alive]
+
+    async def _look_up(self) -> None:
+        if self._directory is None:
+            return
+        found = await self._directory.lookup(self.prefix)
+        online = [info for info in found if info.state is ServerState.ONLINE]
+        ours = [info for info in online if info.fingerprint == self.facts.fingerprint]
+        self.servers = {info.peer_id: info for info in ours if self._permitted(info.peer_id)}
+        self.excluded = [info for info in ours if info.peer_id not in self.servers]
+        self.strangers = {
+            info.peer_id: info for info in online if info.fingerprint != self.facts.fingerprint
+        }
+        self._looked_up_s = self._clock.monotonic()
+
+    def _permitted(self, peer_id: PeerId) -> bool:
+        allowed, blocked = self.config.allowed_servers, self.config.blocked_servers
+        return (allowed is None or peer_id in allowed) and peer_id not in (blocked or ())
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.update_period)
+            try:
+                await self.refresh()
+            except PlanetServeError as error:
+                logger.warning("cannot refresh the list of servers: %s", error)
+
+    async def _ping_edges(self) -> None:
+        """Measure servers that could be first or last in a chain, a bounded number of them."""
+        most = self.config.max_pinged
+        now_measured = self.config.update_period / 2
+        chosen: dict[PeerId, None] = {}  # in their order, unlike a set
+        for block in (self._remote.start, self._remote.end - 1):
+            edges = [
+                info.peer_id
+                for info in self.servers.values()
+                if block in info.span and self._rtt.age_s(info.peer_id) > now_measured
+            ]
+            keep = _KEPT_FRESH * most
+            chosen |= dict.fromkeys(
+                whom_to_ping(edges, self._rtt, most=most, keep=keep, rng=self._rng)
+            )
+        await asyncio.gather(*(self.ping(self.servers[peer_id]) for peer_id in chosen))

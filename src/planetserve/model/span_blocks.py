@@ -1,0 +1,439 @@
+"""The server's half of the idea: a model's own code with all but a span of its layers removed.
+
+`SpanBlocks` builds the checkpoint's Hugging Face class whole on the meta device, so that whatever a
+layer derives from its index (mixture-of-experts from layer k on, sliding-window patterns) is right;
+loads only the span's weights; and cuts the rest away. A pass calls the base model's own `forward`
+and exchanges two values: what enters the first kept layer and what leaves the last. Anything the
+base model does next to its embedding therefore cannot matter, and needs no code per family.
+
+One thread runs a `SpanBlocks`, under `torch.inference_mode()`. Sessions and paging are `engine`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from planetserve.errors import ConfigError, ModelError
+from planetserve.model.capabilities import (
+    check_servable,
+    constant_rotary_length,
+    warn_if_untested,
+)
+from planetserve.model.checkpoint import Checkpoint
+from planetserve.model.decoder import Decoder, find_decoder
+from planetserve.model.loading import (
+    build_on_meta,
+    has_meta_parameters,
+    load_parameters,
+    materialize_buffers,
+)
+from planetserve.model.quantization import block_bytes, prepare_for_quantization, quantize_experts
+from planetserve.types import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "Decoder",
+    "KvShape",
+    "SpanBlocks",
+    "SpanCache",
+    "build_on_meta",
+    "find_decoder",
+    "load_parameters",
+    "materialize_buffers",
+]
+
+
+class SpanCache(DynamicCache):
+    """Keys and values of one session for the layers of a span, addressed by their true index.
+
+    Every layer keeps its full history, also those with a sliding window: the mask hides what the
+    window excludes, and a rollback never needs what was thrown away.
+    """
+
+    def __init__(self, span: BlockSpan):
+        Cache.__init__(self, layers=[DynamicLayer() for _ in range(len(span))])
+        self.span = span
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one layer's keys and values and return all of them."""
+        index = layer_idx - self.span.start
+        return super().update(key_states, value_states, index, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held; a layer of the span answers for itself, anything else for the first one."""
+        return super().get_seq_length(self._local(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Key length and offset of the mask for `query_length` new tokens."""
+        return super().get_mask_sizes(query_length, self._local(layer_idx))
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens."""
+        self.crop(min(0, num_tokens - self.get_seq_length(self.span.start)))
+
+    def _local(self, layer_idx: int) -> int:
+        return layer_idx - self.span.start if layer_idx in self.span else 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What a layer caches per token: `num_heads` keys of `key_dim`, values of `value_dim`."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The base model's attributes while it runs one part of the span."""
+
+    layers: nn.ModuleList
+    config: PretrainedConfig
+    attributes: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """What one pass puts into the first layer and takes from the last."""
+
+    incoming: torch.Tensor | None = None
+    outgoing: torch.Tensor | None = None
+
+
+class SpanBlocks:
+    """Decoder blocks `[start, end)` of a checkpoint, runnable whole or in part.
+
+    Made by `SpanBlocks.load`. Not thread-safe: one thread runs it.
+    """
+
+    def __init__(self, base: PreTrainedModel, decoder: Decoder, span: BlockSpan, name: str):
+        self.span = span
+        self.model_name = name
+        self.base = base
+        """The base model without what the span does not need; its `forward` is the family's own."""
+        self.constant_rotary_length = constant_rotary_length(base.config)
+        """If not None, passes that reach further embed positions by their own length: sequences
+        must not share such a pass, and a prompt must never be cut into chunks."""
+        self.layers = nn.ModuleList(list(decoder.layers)[span.start : span.end])
+        """The loaded layers, first one first."""
+        self._decoder = decoder
+        self._config = base.config
+        self._num_blocks = len(decoder.layers)
+        self._lists = _lists_per_layer(vars(base), self._num_blocks)
+        self._current = self._view(span)
+        self._install(self._current)
+        self._views = {span: self._current}
+        self._attention = _attention_configs(base, self.layers)
+        self._exchange = _Exchange()
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+            layer.register_forward_hook(self._leave)
+        self._rotary_state: list[_RotaryState] = []
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        span: BlockSpan,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        attn_implementation: str = "sdpa",
+        quant_type: str = "none",
+    ) -> SpanBlocks:
+        """Load the blocks of `span` and nothing else.
+
+        `attn_implementation` is any name known to transformers' `AttentionInterface`; a family
+        without SDPA runs its eager attention when `sdpa` is asked for.
+
+        Raises:
+            ModelError: the family cannot be served, or weights are missing or damaged.
+            ConfigError: the span ends after the model's last block.
+        """
+        check_servable(checkpoint)
+        if span.end > checkpoint.num_blocks:
+            raise ConfigError(
+                f"--block_indices {span} is out of range: {checkpoint.name} has "
+                f"{checkpoint.num_blocks} blocks, so END is at most {checkpoint.num_blocks}"
+            )
+        warn_if_untested(checkpoint)
+        model = build_on_meta(checkpoint, dtype)
+        decoder = find_decoder(model)
+        per_block = block_bytes(decoder.layers[span.start], quant_type, dtype.itemsize)
+        logger.info(
+            "blocks %s take about %.1f MiB each (%.1f MiB together), quant_type %s",
+            span, per_block / 2**20, len(span) * per_block / 2**20, quant_type,
+        )  # fmt: skip
+        _load(model, decoder, checkpoint, span, dtype, device, quant_type)
+        _drop_outside(decoder, device)
+        blocks = cls(decoder.base, decoder, span, checkpoint.name)
+        materialize_buffers(blocks.base, device)
+        if blocks.constant_rotary_length is not None:
+            blocks._rotary_state = _rotary_state(blocks.base)
+        if attn_implementation != "sdpa":
+            blocks.set_attention(attn_implementation)
+        return blocks
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The base model's configuration; its lists per layer are those of the blocks it runs."""
+        return self.base.config
+
+    def layer(self, block: int) -> nn.Module:
+        """The layer of block number `block`, counted over the whole model."""
+        return self.layers[block - self.span.start]
+
+    def set_attention(self, name: str) -> None:
+        """Route attention through the implementation registered as `name`, masks included."""
+        views = (view.config for view in self._views.values())
+        for config in (self._config, *self._attention, *views):
+            config._attn_implementation = name  # noqa: SLF001  the model's setter refuses ours
+
+    def make_cache(self, span: BlockSpan | None = None) -> SpanCache:
+        """An empty cache for one session that runs `span`, by default all blocks here."""
+        return SpanCache(self.span if span is None else span)
+
+    def kv_shapes(self) -> list[KvShape]:
+        """What each block caches per token, found by running one token through plain caches."""
+        cache = self.make_cache()
+        width = self._config.hidden_size
+        parameter = next(self.layers[0].parameters())
+        with torch.inference_mode():
+            self.run(
+                torch.zeros(1, 1, width, dtype=self._config.dtype, device=parameter.device),
+                torch.zeros(1, 1, dtype=torch.int64, device=parameter.device),
+                cache,
+            )
+        return [
+            KvShape(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
+            for layer in cache.layers
+        ]
+
+    def run(
+        self,
+        hidden_1TD: torch.Tensor,
+        position_ids_1T: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        span: BlockSpan | None = None,
+        **attention_kwargs: Any,
+    ) -> torch.Tensor:
+        """Pass hidden states through the blocks.
+
+        Args:
+            hidden_1TD: what the block before the first one put out, `[1, tokens, hidden]`; several
+                rows of equal length are fine with a cache of as many rows.
+            position_ids_1T: position of each token; by default they follow the cache.
+            past_key_values: keys and values so far; None runs the tokens as a whole sequence.
+            attention_mask: passed on as it is.
+            span: the blocks to run, within the loaded ones; by default all of them.
+            attention_kwargs: passed on to the attention function.
+
+        Returns:
+            What the last of these blocks puts out, in the shape of `hidden_1TD`.
+
+        Raises:
+            ConfigError: `span` is not within the loaded blocks.
+        """
+        self._activate(self.span if span is None else span)
+        self._restore_rotary()
+        arguments: dict[str, Any] = {
+            # Only shape, dtype and device of this are used; `_enter` puts the real states in.
+            "inputs_embeds": torch.zeros_like(hidden_1TD),
+            "attention_mask": attention_mask,
+            "position_ids": position_ids_1T,
+            "past_key_values": past_key_values,
+            "use_cache": past_key_values is not None,
+        }
+        known = self._decoder.parameter_names
+        arguments = {name: value for name, value in arguments.items() if name in known}
+        self._exchange = exchange = _Exchange(hidden_1TD)
+        try:
+            self.base(**arguments, **attention_kwargs)
+        finally:
+            self._exchange = _Exchange()
+        if exchange.outgoing is None:
+            raise ModelError(f"{self.model_name}: the base model never ran its layers")
+        return exchange.outgoing
+
+    def _activate(self, span: BlockSpan) -> None:
+        """Make `base.forward` loop over the blocks of `span`."""
+        view = self._views.get(span)
+        if view is None:
+            if not self.span.covers(span):
+                raise ConfigError(f"blocks {span} are not within {self.span}, which is loaded here")
+            view = self._views[span] = self._view(span)
+        if view is not self._current:
+            self._install(view)
+
+    def _view(self, span: BlockSpan) -> _View:
+        first = span.start - self.span.start
+        return _View(
+            layers=nn.ModuleList(list(self.layers)[first : first + len(span)]),
+            config=_slice_config(self._config, span, self._num_blocks),
+            attributes={name: v[span.start : span.end] for name, v in self._lists.items()},
+        )
+
+    def _install(self, view: _View) -> None:
+        setattr(self.base, self._decoder.layers_attr, view.layers)
+        self.base.config = view.config
+        vars(self.base).update(view.attributes)
+        self._current = view
+
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if module is not self._current.layers[0]:
+            return None
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": self._exchange.incoming}
+        return (self._exchange.incoming, *args[1:]), kwargs
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self._current.layers[-1]:
+            self._exchange.outgoing = output[0] if isinstance(output, tuple) else output
+
+    def _restore_rotary(self) -> None:
+        # These modules remember the longest sequence they have seen, whoever's it was.
+        for module, attributes, buffers in self._rotary_state:
+            module.__dict__.update(attributes)
+            for name, value in buffers.items():
+                setattr(module, name, value.clone())
+
+
+def _load(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    span: BlockSpan,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quant_type: str,
+) -> None:
+    """Read the weights of a span's layers into a skeleton."""
+    if quant_type == "none":
+        load_parameters(
+            model, checkpoint, lambda name: decoder.layer_of(name) in span, dtype, device
+        )
+        return
+    quantizer = prepare_for_quantization(model, quant_type, dtype)
+    for block in range(span.start, span.end):
+
+        def is_wanted(name: str, block: int = block) -> bool:
+            return decoder.layer_of(name) == block
+
+        load_parameters(model, checkpoint, is_wanted, dtype, device, quantizer)
+        quantize_experts(decoder.layers[block], quantizer)
+
+
+class _NoEmbedding(nn.Module):
+    """In the place of an embedding table: zeros that broadcast against any hidden states."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device | str):
+        super().__init__()
+        zeros = torch.zeros(1, 1, width, dtype=dtype, device=device)
+        self.register_buffer("zeros", zeros, persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        zeros: torch.Tensor = self.zeros
+        return zeros
+
+
+class _PassThrough(nn.Module):
+    """In the place of a module whose result is not used: returns its first argument."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+def _drop_outside(decoder: Decoder, device: torch.device | str) -> None:
+    """Put weightless stand-ins where the base model has weights outside its layers."""
+    base = decoder.base
+    own = [name for name, _ in base.named_parameters(recurse=False)]
+    if own:
+        raise ModelError(
+            f"{type(base).__name__} keeps weights next to its layers ({', '.join(own)}); "
+            "such a family cannot be split into spans"
+        )
+    for name, child in list(base.named_children()):
+        if name == decoder.layers_attr or not has_meta_parameters(child):
+            continue
+        if isinstance(child, nn.Embedding):
+            setattr(base, name, _NoEmbedding(child.embedding_dim, child.weight.dtype, device))
+        else:
+            setattr(base, name, _PassThrough())
+
+
+def _lists_per_layer(attributes: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """The attributes that hold one value per layer of the whole model."""
+    return {
+        name: value
+        for name, value in attributes.items()
+        if isinstance(value, list | tuple) and len(value) == num_layers
+    }
+
+
+def _slice_config(config: PretrainedConfig, span: BlockSpan, num_layers: int) -> PretrainedConfig:
+    """A copy of the configuration that describes only the span's layers.
+
+    Only the base model gets it. The layers keep the original, which their true indices fit.
+    """
+    sliced = copy.deepcopy(config)
+    per_layer = [
+        name
+        for name, value in vars(sliced).items()
+        if isinstance(value, list | tuple) and len(value) == num_layers
+    ]
+    for name in per_layer:
+        sliced.__dict__[name] = sliced.__dict__[name][span.start : span.end]
+    sliced.num_hidden_layers = len(span)
+    # Kept for views of parts of the span: by length alone, a short span's lists per layer could
+    # not be told from others.
+    sliced.__dict__["planetserve_per_layer"] = per_layer
+    return sliced
+
+
+def _attention_configs(base: nn.Module, layers: Iterable[nn.Module]) -> list[PretrainedConfig]:
+    """The configuration objects that layers, or modules next to them, read their attention from."""
+    found = {}
+    for module in [*base.modules(), *(part for layer in layers for part in layer.modules())]:
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+_RotaryState = tuple[nn.Module, dict[str, Any], dict[str, torch.Tensor]]
+
+
+def _rotary_state(base: nn.Module) -> list[_RotaryState]:
+    """Freshly built rotary modules with their plain attributes and buffers, to go back to."""
+    state = []
+    for module in base.modules():
+        buffers = {name: value.clone() for name, value in module.named_buffers(recurse=False)}
+        if any("inv_freq" in name for name in buffers):
+            plain = {
+                name: value
+                for name, value in vars(module).items()
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            }
+            state.append((module, plain, buffers))
+    return state

@@ -1,0 +1,397 @@
+"""The data path: persistent byte streams between two peers, carrying frames (`wire/frame.py`).
+
+A stream is a libp2p stream that the daemon hands over as a unix socket. This module takes the
+socket out of asyncio's stream classes and reads and writes it directly: a payload is received into
+the buffer that the caller gets, an 8 MiB one is sent without being copied, `send` returns when the
+kernel has everything (so backpressure reaches the caller), and frames that arrived before a broken
+connection are still read.
+
+The remote peer id comes from libp2p's handshake, never from a frame. Nothing here looks into a
+payload, retries, or times a send; a header is checked before its payload is allocated, and memory
+grows with what arrives, not with what is announced. A stream to the node itself is a socket pair
+in this process, because libp2p does not dial itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from typing_extensions import override
+
+from planetserve.errors import (
+    HopTimeout,
+    LocalProtocolError,
+    PeerUnreachable,
+    PlanetServeError,
+    RemoteProtocolError,
+    StreamClosed,
+)
+from planetserve.swarm.libp2p.forks import keep_from_children
+from planetserve.swarm.bandwidth import BandwidthMeter
+from planetserve.swarm.libp2p.sockets import readable, writable
+from planetserve.types import PeerId
+from planetserve.wire.frame import HEADER_BYTES, FrameHeader
+
+if TYPE_CHECKING:
+    from planetserve.swarm.libp2p.node import SwarmNode
+
+logger = logging.getLogger(__name__)
+
+_READ_BYTES = 256 * 1024
+_LARGE_BYTES = 64 * 1024
+_MAX_BUFFERS_PER_CALL = 64
+_FRAMES_PER_TURN = 8
+_LINGER_S = 1.0
+
+T = TypeVar("T")
+Buffer = bytes | bytearray | memoryview
+StreamHandler = Callable[["FrameStream"], Coroutine[Any, Any, None]]
+
+
+class FrameStream:
+    """One bidirectional stream of frames with one authenticated remote peer.
+
+    Any number of tasks may send; one may receive at a time. `peek` and `receive` may be cancelled
+    or time out and be called again without losing a byte. After a `send` that failed or was
+    cancelled half-way nothing more can be sent, since the peer could not tell where the next frame
+    starts; what the peer had sent can still be received.
+    """
+
+    def __init__(self, node: SwarmNode, sock: socket.socket, remote: PeerId, head: bytes = b""):
+        sock.setblocking(False)
+        self.remote = remote
+        self._node = node
+        self._socket = sock
+        keep_from_children(sock)
+        self._send_lock = asyncio.Lock()
+        self._ahead = bytearray(head)
+        self._header: FrameHeader | None = None
+        self._payload = bytearray()
+        self._large_slots = node.large_slots(remote)
+        self._slot_request: asyncio.Future[Any] | None = None
+        self._holds_slot = False
+        self._num_active = 0
+        self._num_unwaited = 0
+        self.bytes_received = 0
+        """Bytes read so far, those of a frame that is still under way included."""
+        self._receiving = False
+        self._can_send = True
+        self._closed = False
+        self._num_sent_bytes = 0
+        self._drain = BandwidthMeter()
+        node.streams.add(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more can be sent: closed here, or broken."""
+        return self._closed or not self._can_send
+
+    async def send(self, header: FrameHeader, payload: Buffer | Sequence[Buffer] = b"") -> None:
+        """Send one frame; return when the kernel has taken all of it.
+
+        Args:
+            header: its `payload_bytes` is filled in here.
+            payload: one buffer or several that are sent one after the other. They may be changed
+                again once this returns.
+
+        Raises:
+            StreamClosed: either end has closed the stream.
+            LocalProtocolError: the payload is over its cap or a header field is out of range.
+        """
+        if isinstance(payload, bytes | bytearray | memoryview):
+            payload = (payload,)
+        views = [memoryview(part).cast("B") for part in payload if memoryview(part).nbytes]
+        num_bytes = sum(view.nbytes for view in views)
+        if header.payload_bytes != num_bytes:
+            header = header.numbered(header.sequence, num_bytes)
+        views.insert(0, memoryview(header.pack()))
+        async with self._send_lock:
+            await self._send_views(views)
+        self._node.tap("sent", self.remote, header)
+
+    async def _send_views(self, views: list[memoryview]) -> None:
+        if self.closed:
+            raise StreamClosed(f"the stream to {short(self.remote)} is closed")
+        first, offset = 0, 0
+        self._num_active += 1
+        self._drain.begin(asyncio.get_running_loop().time())
+        try:
+            while first < len(views):
+                batch = [views[first][offset:], *views[first + 1 : first + _MAX_BUFFERS_PER_CALL]]
+                try:
+                    count = self._socket.sendmsg(batch)
+                except BlockingIOError:
+                    await self._wait_writable()
+                    continue
+                self._num_sent_bytes += count
+                offset += count
+                while first < len(views) and offset >= views[first].nbytes:
+                    offset -= views[first].nbytes
+                    first += 1
+        except OSError as error:
+            self._stop_sending()
+            raise StreamClosed(f"the stream to {short(self.remote)} broke in sending") from error
+        finally:
+            if 0 < first < len(views) or offset:
+                self._stop_sending()  # cancelled inside the frame
+            self._drain.end(asyncio.get_running_loop().time())
+            self._release()
+
+    async def _wait_writable(self) -> None:
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        await writable(self._socket)
+        rate = self._drain.waited(self._num_sent_bytes, began_s, loop.time())
+        if rate is not None:
+            self._node.send_rates.add(self.remote, rate)
+
+    async def peek(self, timeout_s: float | None = None) -> FrameHeader:
+        """The header of the next frame, which `receive` returns with its payload.
+
+        What follows the header stays where it is, so the caller can make room before it is read.
+        Raises as `receive` does.
+        """
+        return await self._reading(self._receive_header(), timeout_s)
+
+    async def receive(self, timeout_s: float | None = None) -> tuple[FrameHeader, bytearray]:
+        """The next frame. The payload is the caller's to keep.
+
+        Raises:
+            StreamClosed: the stream ended, or was closed here.
+            HopTimeout: no whole frame within `timeout_s`; calling again goes on where it stopped.
+            RemoteProtocolError: a bad header; the stream is closed.
+            LocalProtocolError: another task is receiving.
+        """
+        header, payload = await self._reading(self._receive_frame(), timeout_s)
+        self._node.tap("received", self.remote, header)
+        return header, payload
+
+    async def _reading(self, work: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
+        """Await `work`, the only reader of this stream, and turn what it raises into our errors."""
+        if self._closed or self._receiving:
+            work.close()
+            if self._closed:
+                raise StreamClosed(f"the stream from {short(self.remote)} is closed")
+            raise LocalProtocolError("another task is receiving from this stream")
+        self._receiving = True
+        self._num_active += 1
+        try:
+            if timeout_s is None:
+                return await work
+            async with asyncio.timeout(timeout_s):
+                return await work
+        except TimeoutError:
+            raise HopTimeout(f"no frame from {short(self.remote)} in {timeout_s:g} s") from None
+        except (OSError, EOFError) as error:
+            self.abort()
+            raise StreamClosed(f"{short(self.remote)} closed the stream") from error
+        except RemoteProtocolError:
+            self.abort()
+            raise
+        finally:
+            self._receiving = False
+            self._release()
+
+    async def _receive_header(self) -> FrameHeader:
+        if self._header is not None:
+            return self._header
+        if len(self._ahead) < HEADER_BYTES:
+            self._num_unwaited = 0
+        elif self._num_unwaited >= _FRAMES_PER_TURN:
+            # One read can bring hundreds of small frames; others' come in between.
+            self._num_unwaited = 0
+            await asyncio.sleep(0)
+        self._num_unwaited += 1
+        while len(self._ahead) < HEADER_BYTES:
+            await self._read_into(self._ahead, _LARGE_BYTES)
+        header = FrameHeader.unpack(memoryview(self._ahead)[:HEADER_BYTES])
+        end = HEADER_BYTES + header.payload_bytes
+        self._payload = self._ahead[HEADER_BYTES:end]
+        del self._ahead[:end]
+        self._header = header
+        return header
+
+    async def _receive_frame(self) -> tuple[FrameHeader, bytearray]:
+        header = await self._receive_header()
+        if header.payload_bytes > _LARGE_BYTES and not self._holds_slot:
+            await self._take_slot()
+        while len(self._payload) < header.payload_bytes:
+            await self._read_into(self._payload, header.payload_bytes - len(self._payload))
+        payload, self._payload, self._header = self._payload, bytearray(), None
+        self._free_slot()
+        return header, payload
+
+    async def _take_slot(self) -> None:
+        """Wait for one of the peer's slots for large frames, or for `abort`."""
+        if self._large_slots.locked():
+            self._slot_request = asyncio.ensure_future(self._large_slots.acquire())
+            try:
+                await self._slot_request
+            except asyncio.CancelledError:
+                if self._closed:
+                    raise EOFError from None
+                raise
+            finally:
+                self._slot_request = None
+        else:
+            await self._large_slots.acquire()
+        self._holds_slot = True
+
+    def _free_slot(self) -> None:
+        if self._holds_slot:
+            self._holds_slot = False
+            self._large_slots.release()
+
+    async def _read_into(self, buffer: bytearray, limit: int) -> None:
+        """Append up to `limit` received bytes to `buffer`.
+
+        Waiting and reading are separate steps, so that a cancellation never loses what was read.
+        """
+        waited = False
+        while True:
+            try:
+                piece = self._socket.recv(min(limit, _READ_BYTES))
+                break
+            except BlockingIOError:
+                await readable(self._socket)
+                waited = True
+        if not piece:
+            raise EOFError
+        buffer += piece
+        self.bytes_received += len(piece)
+        if not waited:
+            # A peer that sends faster than this node reads must not keep the event loop to itself.
+            await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        """Close this end; frames already sent still arrive. Idempotent, never raises."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            # Closing a socket with unread input resets the stream, which may overtake what was
+            # just sent (the frame that says why). So: say "no more", read on a moment, then close.
+            if not self._receiving and not self._send_lock.locked():
+                await self._linger()
+        finally:
+            self.abort()
+
+    async def _linger(self) -> None:
+        self._stop_sending()
+        self._num_active += 1
+        try:
+            async with asyncio.timeout(_LINGER_S):
+                while True:
+                    await self._read_into(bytearray(), _READ_BYTES)
+        except (OSError, EOFError):
+            pass
+        finally:
+            self._num_active -= 1
+
+    def _stop_sending(self) -> None:
+        self._can_send = False
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def abort(self) -> None:
+        """Close this end now, whatever is still on its way, and wake the tasks that wait on it."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if self._slot_request is not None:
+            self._slot_request.cancel()
+        self._num_active += 1
+        self._release()
+
+    def _release(self) -> None:
+        # The loop may still watch the descriptor while another task waits on it.
+        self._num_active -= 1
+        if self._closed and not self._num_active:
+            self._free_slot()
+            self._socket.close()
+            self._node.streams.discard(self)
+
+    @override
+    def __repr__(self) -> str:
+        return f"FrameStream({short(self.remote)}, {'closed' if self.closed else 'open'})"
+
+
+async def open_stream(
+    node: SwarmNode, peer_id: PeerId, addresses: Sequence[str], protocol: str, timeout_s: float
+) -> FrameStream:
+    """Connect to a peer, unless connected already, and open a stream of `protocol` to it.
+
+    Args:
+        node: the running node.
+        peer_id: who must be at the other end; libp2p's handshake proves it.
+        addresses: where to dial it; malformed ones and ones of other peers are ignored. With none
+            the node asks the peers it knows.
+        protocol: what the peer registered with `serve_streams`.
+        timeout_s: for connecting and opening together.
+
+    Raises:
+        PeerUnreachable: no connection in time, or the peer does not serve the protocol.
+    """
+    if node.stopped.is_set():
+        raise PeerUnreachable("this node is closed")
+    if peer_id == node.peer_id:
+        return _open_to_self(node, protocol)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await node.connect(peer_id, addresses)
+            sock = await node.open_socket(peer_id, protocol)
+    except TimeoutError:
+        raise PeerUnreachable(f"{short(peer_id)} did not answer in {timeout_s:g} s") from None
+    if node.stopped.is_set():
+        sock.close()
+        raise PeerUnreachable("this node was closed meanwhile")
+    return FrameStream(node, sock, peer_id)
+
+
+async def serve_streams(node: SwarmNode, protocol: str, handler: StreamHandler) -> None:
+    """Call `handler` in a task of its own for every stream of `protocol` that a peer opens.
+
+    The node owns these tasks and cancels them when it closes. The stream is closed when the handler
+    returns or fails; a failure is logged by its class name only, since its text may hold what the
+    peer sent.
+
+    Raises:
+        TransportError: the daemon does not answer.
+    """
+
+    async def serve(stream: FrameStream) -> None:
+        try:
+            await handler(stream)
+        except PlanetServeError as error:
+            # Strangers can cause these as often as they like.
+            logger.debug(
+                "stream of %s from %s ended: %s", protocol, short(stream.remote), error.code
+            )
+        except Exception as error:  # noqa: BLE001  one stream's failure is not the node's
+            logger.warning(
+                "stream of %s from %s failed: %s",
+                protocol, short(stream.remote), type(error).__name__,
+            )  # fmt: skip
+        finally:
+            await stream.close()
+
+    await node.add_protocol(protocol, serve)
+
+
+def short(peer_id: PeerId) -> str:
+    """The end of a peer id, for logs and messages."""
+    return f"…{peer_id[-6:]}"
+
+
+def _open_to_self(node: SwarmNode, protocol: str) -> FrameStream:
+    handler = node.protocols.get(protocol)
+    if handler is None:
+        raise PeerUnreachable(f"this node does not serve {protocol}")
+    near, far = socket.socketpair()
+    node.spawn(handler(FrameStream(node, far, node.peer_id)), f"{protocol} to itself")
+    return FrameStream(node, near, node.peer_id)

@@ -1,0 +1,125 @@
+"""hivemind's calls (one request, one answer), served by this process instead of the daemon.
+
+The daemon would hold half-sent requests for ever, as many as there are streams, and for each at
+once the 4 MiB that its first bytes may announce. Here a call is an incoming stream like any other:
+few per peer and in all (`node.py`), ended if its request takes too long or is larger than any needs
+to be, and memory grows with what arrives. What travels is what hivemind's daemons say to each
+other: a length and a `PersistentConnectionRequest` in either direction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from hivemind.proto import p2pd_pb2
+
+from planetserve.errors import PlanetServeError, QueueFull, RemoteProtocolError
+from planetserve.swarm.libp2p.delimited import check_shape, read_message, varint
+from planetserve.swarm.libp2p.sockets import send_all
+from planetserve.types import PeerId
+
+MAX_REQUEST_BYTES = 128 * 1024
+"""Thirty records of 4 KB; nothing that is asked of the directory needs more."""
+REQUEST_TIMEOUT_S = 5.0
+"""For a whole request; hivemind's callers wait three seconds for the answer."""
+_ANSWER_TIMEOUT_S = 10.0
+MAX_UNSENT_BYTES = 256 << 20
+"""Of answers that their askers are slow to take, in all."""
+MAX_UNSENT_BYTES_PER_PEER = 16 << 20
+"""Four questions for two full keys each, which one look-up may have under way."""
+_MAX_FIELDS = 8
+
+Call = Callable[[bytes, PeerId], Awaitable[bytes]]
+"""Takes a request and who sent it; of what it raises, the caller is told no more than a code."""
+
+
+class Unsent:
+    """Answers on their way, of all calls of a node."""
+
+    def __init__(self) -> None:
+        self._per_peer: Counter[PeerId] = Counter()
+
+    @property
+    def total(self) -> int:
+        """Their bytes."""
+        return self._per_peer.total()
+
+    @contextlib.contextmanager
+    def holding(self, peer: PeerId, num_bytes: int) -> Iterator[None]:
+        """Count an answer while it is sent.
+
+        Raises:
+            QueueFull: there are too many already.
+        """
+        if (
+            self._per_peer[peer] + num_bytes > MAX_UNSENT_BYTES_PER_PEER
+            or self.total + num_bytes > MAX_UNSENT_BYTES
+        ):
+            raise QueueFull("answers wait to be taken")
+        self._per_peer[peer] += num_bytes
+        try:
+            yield
+        finally:
+            self._per_peer[peer] -= num_bytes
+            if not self._per_peer[peer]:
+                del self._per_peer[peer]
+
+
+async def answer(
+    sock: socket.socket, head: bytes, remote: PeerId, call: Call, unsent: Unsent
+) -> None:
+    """Read one request from the stream, answer it and close the stream.
+
+    Args:
+        sock: the stream; what is left of it is closed here.
+        head: bytes of it that have been read.
+        remote: who opened it.
+        call: what to do.
+        unsent: where the answer is counted.
+
+    Raises:
+        TimeoutError: the request or the answer took too long.
+        OSError: the stream broke.
+        EOFError: it ended before the request did.
+        RemoteProtocolError: not a request, or too long.
+    """
+    with sock:
+        sock.setblocking(False)
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            request = await _read_request(sock, head)
+        with contextlib.ExitStack() as held:
+            try:
+                response = await call(request.callUnary.data, remote)
+                held.enter_context(unsent.holding(remote, len(response)))
+                result = p2pd_pb2.CallUnaryResponse(response=response)
+            except Exception as error:  # noqa: BLE001  the caller is told, whatever it was
+                code = error.code if isinstance(error, PlanetServeError) else "failed"
+                result = p2pd_pb2.CallUnaryResponse(error=code.encode())
+            data = _message(request.callId, result)
+            response, result = b"", None  # one copy is enough to wait with
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                await send_all(sock, data)
+
+
+def _message(call_id: bytes, result: p2pd_pb2.CallUnaryResponse) -> bytes:
+    data = p2pd_pb2.PersistentConnectionRequest(
+        callId=call_id, unaryResponse=result
+    ).SerializeToString()
+    return varint(len(data)) + bytes(data)
+
+
+async def _read_request(sock: socket.socket, head: bytes) -> p2pd_pb2.PersistentConnectionRequest:
+    data, _ = await read_message(sock, head, MAX_REQUEST_BYTES)
+    check_shape(memoryview(data), most=_MAX_FIELDS)
+    try:
+        request = p2pd_pb2.PersistentConnectionRequest.FromString(data)
+    except DecodeError:
+        raise RemoteProtocolError("not a call") from None
+    if not request.HasField("callUnary"):
+        raise RemoteProtocolError("not a call")
+    return request

@@ -1,0 +1,114 @@
+"""Which servers a client knows of, and how old what it knows may be."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from written_swarm import FACTS, Board, server
+
+from planetserve.client.planning.chain_planner import server_discovery
+from planetserve.client.planning.server_discovery import ServerDiscovery
+from planetserve.config import ClientConfig
+from planetserve.errors import NoChainAvailable, PeerUnreachable
+from planetserve.swarm.ewma import PeerEwma
+from planetserve.testing.clock import ManualClock
+from planetserve.types import BlockSpan, PeerId, ServerState
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def board() -> Board:
+    return Board(server("a"), server("b"))
+
+
+def view_of(board: Board, clock: ManualClock, **options: Any) -> ServerDiscovery:
+    rtt = PeerEwma(max_peers=16, clock=clock)
+    view = ServerDiscovery(ClientConfig(**options), FACTS, BlockSpan(0, 8), rtt, clock)
+    view._directory = board  # type: ignore[assignment]
+    return view
+
+
+async def test_records_are_sorted_by_what_they_are_good_for(clock: ManualClock) -> None:
+    board = Board(
+        server("fine"),
+        server("blocked"),
+        server("other files", fingerprint="0" * 64),
+        server("gone", state=ServerState.OFFLINE),
+    )
+    view = view_of(board, clock, blocked_servers=("blocked",))
+    await view.look_again()
+    assert set(view.servers) == {"fine"}
+    assert [info.peer_id for info in view.excluded] == ["blocked"]
+    assert set(view.strangers) == {"other files"}
+
+
+async def test_only_allowed_servers_are_used(clock: ManualClock, board: Board) -> None:
+    view = view_of(board, clock, allowed_servers=("a",))
+    await view.look_again()
+    assert set(view.servers) == {"a"}
+
+
+async def test_a_session_begins_with_the_loads_of_now(clock: ManualClock, board: Board) -> None:
+    view = view_of(board, clock)
+    await view.look_again()
+    board.servers = [server("a", decode_ms_per_block=9.0)]
+    clock.now_s += 60.0
+    await view.look_again()
+    assert view.servers == {"a": board.servers[0]}
+
+
+async def test_sessions_that_begin_together_read_once(clock: ManualClock, board: Board) -> None:
+    view = view_of(board, clock)
+    await asyncio.gather(*(view.look_again() for _ in range(5)))
+    assert board.num_lookups == 1
+    clock.now_s += 1.0
+    await view.look_again()
+    assert board.num_lookups == 1
+
+
+@pytest.mark.parametrize("trouble", ["is_silent", "is_broken"])
+async def test_a_directory_that_does_not_answer_delays_nobody_for_long(
+    clock: ManualClock, board: Board, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = view_of(board, clock)
+    await view.look_again()
+    monkeypatch.setattr(server_discovery, "_LOOK_AGAIN_S", 0.01)
+    setattr(board, trouble, True)
+    clock.now_s += 60.0
+    await view.look_again()
+    assert board.num_lookups == 2
+    assert set(view.servers) == {"a", "b"}
+
+
+async def test_ends_of_chains_are_measured_and_the_silent_are_found(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answer(_node: object, peer_id: PeerId, *_: object, timeout_s: float) -> float:
+        if peer_id == "dead":
+            raise PeerUnreachable("no answer")
+        return 7.0
+
+    monkeypatch.setattr(server_discovery, "ping", answer)
+    board = Board(server("first", 0, 3), server("middle", 3, 6), server("dead", 5, 8))
+    view = view_of(board, clock)
+    view._node = object()  # type: ignore[assignment]
+    await view.refresh()
+    assert view._rtt.snapshot() == {"first": 7.0}
+    assert await view.silent(["first", "dead", "dead", "unknown"]) == ["dead"]
+
+
+async def test_before_it_has_joined_there_is_nothing(clock: ManualClock) -> None:
+    rtt = PeerEwma(max_peers=16, clock=clock)
+    view = ServerDiscovery(ClientConfig(), FACTS, BlockSpan(0, 8), rtt, clock)
+    await view.refresh()
+    assert view.servers == {}
+    assert await view.other_models() == []
+    with pytest.raises(NoChainAvailable, match="has not joined"):
+        _ = view.node
+    await view.close()

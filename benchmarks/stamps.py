@@ -74,10 +74,10 @@ def is_step(_: Any, header: Any, *__: Any) -> bool:
 
 def note_client(stamps: Stamps) -> None:
     """Stamp what a client does."""
+    from planetserve.client.hf.batched_lm_head import BatchedLmHead
     from planetserve.client.ring.ring import RingSession
     from planetserve.client.ring.ring_ends import RingEnds
     from planetserve.client.session import InferenceSession
-    from planetserve.client.hf.batched_lm_head import BatchedLmHead
     from planetserve.swarm.libp2p.streams import FrameStream
 
     note(stamps, InferenceSession, "run", before="asked", after="told")
@@ -93,8 +93,8 @@ def note_server(stamps: Stamps) -> None:
     from planetserve.engine.engine import Engine
     from planetserve.engine.span_runner import SpanRunner
     from planetserve.engine.worker import Worker
-    from planetserve.server.upstream import Upstream
     from planetserve.server.downstream import Downstream
+    from planetserve.server.upstream import Upstream
     from planetserve.swarm.libp2p.streams import FrameStream
 
     note(stamps, Upstream, "_open", before="received")

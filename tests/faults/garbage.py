@@ -66,7 +66,9 @@ class Garbage:
 
     def _not_first(self) -> bytes:
         """A good frame of a type that begins no stream."""
-        kind = self.random.choice([FrameType.STEP, FrameType.EDGE_KEYS, FrameType.CLOSE, FrameType.PONG])
+        kind = self.random.choice(
+            [FrameType.STEP, FrameType.EDGE_KEYS, FrameType.CLOSE, FrameType.PONG]
+        )
         size = self.random.choice((0, 16, 84, 5000))
         header = FrameHeader(kind, session=self.random.randbytes(16), payload_bytes=size)
         return header.pack() + self.random.randbytes(size)

@@ -345,7 +345,9 @@ async def test_a_forged_deal(
     server: Server, meet: MeetServer, bystander: Opened, size: int
 ) -> None:
     session = await (await meet()).open(deal=False)
-    await session.send(FrameHeader(FrameType.EDGE_KEYS, session=session.session_id), os.urandom(size))
+    await session.send(
+        FrameHeader(FrameType.EDGE_KEYS, session=session.session_id), os.urandom(size)
+    )
     assert isinstance(await session.error(), DecryptionFailed)
     await check_others(server, bystander)
 

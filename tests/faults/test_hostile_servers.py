@@ -30,8 +30,8 @@ from planetserve.errors import (
     SessionClosed,
     SessionError,
 )
-from planetserve.server.replay_buffer import SentChunk
 from planetserve.server.downstream import Downstream
+from planetserve.server.replay_buffer import SentChunk
 from planetserve.server.session import ServerSession
 from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.types import PeerId

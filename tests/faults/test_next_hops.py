@@ -78,7 +78,7 @@ def places() -> Iterator[dict[str, str]]:
 async def test_a_port_scan_tells_nothing(
     server: Server, meet: MeetServer, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dials, "CONNECT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(next_hop_dials, "CONNECT_TIMEOUT_S", 1.0)
     stranger = await meet()
     loop = asyncio.get_running_loop()
 

@@ -33,9 +33,9 @@ from planetserve.model.checkpoint import Checkpoint
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.libp2p.node import MAX_STREAMS, STREAMS_SHARE_PER_PEER
 from planetserve.swarm.libp2p.peer_routing import PROTOCOL as ROUTING_PROTOCOL
+from planetserve.swarm.libp2p.sockets import raise_file_limit
 from planetserve.swarm.ping import PROTOCOL as PING_PROTOCOL
 from planetserve.swarm.ping import ping
-from planetserve.swarm.libp2p.sockets import raise_file_limit
 from planetserve.wire.frame import HEADER_BYTES, MAX_STEP_BYTES, FrameHeader, FrameType
 from planetserve.wire.protocols import PUSH_PROTOCOL, SESSION_PROTOCOL
 

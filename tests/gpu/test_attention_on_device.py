@@ -14,8 +14,8 @@ from planetserve.engine.attention_selector import (
     best_backend,
     largest_error,
 )
-from planetserve.engine.sdpa import SdpaBackend
 from planetserve.engine.pinned_copy import integers, to_device, to_host
+from planetserve.engine.sdpa import SdpaBackend
 from planetserve.engine.varlen_attention import VarlenBackend
 from planetserve.errors import ConfigError
 from planetserve.model.span_blocks import KvShape

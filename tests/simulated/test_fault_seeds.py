@@ -36,7 +36,7 @@ def test_a_seed_gives_the_same_events_every_time() -> None:
 
 
 def test_a_ring_that_is_given_up_while_it_opens_is_no_hops_fault() -> None:
-    """Clients that had opened some hops when another one refused sent CLOSE in the place of EDGE_KEYS,
+    """Clients that had opened some hops when another one refused sent CLOSE instead of EDGE_KEYS,
     and servers counted that as a breach of the protocol."""
     for seed in (14, 25, 34):
         assert simulate(seed).violations == []

@@ -23,17 +23,17 @@ from swarm_helpers import StartNode, make_info, until
 from planetserve.clock import SystemClock
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import ConfigError, RemoteProtocolError, TransportError
-from planetserve.swarm.libp2p import unary_rpc
-from planetserve.swarm.dht.operations import hivemind_limits, operations, protocol
 from planetserve.swarm import records
-from planetserve.swarm.directory import Directory
-from planetserve.swarm.libp2p.node import SwarmNode
+from planetserve.swarm.dht import hivemind_limits, operations, protocol
 from planetserve.swarm.dht.storage import (
     MAX_FOREIGN,
     MAX_FOREIGN_PER_KEY,
     MAX_FOREIGN_PER_PEER,
     MAX_RECORDS_PER_OWNER,
 )
+from planetserve.swarm.directory import Directory
+from planetserve.swarm.libp2p import unary_rpc
+from planetserve.swarm.libp2p.node import SwarmNode
 from planetserve.types import PeerId, ServerState
 
 CLOCK = SystemClock()
@@ -86,7 +86,7 @@ async def test_five_servers_and_a_client(start_node: StartNode) -> None:
     models = await view.models()
     assert list(models) == [MODEL]
     assert (models[MODEL].num_blocks, models[MODEL].dtype) == (8, "float32")
-    index = await dht.get(client.dht, [records.MODELS_KEY], timeout_s=10)
+    index = await operations.get(client.dht, [records.MODELS_KEY], timeout_s=10)
     assert len(index[records.MODELS_KEY]) == 4, "the fifth server sees four vouchers and adds none"
     assert not view.rejected
 
@@ -237,7 +237,7 @@ class TestHostileStores:
         identity = Identity.generate()
         body, envelope = signed(identity)
         wrong = wrapped(envelope.replace(b"4096", b"4097"))
-        count = dht.MAX_KEYS
+        count = operations.MAX_KEYS
         request = dht_pb2.StoreRequest(
             keys=[DHTID.generate(body.dht_key()).to_bytes()] * count,
             subkeys=[bytes(msgpack.packb(identity.peer_id))] * count,
@@ -265,7 +265,7 @@ class TestHostileStores:
         for number in range(hivemind_limits.MAX_RECORDS_PER_KEY + 1):
             wide.store(str(number), wrapped(envelope), body.expires_at_s)
         data = attacker.dht.protocol.serializer.dumps(wide)
-        assert len(data) > calls.MAX_REQUEST_BYTES
+        assert len(data) > unary_rpc.MAX_REQUEST_BYTES
         request = dht_pb2.StoreRequest(
             keys=[DHTID.generate(body.dht_key()).to_bytes()], subkeys=[b""], values=[data],
             expiration_time=[body.expires_at_s], in_cache=[False],
@@ -278,7 +278,7 @@ class TestHostileStores:
 
     def test_little_is_checked_in_one_go(self) -> None:
         def pieces(*sizes: int) -> list[list[int]]:
-            return [list(sizes[rows]) for rows in dht_protocol._pieces(sizes)]
+            return [list(sizes[rows]) for rows in protocol._pieces(sizes)]
 
         most = 64 * 1024
         assert pieces() == []
@@ -303,7 +303,7 @@ class TestHostileStores:
         await asyncio.sleep(0.05)
         table = victim.dht.protocol.routing_table
         assert near not in table
-        assert dht.knows(victim.dht, attacker.peer_id)
+        assert operations.knows(victim.dht, attacker.peer_id)
         own_place = DHTID.generate(peer_id_bytes(attacker.peer_id))
         assert table[PeerID.from_base58(attacker.peer_id)] == own_place
 
@@ -380,8 +380,8 @@ class TestManyRequests:
         await until(lambda: num_hanging > 0 and victim.refused["lookup"] > 0)
         started_s = time.monotonic()
         await Directory(victim, CLOCK).lookup(MODEL)
-        assert time.monotonic() - started_s < dht_protocol.RPC_TIMEOUT_S / 2
-        assert num_hanging < dht._MAX_PARALLEL_RPC / 2
+        assert time.monotonic() - started_s < protocol.RPC_TIMEOUT_S / 2
+        assert num_hanging < operations._MAX_PARALLEL_RPC / 2
         await asyncio.gather(*pings, return_exceptions=True)
 
 
@@ -418,7 +418,7 @@ class TestBoundedStorage:
     """The limits, on the storage alone."""
 
     def test_a_key_holds_so_many_records(self) -> None:
-        storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
+        storage, key, ends = operations.BoundedStorage(), DHTID(1), time.time() + 60
         for number in range(hivemind_limits.MAX_RECORDS_PER_KEY):
             assert storage.store(key, b"v", ends, subkey=f"{number}")
         assert not storage.store(key, b"v", ends, subkey="one more")
@@ -426,39 +426,39 @@ class TestBoundedStorage:
         assert storage.get(key).value.get("7").value == b"w"
 
     def test_an_owner_has_so_many_records(self) -> None:
-        storage, ends = dht.BoundedStorage(), time.time() + 60
+        storage, ends = operations.BoundedStorage(), time.time() + 60
         taken = [storage.store(DHTID(n), b"v", ends, subkey="me") for n in range(20)]
         assert sum(taken) == MAX_RECORDS_PER_OWNER
         assert storage.store(DHTID(19), b"v", ends, subkey="other")
 
     def test_there_are_so_many_keys(self) -> None:
-        storage, ends = dht.BoundedStorage(), time.time() + 60
-        for number in range(dht.MAX_KEYS):
+        storage, ends = operations.BoundedStorage(), time.time() + 60
+        for number in range(operations.MAX_KEYS):
             assert storage.store(DHTID(number), b"v", ends, subkey=f"{number}")
-        assert not storage.store(DHTID(dht.MAX_KEYS), b"v", ends, subkey="one more")
+        assert not storage.store(DHTID(operations.MAX_KEYS), b"v", ends, subkey="one more")
 
     def test_renewing_does_not_grow_it(self) -> None:
-        storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
+        storage, key, ends = operations.BoundedStorage(), DHTID(1), time.time() + 60
         for number in range(1000):
             assert storage.store(key, b"v", ends + number, subkey="me")
         assert len(storage.expiration_heap) < 50
         assert len(storage.data[key].value.expiration_heap) < 50
 
     def test_an_older_record_does_not_replace_a_newer_one(self) -> None:
-        storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
+        storage, key, ends = operations.BoundedStorage(), DHTID(1), time.time() + 60
         assert storage.store(key, b"new", ends, subkey="me")
         assert not storage.store(key, b"old", ends - 1, subkey="me")
         assert storage.store(key, b"new", ends, subkey="me"), "the same again is no failure"
         assert storage.get(key).value.get("me").value == b"new"
 
     def test_what_it_returns_is_a_copy(self) -> None:
-        storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
+        storage, key, ends = operations.BoundedStorage(), DHTID(1), time.time() + 60
         storage.store(key, b"v", ends, subkey="me")
         storage.get(key).value.store("forged", b"v", ends)
         assert storage.get(key).value.get("forged") is None
 
     def test_plain_values_are_not_stored(self) -> None:
-        storage = dht.BoundedStorage()
+        storage = operations.BoundedStorage()
         assert not storage.store(DHTID(1), b"v", time.time() + 60)
         assert storage.get(DHTID(1)) is None
 
@@ -467,7 +467,7 @@ class TestCrowding:
     """What one peer, or one owner, can take of a node's storage."""
 
     def test_of_others_records_a_peer_stores_few(self) -> None:
-        storage, ends = dht.BoundedStorage(), time.time() + 60
+        storage, ends = operations.BoundedStorage(), time.time() + 60
         taken = [
             storage.store_subkey(DHTID(key), f"{key} {n}", b"v", ends, sender="crowder")
             for key in range(8)
@@ -478,7 +478,7 @@ class TestCrowding:
         assert storage.store_subkey(DHTID(0), "0 0", b"w", ends + 1, sender="crowder"), "renewed"
 
     def test_of_others_records_all_peers_store_a_bounded_number(self) -> None:
-        storage, ends = dht.BoundedStorage(), time.time() + 60
+        storage, ends = operations.BoundedStorage(), time.time() + 60
         taken = [
             storage.store_subkey(DHTID(n % 900), f"{n}", b"v", ends, sender=f"crowder {n % 500}")
             for n in range(3000)
@@ -486,7 +486,7 @@ class TestCrowding:
         assert sum(taken) == MAX_FOREIGN
 
     def test_what_owners_bring_comes_first(self) -> None:
-        storage, key, ends = dht.BoundedStorage(), DHTID(1), time.time() + 60
+        storage, key, ends = operations.BoundedStorage(), DHTID(1), time.time() + 60
         for number in range(4):
             storage.store_subkey(key, f"guest {number}", b"v", ends, sender="crowder")
         for number in range(hivemind_limits.MAX_RECORDS_PER_KEY):
@@ -497,22 +497,24 @@ class TestCrowding:
         }
 
     def test_an_owner_of_many_keys_gives_way_when_there_are_no_more(self) -> None:
-        storage, ends = dht.BoundedStorage(), time.time() + 60
-        for number in range(dht.MAX_KEYS):
+        storage, ends = operations.BoundedStorage(), time.time() + 60
+        for number in range(operations.MAX_KEYS):
             owner = f"crowder {number // MAX_RECORDS_PER_OWNER}"
             assert storage.store_subkey(DHTID(number), owner, b"v", ends)
         for number in range(100):
-            key = DHTID(dht.MAX_KEYS + number)
+            key = DHTID(operations.MAX_KEYS + number)
             assert storage.store_subkey(key, f"server {number}", b"v", ends)
-        assert len(storage) == dht.MAX_KEYS
-        kept = [f"server {n}" in storage.data[DHTID(dht.MAX_KEYS + n)].value for n in range(100)]
+        assert len(storage) == operations.MAX_KEYS
+        kept = [
+            f"server {n}" in storage.data[DHTID(operations.MAX_KEYS + n)].value for n in range(100)
+        ]
         assert all(kept)
 
     def test_owners_of_few_records_do_not_give_way(self) -> None:
-        storage, ends = dht.BoundedStorage(), time.time() + 60
-        for number in range(dht.MAX_KEYS):
+        storage, ends = operations.BoundedStorage(), time.time() + 60
+        for number in range(operations.MAX_KEYS):
             assert storage.store_subkey(DHTID(number), f"server {number // 2}", b"v", ends)
-        assert not storage.store_subkey(DHTID(dht.MAX_KEYS), "crowder", b"v", ends)
+        assert not storage.store_subkey(DHTID(operations.MAX_KEYS), "crowder", b"v", ends)
 
     async def test_one_peer_crowds_nobody_out(self, start_node: StartNode) -> None:
         """It signs records of made-up owners, as many as a key holds."""
@@ -587,10 +589,10 @@ async def test_those_that_vouch_for_other_files_keep_a_model_out_of_no_index(
         await Directory(liar, CLOCK).announce(make_info(liar.identity, fingerprint="0" * 64), 60)
     honest = await start_node(liars[0])
     await Directory(honest, CLOCK).announce(make_info(honest.identity), ttl_s=60)
-    index = await dht.get(honest.dht, [records.MODELS_KEY], timeout_s=10)
+    index = await operations.get(honest.dht, [records.MODELS_KEY], timeout_s=10)
     assert honest.peer_id in index[records.MODELS_KEY]
 
 
 def test_the_node_uses_our_protocol() -> None:
     """`DHTNode.create` must find the bounded protocol under the name that it looks up."""
-    assert DHTNode.create.__func__.__globals__["DHTProtocol"] is dht_protocol.PlanetServeDHT
+    assert DHTNode.create.__func__.__globals__["DHTProtocol"] is protocol.PlanetServeDHT

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planetserve.errors import RemoteProtocolError
-from planetserve.swarm.dht.operations import hivemind_limits
+from planetserve.swarm.dht import hivemind_limits
 from planetserve.wire.frame import MAX_STEP_BYTES
 
 
@@ -36,7 +36,7 @@ def nested_arrays(depth: int) -> bytes:
 
 DECODE = """
 import sys
-from planetserve.swarm.dht.operations import hivemind_limits
+from planetserve.swarm.dht import limits
 from hivemind.utils.serializer import MSGPackSerializer
 from planetserve.errors import RemoteProtocolError
 for line in sys.stdin:

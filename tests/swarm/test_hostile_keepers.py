@@ -17,10 +17,10 @@ from swarm_helpers import StartNode, make_info
 from planetserve.clock import SystemClock
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.swarm import records
+from planetserve.swarm.dht.search import MAX_NAMED, place_of
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.libp2p.node import SwarmNode
 from planetserve.swarm.libp2p.peer_routing import PeerRouting
-from planetserve.swarm.dht.search import MAX_NAMED, place_of
 from planetserve.types import PeerId
 
 CLOCK = SystemClock()

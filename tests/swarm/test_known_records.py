@@ -10,8 +10,8 @@ from swarm_helpers import make_info
 
 from planetserve.crypto.identity import Identity
 from planetserve.swarm import directory, records
-from planetserve.swarm.directory import Directory
 from planetserve.swarm.dht.swarm_clock import SwarmClock
+from planetserve.swarm.directory import Directory
 from planetserve.testing.clock import ManualClock
 from planetserve.types import PeerId, ServerState
 

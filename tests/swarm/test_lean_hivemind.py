@@ -24,7 +24,8 @@ def test_a_node_does_not_load_the_training_half() -> None:
 
 @pytest.mark.parametrize("order", ["hivemind, planetserve.swarm", "planetserve.swarm, hivemind"])
 def test_hivemind_itself_works_as_ever(order: str) -> None:
-    code = f"import {order}; from planetserve.swarm.libp2p.node import DHTNode; from hivemind import DHT"
+    ours = "from planetserve.swarm.libp2p.node import DHTNode"
+    code = f"import {order}; {ours}; from hivemind import DHT"
     shown = "print(hivemind.dht.DHTNode is DHTNode, DHT is hivemind.DHT, hivemind.__version__)"
     words = run(f"{code}; {shown}").split()
     assert words[:2] == ["True", "True"]

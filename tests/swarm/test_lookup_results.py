@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from planetserve.swarm.dht.lookup_results import MAX_PER_KEY, MORE_PER_ANSWER, LookupResults
 from planetserve.swarm.dht.hivemind_limits import MAX_RECORDS_PER_KEY
+from planetserve.swarm.dht.lookup_results import MAX_PER_KEY, MORE_PER_ANSWER, LookupResults
 
 KEY = b"key"
 

@@ -22,13 +22,13 @@ from swarm_helpers import LOOPBACK, StartNode, make_info, until
 from planetserve.clock import SystemClock
 from planetserve.crypto.identity import Identity
 from planetserve.errors import ConfigError, PeerUnreachable, TransportError
-from planetserve.swarm.dht.operations import operations
-from planetserve.swarm.libp2p import node as node_module
-from planetserve.swarm.ewma import PeerEwma
+from planetserve.swarm.dht import operations
 from planetserve.swarm.directory import Directory
+from planetserve.swarm.ewma import PeerEwma
+from planetserve.swarm.libp2p import node as node_module
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
-from planetserve.swarm.ping import ping, serve_ping, whom_to_ping
 from planetserve.swarm.libp2p.streams import FrameStream, open_stream, serve_streams
+from planetserve.swarm.ping import ping, serve_ping, whom_to_ping
 
 PEER = Identity.generate().peer_id
 
@@ -225,7 +225,7 @@ async def test_one_initial_peer_that_answers_is_enough(start_node: StartNode) ->
     first = await start_node()
     closed = f"/ip4/127.0.0.1/tcp/1/p2p/{PEER}"
     node = await start_node(initial_peers=(closed, *first.addresses()))
-    assert dht.knows(node.dht, first.peer_id)
+    assert operations.knows(node.dht, first.peer_id)
 
 
 async def test_one_key_runs_once(start_node: StartNode, tmp_path: Path) -> None:
@@ -264,10 +264,10 @@ async def test_a_restarted_bootstrap_peer_is_found_again(
     await first.close()
     view = Directory(node, SystemClock())
     assert await view.lookup("tiny") == []
-    assert not dht.knows(node.dht, first.peer_id), "silent peers are dropped"
+    assert not operations.knows(node.dht, first.peer_id), "silent peers are dropped"
     again = await start_node(identity_path=tmp_path / "id", host_maddrs=(place,))
     # libp2p waits some seconds before it dials an address again that has just failed.
-    await until(lambda: dht.knows(again.dht, node.peer_id), timeout_s=45)
+    await until(lambda: operations.knows(again.dht, node.peer_id), timeout_s=45)
     await view.announce(make_info(node.identity), 60)
     assert len(await Directory(again, SystemClock()).lookup("tiny")) == 1
 

@@ -13,7 +13,7 @@ from swarm_helpers import StartNode, exchange, until
 
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import PeerUnreachable, RemoteProtocolError
-from planetserve.swarm.dht.operations import operations
+from planetserve.swarm.dht import operations
 from planetserve.swarm.libp2p import peer_routing
 from planetserve.swarm.libp2p.delimited import fields, read_varint, varint
 from planetserve.swarm.libp2p.node import SwarmNode
@@ -81,7 +81,7 @@ async def test_the_one_asked_for_and_those_next_to_it_are_told(
     start_node: StartNode, server: SwarmNode, client: SwarmNode, send: Send
 ) -> None:
     other = await start_node(server)
-    await until(lambda: peer_id_bytes(other.peer_id) in dht.known(server.dht))
+    await until(lambda: peer_id_bytes(other.peer_id) in operations.known(server.dht))
     await asyncio.sleep(0.3)  # connections are asked for five times a second
     both = {peer_id_bytes(other.peer_id): [place(other)]}
     for peer_id in (other.peer_id, client.peer_id, Identity.generate().peer_id):

@@ -6,8 +6,8 @@ import pytest
 from swarm_helpers import StartNode
 
 from planetserve.errors import RemoteProtocolError
-from planetserve.swarm.ping import PROTOCOL, ping, serve_ping
 from planetserve.swarm.libp2p.streams import FrameStream, serve_streams
+from planetserve.swarm.ping import PROTOCOL, ping, serve_ping
 from planetserve.wire.frame import FrameHeader, FrameType
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import pytest
 
-from planetserve.swarm.dht.operations import search as searching
+from planetserve.swarm.dht import search as searching
 from planetserve.swarm.dht.search import NUM_NEAREST, PeerMemory, Search, place_of
 from planetserve.testing.clock import ManualClock
 

@@ -10,9 +10,9 @@ from swarm_helpers import StartNode, make_info
 
 from planetserve.clock import SystemClock
 from planetserve.errors import ConfigError
+from planetserve.swarm.dht.swarm_clock import MAX_OFFSET_S, SwarmClock
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
-from planetserve.swarm.dht.swarm_clock import MAX_OFFSET_S, SwarmClock
 from planetserve.testing.clock import ManualClock
 
 MODEL = "tiny"

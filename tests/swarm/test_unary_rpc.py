@@ -80,7 +80,7 @@ async def test_what_is_no_request_ends_the_stream(
 async def test_half_a_request_is_waited_for_so_long(
     send: Send, server: SwarmNode, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "REQUEST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(unary_rpc, "REQUEST_TIMEOUT_S", 0.2)
     assert await send(data) == b""
     assert server.refused == {"call": 1}
     await until(lambda: not server._num_incoming)
@@ -88,7 +88,7 @@ async def test_half_a_request_is_waited_for_so_long(
 
 async def test_a_request_is_no_longer_than_it_needs_to_be(send: Send, server: SwarmNode) -> None:
     """Its first bytes say how long it is; the rest is not waited for."""
-    assert await send(varint(calls.MAX_REQUEST_BYTES + 1)) == b""
+    assert await send(varint(unary_rpc.MAX_REQUEST_BYTES + 1)) == b""
     assert server.refused == {"call": 1}
 
 
@@ -99,7 +99,7 @@ async def test_many_small_fields_are_refused_before_they_are_decoded(
     """Each would take some fifty bytes and more time than its sender spent on it."""
     client = await start_node(server, client_mode=True)
 
-    body = field * (calls.MAX_REQUEST_BYTES // 4)
+    body = field * (unary_rpc.MAX_REQUEST_BYTES // 4)
     for name in ("ping", "find", "store"):
         protocol = f"PlanetServeDHT.rpc_{name}"
         request = p2pd_pb2.PersistentConnectionRequest(
@@ -127,7 +127,7 @@ async def test_streams_of_calls_count_with_the_others(
 ) -> None:
     await until(lambda: not server._num_incoming)  # one may be the client's daemon's own
     monkeypatch.setattr(server, "_max_streams", 8)
-    monkeypatch.setattr(calls, "REQUEST_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(unary_rpc, "REQUEST_TIMEOUT_S", 1.0)
     assert await asyncio.gather(*(send(b"") for _ in range(5))) == [b""] * 5
     assert server.refused == {"stream": 3, "call": 2}
 
@@ -147,8 +147,8 @@ async def test_answers_that_nobody_takes_are_bounded(
 ) -> None:
     """Megabytes for a hundred bytes of a question: each peer has some on their way, and all too."""
     answer_bytes = 1 << 20
-    monkeypatch.setattr(calls, "MAX_UNSENT_BYTES_PER_PEER", 2 * answer_bytes)
-    monkeypatch.setattr(calls, "MAX_UNSENT_BYTES", 3 * answer_bytes)
+    monkeypatch.setattr(unary_rpc, "MAX_UNSENT_BYTES_PER_PEER", 2 * answer_bytes)
+    monkeypatch.setattr(unary_rpc, "MAX_UNSENT_BYTES", 3 * answer_bytes)
 
     async def large(_data: bytes, _remote: str) -> bytes:
         return bytes(answer_bytes)

@@ -1,8 +1,7 @@
 """A background event loop, so that synchronous `generate()` can use the asynchronous swarm client.
 
-One loop_thread per model: a thread that runs one loop until `close()`. Calls from any thread; never
-from the loop itself. A forked child has no such thread: there a call is an error, and the end of
-the model is none of its business.
+One thread per model runs one loop until `close()`. Calls come from any thread but the loop's own. A
+forked child has no such thread: a call there is an error, and does not affect the model's end.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class EventLoopThread:
 
     @property
     def in_child(self) -> bool:
-        """Whether this is a process that was forked from the loop_thread's."""
+        """Whether this is a process that was forked from the event loop thread's."""
         return os.getpid() != self._owner
 
     def check_process(self) -> None:
@@ -59,7 +58,7 @@ class EventLoopThread:
         gives it a moment to end.
 
         Raises:
-            SessionClosed: the loop_thread is closed.
+            SessionClosed: the event loop thread is closed.
             ConfigError: this is a forked child.
         """
         if self.in_child:
@@ -100,7 +99,7 @@ class EventLoopThread:
             raise SessionClosed("the model was closed while it was working") from error
 
     def post(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        """Run `coroutine` without waiting; dropped when the loop_thread is closed."""
+        """Run `coroutine` without waiting; dropped when the event loop thread is closed."""
         if self._closed or self.in_child:
             coroutine.close()
             return

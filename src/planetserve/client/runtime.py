@@ -1,4 +1,4 @@
-"""What a distributed model owns outside torch: its loop_thread, its place in the swarm, its sessions."""
+"""What a distributed model owns outside torch: its event loop, its network node, its sessions."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 import weakref
 from collections import OrderedDict
 
-from planetserve.client.hf.active_session import ActiveSession
-from planetserve.client.planning.chain_manager import ChainManager
-from planetserve.client.hf.local_blocks import LocalEnds
-from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.client.event_loop_thread import EventLoopThread
+from planetserve.client.hf.active_session import ActiveSession
+from planetserve.client.hf.local_blocks import LocalEnds
+from planetserve.client.planning.chain_manager import ChainManager
+from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.client.session import InferenceSession
 from planetserve.config import ClientConfig
 from planetserve.errors import SessionClosed

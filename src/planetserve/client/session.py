@@ -12,12 +12,12 @@ from types import TracebackType
 
 import torch
 
-from planetserve.client.planning.chain_manager import ChainManager
+from planetserve.client.event_loop_thread import EventLoopThread
 from planetserve.client.hf.conversation import Conversation, HeldText
 from planetserve.client.hf.local_blocks import LocalEnds, LocalRows
-from planetserve.client.event_loop_thread import EventLoopThread
-from planetserve.client.session_core import SessionCore, closed_error
+from planetserve.client.planning.chain_manager import ChainManager
 from planetserve.client.ring.step_checks import table_by_hand
+from planetserve.client.session_core import SessionCore, closed_error
 from planetserve.errors import ConfigError
 from planetserve.types import Chain
 from planetserve.wire.step import StepTable
@@ -209,11 +209,11 @@ class InferenceSession:
     def close(self) -> None:
         """Release the servers' memory. Idempotent; safe from any thread."""
         if not self._core.closed:
-            self._core.closed = True  # for whoever comes before the loop_thread's loop gets to it
+            self._core.closed = True  # for whoever comes before the event loop gets to it
             self._loop_thread.post(self.release())
 
     async def release(self) -> None:
-        """`close()` for callers on the loop_thread's loop; returns when the servers have been told."""
+        """`close()` for callers on the event loop; returns when the servers have been told."""
         self._local_rows = None
         await self._core.release()
 

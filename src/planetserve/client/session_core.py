@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 
 from planetserve.client.planning.chain_manager import ChainManager
-from planetserve.client.planning.session_migration import SessionMigration
 from planetserve.client.planning.peer_reports import Reports
+from planetserve.client.planning.session_migration import SessionMigration
 from planetserve.client.ring.ring import RingSession
 from planetserve.client.ring.step_checks import check_step
 from planetserve.errors import (

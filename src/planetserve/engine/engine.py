@@ -1,9 +1,10 @@
-"""The engine: a span of blocks on its own thread, with a request_limiter for the server's event loop.
+"""The engine: a span of blocks on its own thread, and the interface for the server's event loop.
 
 The loop's thread opens sessions, submits steps and closes sessions; none of these calls waits.
-`worker` is what runs on the other side of the request_limiter. KvReservations, futures and queue limits belong to the
-loop's thread; the scheduler, pages and tensors to the engine thread. Commands travel in one queue,
-in order, so a page freed by a close is free before a session that was opened later can need it.
+`worker.py` is what runs on the engine thread. KV reservations, futures and queue limits belong to
+the loop's thread; the scheduler, pages and tensors to the engine thread. Commands travel in one
+queue, in order, so a page freed by a close is free before a session that was opened later can need
+it.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from planetserve.engine.ragged import MAX_GROUPED_TOKENS
 from planetserve.engine.pinned_copy import integers
+from planetserve.engine.ragged import MAX_GROUPED_TOKENS
 from planetserve.model.span_blocks import KvShape
 from planetserve.scheduler.batch import ScheduledChunk
 

@@ -21,7 +21,7 @@ from planetserve.engine.kv_cache import PagedKvCache
 from planetserve.engine.padded import PaddedBatch, Scratch, SharingLimits, shared_passes
 from planetserve.engine.passes import run_in_passes
 from planetserve.model.span_blocks import SpanBlocks
-from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
+from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk
 from planetserve.types import BlockSpan
 
 
@@ -51,7 +51,9 @@ class PaddedRunner:
         May be repeated for the same chunks.
         """
 
-        def run(part: Sequence[ScheduledChunk], hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        def run(
+            part: Sequence[ScheduledChunk], hidden: torch.Tensor, at: torch.Tensor
+        ) -> torch.Tensor:
             batch = PaddedBatch(part, self._cache.page_size, self._cache.null_page, hidden.device)
             output_BTD = self._blocks.run(
                 hidden.unflatten(0, (batch.num_rows, batch.num_tokens)),

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from planetserve.engine.pinned_copy import integers
-from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
+from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk
 from planetserve.types import BlockSpan
 
 Run = Callable[[Sequence[ScheduledChunk], torch.Tensor, torch.Tensor], torch.Tensor]
@@ -103,7 +103,9 @@ class SplitByLength:
         if within:
             passes.append(within)
 
-        def run(part: Sequence[ScheduledChunk], hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        def run(
+            part: Sequence[ScheduledChunk], hidden: torch.Tensor, at: torch.Tensor
+        ) -> torch.Tensor:
             return self._runner.forward(part, hidden, at, span)
 
         return run_in_passes(run, chunks, passes, hidden_TD, positions_T)

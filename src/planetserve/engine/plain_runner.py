@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from planetserve.model.span_blocks import SpanBlocks, SpanCache
-from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
+from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk
 from planetserve.types import BlockSpan
 
 

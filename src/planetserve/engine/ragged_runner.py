@@ -16,7 +16,7 @@ from planetserve.engine.fused import FusedLayers
 from planetserve.engine.kv_cache import PagedKvCache
 from planetserve.engine.ragged import RaggedBatch
 from planetserve.model.span_blocks import SpanBlocks
-from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
+from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk
 from planetserve.types import BlockSpan
 
 

@@ -21,7 +21,7 @@ from planetserve.engine.probe import Batching, Verdict, examine, why_not_padded
 from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.engine.sdpa import SdpaBackend
 from planetserve.model.span_blocks import KvShape, SpanBlocks
-from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
+from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk
 from planetserve.types import BlockSpan
 
 logger = logging.getLogger(__name__)

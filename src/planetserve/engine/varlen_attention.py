@@ -4,7 +4,7 @@
 steps and chunks of prompts read their keys and values in place: nothing is gathered, and there is
 no mask. What follows comes from torch's sources and issue tracker:
 
-- The kernel is FlashAttention-2, whose pages hold a multiple of 256 tokens. BatchDelay smaller pages
+- The kernel is FlashAttention-2, whose pages hold a multiple of 256 tokens. Gathering smaller pages
   for it would read and write every key once more in each layer, which is most of what a decode
   step costs; so where this backend serves, pages are as large (`page_multiple`). A sequence then
   leaves half such a page unused on average.

@@ -23,10 +23,10 @@ import torch
 
 from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig
-from planetserve.engine.recompute_inputs import KeptInputs
 from planetserve.engine.passes import token_rows
-from planetserve.engine.span_runner import SpanRunner
 from planetserve.engine.pinned_copy import integers, to_device, to_host
+from planetserve.engine.recompute_inputs import KeptInputs
+from planetserve.engine.span_runner import SpanRunner
 from planetserve.errors import (
     CacheExhausted,
     PlanetServeError,
@@ -34,9 +34,9 @@ from planetserve.errors import (
     RemoteProtocolError,
     SessionError,
 )
-from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch, StepRequest
-from planetserve.scheduler.prefill_budget import PrefillBudget
+from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk, StepRequest
 from planetserve.scheduler.batch_delay import BatchDelay
+from planetserve.scheduler.prefill_budget import PrefillBudget
 from planetserve.scheduler.scheduler import Ready, Scheduler, SchedulerConfig
 from planetserve.scheduler.segments import segments, separate
 from planetserve.scheduler.speed import PassSpeed

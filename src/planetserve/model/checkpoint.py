@@ -21,9 +21,9 @@ from transformers import GenerationConfig
 
 from planetserve.errors import ConfigError, ModelError
 from planetserve.model.configuration import read_config, read_generation_config
+from planetserve.model.file_sources import CONFIG_FILE, FileSource, open_source
 from planetserve.model.json_files import read_json_object
 from planetserve.model.shards import TensorEntry, read_header, read_samples, read_tensor
-from planetserve.model.file_sources import CONFIG_FILE, FileSource, open_source
 from planetserve.model.weight_files import locate, weight_files, why_no_config
 
 GENERATION_FILE = "generation_config.json"

@@ -107,7 +107,9 @@ class KvReservations:
             raise SessionError("a session with this id is open already; use a new random id")
         num_pages = num_rows * self._pages_of(max_length)
         self._check_room(peer_id, num_pages, num_pages)
-        self._reservations[session_id] = _Reservation(peer_id, num_rows, num_pages, self._clock.monotonic())
+        self._reservations[session_id] = _Reservation(
+            peer_id, num_rows, num_pages, self._clock.monotonic()
+        )
         self._peer_pages[peer_id] = self._peer_pages.get(peer_id, 0) + num_pages
 
     def ensure(self, session_id: bytes, length: int) -> None:

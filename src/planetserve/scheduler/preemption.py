@@ -22,8 +22,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from planetserve.scheduler.batch import StepRequest
-from planetserve.scheduler.page_allocator import PageAllocator
 from planetserve.scheduler.kv_row import Sequence
+from planetserve.scheduler.page_allocator import PageAllocator
 from planetserve.scheduler.state import Draft, Lost, Progress, Session
 from planetserve.wire.step import RowSlice
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from planetserve.errors import ConfigError, SessionError
-from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch, StepRequest
+from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk, StepRequest
+from planetserve.scheduler.kv_row import Sequence
 from planetserve.scheduler.page_allocator import PageAllocator
 from planetserve.scheduler.policies import POLICIES, Candidate, Grant, SchedulingPolicy
 from planetserve.scheduler.preemption import Preemption
-from planetserve.scheduler.kv_row import Sequence
 from planetserve.scheduler.state import Draft, Progress, Session
 
 _PREFILL_SHARE = 8

@@ -1,8 +1,8 @@
-"""Where a hop's outputs go: to the next hop or the client, or into the replay_buffer until there is one.
+"""Sends a hop's outputs to the next hop or the client, or keeps them until there is one.
 
-A next hop that is lost does not end the session. The downstream is parked: outputs go on into the
-replay_buffer, the client is told, and when it names another hop (`rewire`) that one first gets what the
-replay_buffer holds, then what comes. Outputs and replays leave under one lock, so in order.
+A lost next hop does not end the session: outputs go on into the replay buffer, the client is told,
+and when it names another hop (`rewire`), that hop first gets what the replay buffer holds, then
+what comes. Outputs and replays leave under one lock, so in order.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Downstream:
         session_id: of the session.
         message: its OPEN.
         control: the client's stream, where the last hop answers.
-        replay_buffer: what has been sent on, None at the last hop.
+        replay buffer: what has been sent on, None at the last hop.
         load_ms: the present time of a decode step in one block, which the client is told.
         report: tells the client that the next hop is lost.
         fail: ends the session, when something else goes wrong here.

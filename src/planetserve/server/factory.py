@@ -18,8 +18,8 @@ from planetserve.engine.span_runner import SpanRunner
 from planetserve.errors import ConfigError
 from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.malloc_tuning import returning_freed_memory
 from planetserve.model.linear import convert_span
+from planetserve.model.malloc_tuning import returning_freed_memory
 from planetserve.model.span_blocks import SpanBlocks
 from planetserve.swarm.libp2p.node import NodeConfig
 

@@ -24,11 +24,11 @@ from planetserve.errors import (
     RemoteProtocolError,
     SessionExpired,
 )
-from planetserve.server.refusal_log import RefusalLog
-from planetserve.server.next_hop_dials import Dials
 from planetserve.server.backpressure import StepBackpressure
-from planetserve.server.replay_buffer import ReplayBytes
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
+from planetserve.server.next_hop_dials import Dials
+from planetserve.server.refusal_log import RefusalLog
+from planetserve.server.replay_buffer import ReplayBytes
 from planetserve.server.session import ServerSession, Shared, check_neighbours
 from planetserve.swarm.network import Network, Stream
 from planetserve.types import CLIENT, BlockSpan, PeerId

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from planetserve.clock import Clock
 from planetserve.errors import PlanetServeError
 from planetserve.swarm import multiaddr
-from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.directory import Directory
+from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.network import Network
 from planetserve.swarm.ping import ping, whom_to_ping
 from planetserve.swarm.records import MAX_NEXT_RTTS

@@ -15,8 +15,8 @@ from planetserve.clock import Clock
 from planetserve.errors import PeerUnreachable, TransportError
 from planetserve.server.limits import ServerLimits
 from planetserve.swarm import multiaddr
-from planetserve.swarm.rate_limit import TokenBuckets
 from planetserve.swarm.network import Network, Stream
+from planetserve.swarm.rate_limit import TokenBuckets
 from planetserve.types import PeerId
 from planetserve.wire.messages import NextHop
 

@@ -37,7 +37,7 @@ class ReplayBytes:
         self.per_peer: Counter[PeerId] = Counter()
 
     def add(self, peer: PeerId, num_bytes: int) -> None:
-        """A replay_buffer of the peer holds so many more, or less if negative."""
+        """A replay buffer of the peer holds so many more, or less if negative."""
         self.per_peer[peer] += num_bytes
         if not self.per_peer[peer]:
             del self.per_peer[peer]

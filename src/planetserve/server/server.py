@@ -27,14 +27,11 @@ from planetserve.errors import (
     TransportError,
 )
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
-from planetserve.model.malloc_tuning import share_one_arena
 from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
+from planetserve.model.malloc_tuning import share_one_arena
 from planetserve.model.quantization import require_quantizer
 from planetserve.model.span_blocks import SpanBlocks
 from planetserve.server.announcer import Announcer
-from planetserve.server.handler import ServedModel, SessionHandler
-from planetserve.server.limits import ServerLimits
-from planetserve.server.neighbours import Neighbours
 from planetserve.server.factory import (
     build_engine,
     check_span,
@@ -43,11 +40,14 @@ from planetserve.server.factory import (
     node_config,
     open_checkpoint,
 )
+from planetserve.server.handler import ServedModel, SessionHandler
+from planetserve.server.limits import ServerLimits
+from planetserve.server.neighbours import Neighbours
 from planetserve.server.reachability import warn_if_unreachable
 from planetserve.server.span_choice import ahead_of, choose_span, is_wanted_elsewhere
 from planetserve.swarm.directory import Directory
-from planetserve.swarm.network import Join, Network
 from planetserve.swarm.libp2p.node import SwarmNode
+from planetserve.swarm.network import Join, Network
 from planetserve.swarm.ping import serve_ping
 from planetserve.tensors import dtype_name
 from planetserve.types import BlockSpan, ServerInfo, ServerState

@@ -2,7 +2,7 @@
 
 The client's stream brings deals, rewirings and the end, and at the first hop the STEP frames;
 `ingest` takes those of the hop before from its push stream. The upstream says what they are
-(`upstream.py`); what they become goes through the engine, and `_pump` hands its answers to the downstream
+(`upstream.py`); what they become goes through the engine, and `_pump` hands its answers on
 (`downstream.py`) in the same order. The queue between them is bounded, so a slow consumer stops the
 reading of its own producer and nobody else's.
 
@@ -34,11 +34,11 @@ from planetserve.errors import (
     SessionError,
     StreamClosed,
 )
-from planetserve.server.next_hop_dials import Dials
 from planetserve.server.backpressure import PeerBackpressure, StepBackpressure
-from planetserve.server.upstream import Arrived, Upstream
-from planetserve.server.replay_buffer import ReplayBuffer, ReplayBytes
 from planetserve.server.downstream import Downstream
+from planetserve.server.next_hop_dials import Dials
+from planetserve.server.replay_buffer import ReplayBuffer, ReplayBytes
+from planetserve.server.upstream import Arrived, Upstream
 from planetserve.swarm.network import Stream
 from planetserve.tensors import is_finite
 from planetserve.types import CLIENT
@@ -307,7 +307,7 @@ class ServerSession:
         await self._queue.put(_Pending(arrived, future, entering_s))
 
     async def _is_given_up(self) -> bool:
-        """Whether CLOSE comes in the place of a EDGE_KEYS, as when another hop of the ring refuses."""
+        """Whether CLOSE comes instead of EDGE_KEYS, as when another hop of the ring refuses."""
         return (await self._control.peek(_DEAL_TIMEOUT_S)).type is FrameType.CLOSE
 
     async def _take_first_deal(self) -> None:

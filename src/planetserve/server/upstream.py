@@ -1,7 +1,7 @@
 """Where a hop's inputs come from: whose frames count, what they may be, and what they become.
 
-A frame is judged by its header and let in by the gate before its payload is read (`backpressure.py`);
-then it is opened, and its table and place in the order of steps checked (`step_order.py`). Chunks
+A frame is judged by its header, and admitted (`backpressure.py`) before its payload is read; then
+it is opened, and its table and place in the order of steps checked (`step_order.py`). Chunks
 of a step that the model must see whole are held here, within what the session has leased.
 """
 

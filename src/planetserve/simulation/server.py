@@ -9,9 +9,9 @@ block that `n` tokens of a tick go through takes
 the line through the two speeds that a server announces: one token takes `decode_ms_per_block`, and
 many of them come at `tokens_per_s_per_block`. All results go at the end of the tick. Admission, the
 prompt tokens that a batch may take, the sharing of a full budget, the waiting for steps that are
-about to come back and the load that is announced are the real `KvReservations`, `PrefillBudget`, scheduling
-policy, `BatchDelay` and `StepLatency`; how a batch is put together repeats `Scheduler`, without
-pages.
+about to come back and the load that is announced are the real `KvReservations`, `PrefillBudget`,
+scheduling policy, `BatchDelay` and `StepLatency`; how a batch is put together repeats
+`Scheduler`, without pages.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import simpy
 from planetserve.config import ServerConfig
 from planetserve.routing.server_points import split_load
 from planetserve.routing.snapshot import ServerPoint
-from planetserve.scheduler.prefill_budget import PrefillBudget
 from planetserve.scheduler.batch_delay import BatchDelay
 from planetserve.scheduler.kv_reservations import KvReservations
 from planetserve.scheduler.policies import POLICIES, Candidate, SchedulingPolicy
+from planetserve.scheduler.prefill_budget import PrefillBudget
 from planetserve.scheduler.speed import StepCost, StepLatency
 from planetserve.simulation.events import SimClock, later
 from planetserve.simulation.ring import Ring, Step
@@ -89,7 +89,9 @@ class SimServer:
 
     def _reset(self) -> None:
         pages = self._cache_tokens // _CONFIG.page_size
-        self.leases = KvReservations(pages, _CONFIG.page_size, self._clock, _CONFIG.max_peer_kv_share)
+        self.leases = KvReservations(
+            pages, _CONFIG.page_size, self._clock, _CONFIG.max_peer_kv_share
+        )
         self._prefill_budget = PrefillBudget(_CONFIG.max_batch_size, _CONFIG.prefill_slowdown)
         self._batch_delay = BatchDelay(_CONFIG.batch_patience)
         self._has_waited = False

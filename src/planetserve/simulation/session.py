@@ -259,7 +259,9 @@ class Session:
             return False
         # How long a text will be is unknown: probably as long again as it is already.
         tokens_left = min(self._generated, self._lease - self._known)
-        chain = self._migration_policy.decide(self._better_chain(self._migration_policy.may_decide), tokens_left)
+        chain = self._migration_policy.decide(
+            self._better_chain(self._migration_policy.may_decide), tokens_left
+        )
         if chain is None:
             return False
         self.record.num_moves += 1

@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
 from planetserve.crypto.identity import Identity
+from planetserve.swarm.dht.swarm_clock import SwarmClock
 from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.node_config import NodeConfig
 from planetserve.swarm.records import RecordChecker
-from planetserve.swarm.dht.swarm_clock import SwarmClock
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader
 

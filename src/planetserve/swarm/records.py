@@ -6,8 +6,8 @@ record is admitted only under the one key that follows from its body and under i
 as subkey, so nobody can write for another, or anything else into the DHT. Every field is bounded,
 so is the envelope (4 KB), and a record ends at most ten minutes after it was made.
 
-Pure: bytes, numbers and a clock in, values out. `operations.py` applies this to all that comes from other
-nodes, `directory.py` reads and writes records through it.
+Pure: bytes, numbers and a clock in, values out. `dht/operations.py` applies this to all that comes
+from other nodes, `directory.py` reads and writes records through it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from planetserve.engine.engine import Engine
 from planetserve.engine.probe import Batching
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.engine.worker import Worker
-from planetserve.scheduler.batch import ScheduledChunk, ScheduledBatch
+from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk
 from planetserve.testing.virtual_time import VirtualTimeLoop
 from planetserve.types import BlockSpan
 

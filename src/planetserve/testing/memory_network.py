@@ -22,10 +22,10 @@ from planetserve.errors import (
     RemoteProtocolError,
     TransportError,
 )
+from planetserve.swarm.dht.swarm_clock import SwarmClock
 from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.network import FrameTap, Records, StreamHandler
 from planetserve.swarm.records import RecordChecker, key_digest
-from planetserve.swarm.dht.swarm_clock import SwarmClock
 from planetserve.testing.memory_streams import Link, MemoryStream, Pipe
 from planetserve.testing.virtual_time import VirtualClock, VirtualTimeLoop
 from planetserve.types import PeerId

@@ -17,8 +17,8 @@ from planetserve.crypto.identity import Identity
 from planetserve.engine.config import EngineConfig
 from planetserve.engine.engine import Engine
 from planetserve.server.server import Server
-from planetserve.swarm.network import Network
 from planetserve.swarm.libp2p.node import NodeConfig
+from planetserve.swarm.network import Network
 from planetserve.testing.integer_model import WIDTH, IntegerRunner, LoopEngine
 from planetserve.testing.memory_network import MemoryNetwork, MemoryNode
 from planetserve.testing.virtual_time import VirtualClock

@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from planetserve.client.hf.batched_lm_head import BatchedCalls, BatchedLmHead, install_batched_lm_head
+from planetserve.client.hf.batched_lm_head import (
+    BatchedCalls,
+    BatchedLmHead,
+    install_batched_lm_head,
+)
 from planetserve.model import few_rows
 
 HIDDEN, VOCABULARY = 16, 50

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from planetserve.client.planning.block_ranges import BlockSplit, parse_ranges, split_blocks, trusted_spans
+from planetserve.client.planning.block_ranges import (
+    BlockSplit,
+    parse_ranges,
+    split_blocks,
+    trusted_spans,
+)
 from planetserve.config import ClientConfig, from_mapping
 from planetserve.errors import ConfigError
 from planetserve.types import BlockSpan

@@ -44,14 +44,18 @@ def test_a_pair_that_quarrels_again_is_avoided_for_longer(
 
 
 @pytest.mark.parametrize("num_liars", [1, 2, 3, 20])
-def test_no_number_of_accusers_takes_anybody_out(edge_suspicions: EdgeSuspicions, num_liars: int) -> None:
+def test_no_number_of_accusers_takes_anybody_out(
+    edge_suspicions: EdgeSuspicions, num_liars: int
+) -> None:
     for liar in range(num_liars):
         for honest in ("a", "b", "c"):
             assert edge_suspicions.add((f"liar {liar}", honest)) == []
     assert len(edge_suspicions.avoided()) == 3 * num_liars
 
 
-def test_what_a_client_sees_of_its_own_edges_needs_no_second_opinion(edge_suspicions: EdgeSuspicions) -> None:
+def test_what_a_client_sees_of_its_own_edges_needs_no_second_opinion(
+    edge_suspicions: EdgeSuspicions,
+) -> None:
     assert edge_suspicions.add((CLIENT, "first")) == ["first"]
     assert edge_suspicions.add(("last", CLIENT)) == ["last"]
     assert not edge_suspicions.avoided()
@@ -72,7 +76,9 @@ def test_old_quarrels_are_forgotten(edge_suspicions: EdgeSuspicions, clock: Manu
     assert not edge_suspicions.avoided()
 
 
-def test_so_many_are_remembered(edge_suspicions: EdgeSuspicions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_many_are_remembered(
+    edge_suspicions: EdgeSuspicions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quarrels_module, "MAX_PAIRS", 10)
     for number in range(100):
         edge_suspicions.add((f"from {number}", f"to {number}"))

@@ -30,7 +30,9 @@ async def fail() -> None:
     raise ValueError("the coroutine's own")
 
 
-def test_results_and_errors_come_back_to_the_thread_that_asked(loop_thread: EventLoopThread) -> None:
+def test_results_and_errors_come_back_to_the_thread_that_asked(
+    loop_thread: EventLoopThread,
+) -> None:
     assert loop_thread.call(add(2, 3)) == 5
     with pytest.raises(ValueError, match="own"):
         loop_thread.call(fail())
@@ -98,7 +100,9 @@ def test_an_interrupted_caller_cancels_what_it_waits_for(
     assert cancelled.wait(10)
 
 
-def test_what_was_interrupted_has_ended_before_the_caller_goes_on(loop_thread: EventLoopThread) -> None:
+def test_what_was_interrupted_has_ended_before_the_caller_goes_on(
+    loop_thread: EventLoopThread,
+) -> None:
     steps = []
 
     async def wait() -> None:
@@ -116,7 +120,9 @@ def test_what_was_interrupted_has_ended_before_the_caller_goes_on(loop_thread: E
     assert loop_thread.call(add(2, 3)) == 5
 
 
-def test_in_a_forked_child_calls_are_refused_and_closing_does_nothing(loop_thread: EventLoopThread) -> None:
+def test_in_a_forked_child_calls_are_refused_and_closing_does_nothing(
+    loop_thread: EventLoopThread,
+) -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

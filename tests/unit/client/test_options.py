@@ -9,7 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig
 
-from planetserve.client.hf.from_pretrained import AutoDistributedConfig, AutoDistributedModelForCausalLM
+from planetserve.client.hf.from_pretrained import (
+    AutoDistributedConfig,
+    AutoDistributedModelForCausalLM,
+)
 from planetserve.client.hf.options import OwnSettings, drop_habits, dtype_text, parse_device
 from planetserve.errors import ConfigError
 from planetserve.model.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from planetserve.client.ring.ring import hop_connection
+from planetserve.client.ring import hop_connection
 from planetserve.client.ring.ring_ends import RingStep
 from planetserve.client.ring.ring_feed import MAX_CHUNKS_IN_FLIGHT, RingFeed
 from planetserve.client.ring.ring_spec import RingSpec
@@ -26,8 +26,8 @@ SPEC = RingSpec(
 
 @pytest.fixture(autouse=True)
 def hops_get_chunks_as_small_as_they_wish(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hop_link, "LEAST_CHUNK_TOKENS", 1)
-    monkeypatch.setattr(hop_link, "ENOUGH_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(hop_connection, "LEAST_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(hop_connection, "ENOUGH_CHUNK_TOKENS", 1)
 
 
 class Sent:
@@ -96,7 +96,7 @@ def test_a_hop_that_wishes_for_little_does_not_make_a_prompt_slow(
 ) -> None:
     monkeypatch.undo()
     links: Any = [SimpleNamespace(max_chunk_tokens=wish) for wish in wishes]
-    assert hop_link.chunk_tokens(links) == tokens
+    assert hop_connection.chunk_tokens(links) == tokens
 
 
 async def test_a_small_step_is_sent_before_send_returns() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from written_swarm import server
 
-from planetserve.client.ring.ring import hop_setup
+from planetserve.client.ring import hop_setup
 from planetserve.client.ring.hop_setup import HopSetup
 from planetserve.client.session import InferenceSession
 from planetserve.config import ClientConfig
@@ -208,7 +208,7 @@ async def test_hops_that_are_put_in_while_a_ring_is_closed_are_let_go(
     opening, may_open = asyncio.Event(), asyncio.Event()
     closed: list[str] = []
 
-    class SlowLink(ring_hops.HopConnection):
+    class SlowLink(hop_setup.HopConnection):
         async def open(self, *_: object, **__: object) -> None:
             opening.set()
             await may_open.wait()
@@ -219,7 +219,7 @@ async def test_hops_that_are_put_in_while_a_ring_is_closed_are_let_go(
         async def close(self) -> None:
             closed.append(self.peer_id)
 
-    monkeypatch.setattr(ring_hops, "HopConnection", SlowLink)
+    monkeypatch.setattr(hop_setup, "HopConnection", SlowLink)
     nobody: Any = None
     hops = HopSetup(nobody, nobody, bytes(16), asyncio.Queue(), nobody)
     splice = asyncio.create_task(hops.splice(0, 0, [HOP], {"a": server("a")}, 0))

@@ -51,7 +51,11 @@ def channels() -> tuple[ChannelSecret, ChannelSecret]:
 
 
 def agree(client: ChannelSecret, hop: ChannelSecret) -> bool:
-    return open_edge_keys(hop, seal_edge_keys(client, 0, INBOUND, OUTBOUND)) == (0, INBOUND, OUTBOUND)
+    return open_edge_keys(hop, seal_edge_keys(client, 0, INBOUND, OUTBOUND)) == (
+        0,
+        INBOUND,
+        OUTBOUND,
+    )
 
 
 def test_the_vectors_are_what_the_plain_implementation_computes() -> None:
@@ -87,7 +91,10 @@ def test_the_handshake_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (answer, signature) == (expected["answer"], expected["signature"])
     channel = client.finish(vectors.OPEN_PAYLOAD, answer, signature)
 
-    deals = seal_edge_keys(channel, 0, INBOUND, OUTBOUND), seal_edge_keys(channel, 1, OUTBOUND, INBOUND)
+    deals = (
+        seal_edge_keys(channel, 0, INBOUND, OUTBOUND),
+        seal_edge_keys(channel, 1, OUTBOUND, INBOUND),
+    )
     assert deals == (expected["deal of epoch 0"], expected["deal of epoch 1"])
     assert open_edge_keys(hop, deals[0]) == (0, INBOUND, OUTBOUND)
     assert open_edge_keys(hop, deals[1]) == (1, OUTBOUND, INBOUND)

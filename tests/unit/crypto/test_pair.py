@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from planetserve.crypto.channel import EdgeOpener, EdgeSealer
 from planetserve.crypto.handshake import ClientHandshake, answer_open
 from planetserve.crypto.identity import Identity
-from planetserve.crypto.secrets import ChannelSecret, new_edge_secret, open_edge_keys, seal_edge_keys, wipe
+from planetserve.crypto.secrets import (
+    ChannelSecret,
+    new_edge_secret,
+    open_edge_keys,
+    seal_edge_keys,
+    wipe,
+)
 from planetserve.errors import DecryptionFailed, RemoteProtocolError
 from planetserve.wire.frame import HEADER_BYTES, Direction, FrameHeader, FrameType
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from planetserve.client.hf.from_pretrained import AutoDistributedConfig, AutoDistributedModelForCausalLM
+from planetserve.client.hf.from_pretrained import (
+    AutoDistributedConfig,
+    AutoDistributedModelForCausalLM,
+)
 from planetserve.errors import ModelError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.file_sources import open_source

@@ -39,7 +39,9 @@ class Always(random.Random):
         return 0.0
 
 
-def migration_policy(clock: ManualClock, rng: random.Random | None = None, **options: Any) -> MigrationPolicy:
+def migration_policy(
+    clock: ManualClock, rng: random.Random | None = None, **options: Any
+) -> MigrationPolicy:
     made = MigrationPolicy(ClientConfig(**options), clock, rng or Always())
     for _ in range(8):
         made.count_step(OLD, 100.0)
@@ -74,7 +76,8 @@ def test_a_new_chain_is_judged_from_the_beginning() -> None:
 
 def test_not_all_sessions_move_at_once() -> None:
     moved = [
-        migration_policy(ManualClock(), random.Random(seed), replan_checks=1).decide(GOOD, 100) is not None
+        migration_policy(ManualClock(), random.Random(seed), replan_checks=1).decide(GOOD, 100)
+        is not None
         for seed in range(100)
     ]
     assert 30 < sum(moved) < 70

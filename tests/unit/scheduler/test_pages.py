@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from planetserve.scheduler.page_allocator import PageAccountingError, PageAllocator
 from planetserve.scheduler.kv_row import Sequence
+from planetserve.scheduler.page_allocator import PageAccountingError, PageAllocator
 
 PAGE_SIZE = 4
 NUM_PAGES = 24

@@ -9,9 +9,9 @@ import pytest
 from planetserve.errors import ConfigError
 from planetserve.scheduler import preemption
 from planetserve.scheduler.batch import ScheduledBatch, StepRequest
+from planetserve.scheduler.kv_row import Sequence
 from planetserve.scheduler.page_allocator import PageAllocator
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
-from planetserve.scheduler.kv_row import Sequence
 from planetserve.wire.step import RowSlice
 
 SIZE = 4

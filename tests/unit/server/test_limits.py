@@ -9,9 +9,9 @@ import pytest
 
 from planetserve.errors import ConfigError, QueueFull
 from planetserve.server import limits, refusal_log
-from planetserve.server.refusal_log import RefusalLog
 from planetserve.server.backpressure import PeerBackpressure, StepBackpressure
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
+from planetserve.server.refusal_log import RefusalLog
 from planetserve.testing.clock import ManualClock
 
 
@@ -99,7 +99,9 @@ def test_the_rest_of_a_begun_step_is_counted_in_any_case() -> None:
 
 
 async def test_the_gate_opens_when_there_is_room_again() -> None:
-    gate = StepBackpressure(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    gate = StepBackpressure(
+        QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10))
+    )
     await gate.enter("a", 7)
     waiting = [asyncio.create_task(gate.enter("a", 4)) for _ in range(2)]
     await gate.enter("b", 2)
@@ -116,7 +118,9 @@ async def test_the_gate_opens_when_there_is_room_again() -> None:
 
 
 async def test_what_another_peer_leaves_lets_in_who_waited_for_the_whole() -> None:
-    gate = StepBackpressure(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    gate = StepBackpressure(
+        QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10))
+    )
     await gate.enter("a", 10)
     waiting = asyncio.create_task(gate.enter("b", 4))
     await asyncio.sleep(0)
@@ -126,7 +130,9 @@ async def test_what_another_peer_leaves_lets_in_who_waited_for_the_whole() -> No
 
 
 async def test_who_is_let_in_and_cancelled_at_once_holds_nothing() -> None:
-    gate = StepBackpressure(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    gate = StepBackpressure(
+        QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10))
+    )
     await gate.enter("a", 10)
     waiting = asyncio.create_task(gate.enter("b", 4))
     await asyncio.sleep(0)
@@ -138,7 +144,9 @@ async def test_who_is_let_in_and_cancelled_at_once_holds_nothing() -> None:
 
 
 async def test_a_session_that_ends_gives_back_what_it_has_in_the_gate() -> None:
-    gate = StepBackpressure(QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10)))
+    gate = StepBackpressure(
+        QueuedBytes(ServerLimits(max_queued_bytes=10, max_peer_queued_bytes=10))
+    )
     share = PeerBackpressure(gate, "a")
     await share.enter(6)
     share.close()
@@ -158,7 +166,7 @@ def test_refusals_are_counted_and_logged_at_a_bounded_rate(
         for _ in range(1000):
             refusals.add("open.queue_full", "peer-a")
         refusals.add("frame", "peer-b")
-        clock.now_s += counters.LOG_PERIOD_S
+        clock.now_s += refusal_log.LOG_PERIOD_S
         refusals.add("frame", "peer-a")
     assert refusals.counts == {"open.queue_full": 1000, "frame": 2}
     assert caplog.messages == [
@@ -169,7 +177,7 @@ def test_refusals_are_counted_and_logged_at_a_bounded_rate(
 
 
 def test_so_many_peers_are_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counters, "MAX_PEERS", 10)
+    monkeypatch.setattr(refusal_log, "MAX_PEERS", 10)
     refusals = RefusalLog(ManualClock())
     for number in range(100):
         refusals.add("frame", f"peer {number}")

@@ -10,8 +10,8 @@ import pytest
 from planetserve.crypto.identity import Identity
 from planetserve.errors import PeerUnreachable, TransportError
 from planetserve.server import next_hop_dials as dials_module
-from planetserve.server.next_hop_dials import Dials
 from planetserve.server.limits import ServerLimits
+from planetserve.server.next_hop_dials import Dials
 from planetserve.testing.clock import ManualClock
 from planetserve.wire.messages import NextHop
 

@@ -1,4 +1,4 @@
-"""A replay_buffer fills a new hop with what the lost one had, and repeats the step under way."""
+"""A replay buffer fills a new hop with what the lost one had, and repeats the step under way."""
 
 from __future__ import annotations
 

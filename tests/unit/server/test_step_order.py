@@ -118,7 +118,7 @@ def test_a_step_that_was_dropped_in_part_begins_again(is_first: bool) -> None:
 
 
 def test_one_step_brings_each_token_of_a_row_once() -> None:
-    """Or a replay_buffer, which keeps a step's frames, would grow with what a hop upstream likes."""
+    """Otherwise a hop upstream could make a replay buffer grow without end."""
     order, header = StepOrder(0), FrameHeader(FrameType.STEP, num_chunks=65535)
     pieces = [((0, 0, 5), (1, 0, 3)), ((1, 3, 2), (2, 7, 1)), ((2, 8, 1), (0, 5, 1))]
     for chunk, rows in enumerate(pieces):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from planetserve.client.planning.block_ranges import split_blocks
+from planetserve.client.hf.batched_lm_head import install_batched_lm_head
 from planetserve.client.hf.generation import DistributedMixin, SwarmMixin
 from planetserve.client.hf.local_blocks import LocalEnds
 from planetserve.client.hf.module import Membership, ModuleMixin
@@ -24,10 +24,10 @@ from planetserve.client.hf.options import (
     open_checkpoint,
     parse_device,
 )
-from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.client.hf.remote_blocks import RemoteBlocks
+from planetserve.client.planning.block_ranges import split_blocks
+from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.client.runtime import ClientRuntime
-from planetserve.client.hf.batched_lm_head import install_batched_lm_head
 from planetserve.config import ClientConfig, check_mapping, from_mapping
 from planetserve.errors import ConfigError
 from planetserve.model.capabilities import check_servable

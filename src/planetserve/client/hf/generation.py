@@ -20,9 +20,9 @@ import torch
 
 from planetserve.client.hf.remote_blocks import RIGHT_PADDED
 from planetserve.client.hf.remote_cache import RemoteCache, usable_cache
+from planetserve.client.hf.turn import Turn, asks_for_length, refuse_what_needs_layers
 from planetserve.client.runtime import ClientRuntime
 from planetserve.client.session import InferenceSession
-from planetserve.client.hf.turn import Turn, asks_for_length, refuse_what_needs_layers
 from planetserve.errors import ConfigError
 from planetserve.types import Chain
 

@@ -1,9 +1,9 @@
 """Which chain a session gets, which other hops when some are lost, and who is at fault then.
 
-Knows what servers there are (`server_discovery.py`), whom to leave alone for a while (`bans.py`) and
-which two not to put side by side (`edge_suspicion.py`); has a chain planned over those that are left
-(`chain_planner.py`), and opens, mends or moves the ring on it. Runs on the loop_thread's loop. Every wait is
-bounded: missing blocks are waited for `wait_for_blocks_timeout` seconds.
+It knows which servers there are (`server_discovery.py`), which of them are banned (`bans.py`) and
+which two must not be neighbours (`edge_suspicion.py`). It has a chain planned over the others
+(`chain_planner.py`), and opens, mends or moves the ring on it. It runs on the event loop. Every
+wait is bounded: missing blocks are waited for `wait_for_blocks_timeout` seconds.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from planetserve.client.planning.bans import Bans
-from planetserve.client.planning.latency_feedback import LatencyFeedback
 from planetserve.client.planning.chain_diagnosis import explain, other_revision
 from planetserve.client.planning.chain_planner import ChainPlanner, ModelFacts
 from planetserve.client.planning.edge_suspicion import EdgeSuspicions
+from planetserve.client.planning.latency_feedback import LatencyFeedback
+from planetserve.client.planning.replanner import Replanner, Running
+from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.client.ring.ring import RingSession
 from planetserve.client.ring.ring_spec import Gap, RingSpec
-from planetserve.client.planning.replanner import Running, Replanner
-from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.clock import Clock, SystemClock
 from planetserve.config import ClientConfig
 from planetserve.crypto.identity import peer_id_bytes
@@ -41,8 +41,8 @@ from planetserve.history import History
 from planetserve.routing.migration import Offer
 from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.swarm.ewma import PeerEwma
-from planetserve.swarm.network import Join
 from planetserve.swarm.libp2p.node import SwarmNode
+from planetserve.swarm.network import Join
 from planetserve.types import Chain, PeerId, ServerInfo
 from planetserve.wire.frame import SESSION_BYTES
 
@@ -81,7 +81,9 @@ class ChainManager:
         _check_peer_ids(config)
         rtt = PeerEwma(max_peers=256, clock=self._clock)
         self._planner = ChainPlanner(config, facts, rtt, self.rng)
-        self.view = ServerDiscovery(config, facts, self._planner.remote, rtt, self._clock, self.rng, join)
+        self.view = ServerDiscovery(
+            config, facts, self._planner.remote, rtt, self._clock, self.rng, join
+        )
         """What servers there are."""
         self._bans = Bans(self._clock)
         self._edge_suspicions = EdgeSuspicions(config.ban_timeout, self._clock)

@@ -31,9 +31,9 @@ from planetserve.model.checkpoint import Checkpoint
 from planetserve.routing.cost import latency_ms
 from planetserve.routing.migration import move_ms, new_hops
 from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
-from planetserve.routing.server_points import usable_point
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
+from planetserve.routing.server_points import usable_point
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
 from planetserve.swarm.ewma import PeerEwma
 from planetserve.tensors import dtype_name

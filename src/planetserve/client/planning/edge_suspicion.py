@@ -32,7 +32,7 @@ MAX_PAIRS = 256
 """The one that quarrelled longest ago is forgotten first."""
 
 _MAX_DOUBLINGS = 3
-"""A pair is avoided for twice as long every time that it edge_suspicions again, up to 2^3 times."""
+"""A pair is avoided for twice as long every time that it edge suspicions again, up to 2^3 times."""
 _REMEMBERED = 10
 """A pair is forgotten after this many times the first avoidance period."""
 

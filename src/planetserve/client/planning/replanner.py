@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planetserve.client.planning.latency_feedback import LatencyFeedback
 from planetserve.client.planning.chain_planner import ChainPlanner
+from planetserve.client.planning.latency_feedback import LatencyFeedback
 from planetserve.clock import Clock
 from planetserve.errors import NoChainAvailable, SessionLengthError
 from planetserve.routing.migration import Offer

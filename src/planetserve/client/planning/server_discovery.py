@@ -2,7 +2,7 @@
 
 Owns the client's swarm node. Reads the directory on a timer and before a session begins, sorts what
 it finds there, and pings servers that a chain may begin or end with. What to do with them is for
-`chain_manager.py` to say. Runs on the loop_thread's loop.
+`chain_manager.py` to say. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.clock import Clock
 from planetserve.config import ClientConfig
 from planetserve.errors import NoChainAvailable, PlanetServeError
-from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.directory import Directory
-from planetserve.swarm.network import Join, Network
+from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
+from planetserve.swarm.network import Join, Network
 from planetserve.swarm.ping import ping, whom_to_ping
 from planetserve.types import BlockSpan, PeerId, ServerInfo, ServerState
 

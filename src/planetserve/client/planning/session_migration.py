@@ -1,6 +1,6 @@
-"""How a session that runs comes to a better chain: it looks now and then, and moves between steps.
+"""Moves a running session to a better chain: it looks now and then, and moves between two steps.
 
-What is better is for `replanner.py` and `routing/migration.py` to say. A look has a task of its own, so no
+`replanner.py` and `routing/migration.py` decide what is better. A look has a task of its own, so no
 step waits for it.
 """
 
@@ -11,8 +11,8 @@ import contextlib
 import logging
 
 from planetserve.client.planning.chain_manager import ChainManager
-from planetserve.client.ring.ring import RingSession
 from planetserve.client.planning.replanner import Running
+from planetserve.client.ring.ring import RingSession
 from planetserve.errors import NoChainAvailable, PlanetServeError
 from planetserve.history import History
 from planetserve.routing.migration import MigrationPolicy
@@ -55,7 +55,9 @@ class SessionMigration:
             position: tokens in the longest row.
             most_tokens_left: that may still be decoded; None if nothing says so.
         """
-        if (self._looking is not None and not self._looking.done()) or not self._migration_policy.is_due():
+        if (
+            self._looking is not None and not self._looking.done()
+        ) or not self._migration_policy.is_due():
             return
         running = Running(
             chain, num_rows, lease_tokens, position, self._migration_policy.measured_ms, self._seed

@@ -39,7 +39,9 @@ from planetserve.wire.messages import (
 from planetserve.wire.protocols import SESSION_PROTOCOL
 
 T = TypeVar("T")
-Inbox = asyncio.Queue[tuple["HopConnection", FrameHeader, bytearray] | tuple["HopConnection", PlanetServeError]]
+Inbox = asyncio.Queue[
+    tuple["HopConnection", FrameHeader, bytearray] | tuple["HopConnection", PlanetServeError]
+]
 
 _CLOSE_TIMEOUT_S = 1.0
 _NOTICES = (FrameType.LEAVING, FrameType.REWIRED, FrameType.STATUS)

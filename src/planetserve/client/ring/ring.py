@@ -5,7 +5,7 @@ what opens, deals, rewires and ends. When hops are lost, `mend` puts others in t
 that are left keep their KV cache, the hop before the gap (or the client) sends the new ones what
 they lack, and the step under way goes on. Which hops those are is the caller's to say (`condemn`),
 and so is who takes their place. How others take it is in `hop_setup.py`, what is sent when in
-`ring_feed.py`. Runs on the loop_thread's loop.
+`ring_feed.py`. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 import torch
 
 from planetserve.client.ring.hop_connection import HopConnection, Inbox
+from planetserve.client.ring.hop_setup import HopSetup
 from planetserve.client.ring.ring_ends import RingEnds, RingStep
 from planetserve.client.ring.ring_feed import RingFeed
-from planetserve.client.ring.hop_setup import HopSetup
 from planetserve.client.ring.ring_spec import Gap, RingSpec
 from planetserve.client.ring.stall_detector import StallDetector
 from planetserve.errors import (

@@ -11,8 +11,8 @@ import asyncio
 import torch
 
 from planetserve.client.ring.hop_connection import Inbox, chunk_tokens
-from planetserve.client.ring.ring_ends import RingEnds, RingStep
 from planetserve.client.ring.hop_setup import HopSetup
+from planetserve.client.ring.ring_ends import RingEnds, RingStep
 from planetserve.client.ring.ring_spec import RingSpec
 from planetserve.errors import PlanetServeError
 from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY, HEADER_BYTES, MAX_STEP_BYTES

@@ -141,7 +141,10 @@ class StallDetector:
         return False
 
     def _too_slow(
-        self, links: Sequence[HopConnection], progress: Sequence[Progress] | None, mine: tuple[int, int]
+        self,
+        links: Sequence[HopConnection],
+        progress: Sequence[Progress] | None,
+        mine: tuple[int, int],
     ) -> HopTimeout:
         message = f"no answer from the chain within {self._spec.step_timeout_s:g} s"
         busy = [

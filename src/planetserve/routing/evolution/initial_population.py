@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 
 from planetserve.routing.arrays import IntArray
-from planetserve.routing.evolution.objectives import log_mistrust, prices
 from planetserve.routing.evolution.label_front import walk_front
+from planetserve.routing.evolution.objectives import log_mistrust, prices
 from planetserve.routing.exact.sweep import DEFAULT_EFFORT, sweep
 from planetserve.routing.optimizers.greedy import greedy_chain
 from planetserve.routing.optimizers.shortest_path import least_latency_hosts

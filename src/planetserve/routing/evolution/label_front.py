@@ -16,8 +16,8 @@ import numpy as np
 from planetserve.routing.arrays import FloatArray, IntArray
 from planetserve.routing.evolution.objectives import log_mistrust, prices
 from planetserve.routing.front import undominated_rows
-from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.greedy_walk import run_ends
+from planetserve.routing.problem import RoutingProblem
 
 _MAX_LABELS = 2000
 """Labels kept at one boundary, and chains in the end."""

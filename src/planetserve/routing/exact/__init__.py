@@ -7,9 +7,10 @@ each used only where the one before leaves a gap:
 
 - `bounds.py`: limit every run on its own and forget earlier visits. A dynamic programme; a lower
   bound always, and the answer whenever its chain keeps the limits anyway.
-- `lagrangian.py`: price the limits that were broken (Lagrangian multipliers), which raises the bound.
+- `lagrangian.py`: price the limits that were broken, which raises the bound.
 - `label_setting.py`: count the broken limits exactly, searching only what the bound leaves.
 
-`large_neighbourhood_search.py` changes parts of good chains, which finds chains where proofs are out of reach.
-`sweep.py` puts floor after floor, and `search_budget.py` bounds the effort of all of it together.
+`large_neighbourhood_search.py` changes parts of good chains, which finds chains where proofs are
+out of reach. `sweep.py` puts floor after floor, and `search_budget.py` bounds the effort of all of
+it together.
 """

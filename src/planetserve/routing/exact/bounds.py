@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from planetserve.errors import ConfigError
 from planetserve.routing.arrays import BoolArray, FloatArray, IntArray
-from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.greedy_walk import run_ends
+from planetserve.routing.problem import RoutingProblem
 
 Counts = NDArray[np.int64]
 _MAX_CELLS = 10**8

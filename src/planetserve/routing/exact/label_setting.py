@@ -72,7 +72,7 @@ class LabelSearch:
 
     Args:
         priced: prices, and the bounds on the way to go at these prices.
-        packed_counts: what is counted; everything that has a price is.
+        packed counts: what is counted; everything that has a price is.
         ceiling: chains that cost more, in milliseconds without prices, are not looked for.
         max_effort: give up after this much.
         beam: keep only so many labels at a boundary, the most promising ones. What is found is then

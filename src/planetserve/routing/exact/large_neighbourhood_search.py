@@ -17,8 +17,8 @@ from planetserve.routing.exact.bounds import (
     cheapest_runs,
     usage,
 )
-from planetserve.routing.exact.lagrangian import Priced
 from planetserve.routing.exact.label_setting import LabelSearch
+from planetserve.routing.exact.lagrangian import Priced
 from planetserve.routing.exact.packed_counts import PackedCounts
 from planetserve.routing.exact.search_budget import Hosts, SearchBudget
 

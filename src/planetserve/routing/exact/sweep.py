@@ -16,11 +16,11 @@ from itertools import pairwise
 import numpy as np
 
 from planetserve.routing.exact.bounds import Limits
-from planetserve.routing.exact.throughput_constraint import ThroughputConstraint
 from planetserve.routing.exact.label_setting import beam_effort
-from planetserve.routing.exact.matching import deal_out
 from planetserve.routing.exact.large_neighbourhood_search import LargeNeighbourhoodSearch
+from planetserve.routing.exact.matching import deal_out
 from planetserve.routing.exact.search_budget import TOLERANCE, SearchBudget
+from planetserve.routing.exact.throughput_constraint import ThroughputConstraint
 from planetserve.routing.problem import RoutingProblem
 from planetserve.types import Chain
 

@@ -1,7 +1,7 @@
 """Least latency under a floor on throughput: bound, price, search, in that order.
 
-One `ThroughputConstraint` serves a whole sweep. A chain that is fast enough for one floor is an upper end
-for all lower ones, and the prices of one floor are nearly right for the next.
+One `ThroughputConstraint` serves a whole sweep. A chain that is fast enough for one floor is an
+upper bound for all lower ones, and the prices of one floor are nearly right for the next.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import math
 import numpy as np
 
 from planetserve.routing.exact.bounds import Limits, usage
-from planetserve.routing.exact.lagrangian import Priced, ascend, unpriced
 from planetserve.routing.exact.label_setting import LabelSearch
+from planetserve.routing.exact.lagrangian import Priced, ascend, unpriced
+from planetserve.routing.exact.large_neighbourhood_search import LargeNeighbourhoodSearch
 from planetserve.routing.exact.matching import deal_out
 from planetserve.routing.exact.packed_counts import PackedCounts
-from planetserve.routing.exact.large_neighbourhood_search import LargeNeighbourhoodSearch
 from planetserve.routing.exact.search_budget import TOLERANCE, Hosts, SearchBudget
 from planetserve.types import Chain
 

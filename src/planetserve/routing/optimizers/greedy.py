@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from planetserve.routing.greedy_walk import run_ends, walk
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
-from planetserve.routing.greedy_walk import run_ends, walk
 from planetserve.types import Chain
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from planetserve.routing.arrays import FloatArray, IntArray
+from planetserve.routing.greedy_walk import run_ends, walk
 from planetserve.routing.optimizers.base import checked_seed
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
-from planetserve.routing.greedy_walk import run_ends, walk
 from planetserve.types import Chain
 
 HOP_OVERHEAD_MS = 18.0

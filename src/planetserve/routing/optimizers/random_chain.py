@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from planetserve.routing.greedy_walk import run_ends, walk
 from planetserve.routing.optimizers.base import checked_seed
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.snapshot import SwarmSnapshot
-from planetserve.routing.greedy_walk import run_ends, walk
 from planetserve.types import Chain
 
 

@@ -21,13 +21,13 @@ from hivemind.proto import dht_pb2
 
 from planetserve.crypto.identity import peer_id_bytes
 from planetserve.errors import ConfigError, PeerUnreachable, TransportError
+from planetserve.swarm.dht.lookup_results import LookupResults
 from planetserve.swarm.dht.protocol import RPC_TIMEOUT_S, PlanetServeDHT, Validator
 from planetserve.swarm.dht.protocol import dht_place as _place_of
-from planetserve.swarm.dht.lookup_results import LookupResults
-from planetserve.swarm.records import RecordChecker
 from planetserve.swarm.dht.search import NUM_NEAREST, PeerMemory, Search
 from planetserve.swarm.dht.storage import MAX_KEYS, MAX_RECORDS, BoundedStorage
 from planetserve.swarm.dht.swarm_clock import SwarmClock
+from planetserve.swarm.records import RecordChecker
 from planetserve.types import PeerId
 
 __all__ = [
@@ -207,7 +207,9 @@ async def get(
 
     async def take(place: int, value: bytes) -> None:
         key = places[place]
-        lookup_results.add(key, await protocol.good_records(place, value, partial(lookup_results.choose, key)))
+        lookup_results.add(
+            key, await protocol.good_records(place, value, partial(lookup_results.choose, key))
+        )
 
     for place in places:
         own = protocol.storage.get(DHTID(place))

@@ -5,7 +5,7 @@ their answers counts, and who stands where.
 - Only records that `records.py` admits are stored or believed; the rest of an answer still counts.
 - What is stored is bounded (`storage.py`), and so is what one request or answer may hold: its bytes
   and its fields before it is decoded.
-- A peer may ask for so much in a while (`RequestLimiter`); what is refused costs nothing but the answer.
+- Requests per peer are limited (`RequestLimiter`); what is refused costs nothing but the answer.
 - Nothing is cached or handed on: owners store their records, and renew them.
 """
 
@@ -26,13 +26,13 @@ from hivemind.proto import dht_pb2
 
 from planetserve.crypto.identity import is_peer_id
 from planetserve.errors import RemoteProtocolError
-from planetserve.swarm.libp2p.unary_rpc import Call
-from planetserve.swarm.libp2p.delimited import check_shape
-from planetserve.swarm.libp2p.request_limiter import RequestLimiter
-from planetserve.swarm.records import MAX_RECORD_BYTES, RecordChecker
 from planetserve.swarm.dht.search import MAX_NAMED, PeerMemory, place_of
 from planetserve.swarm.dht.storage import MAX_KEYS, BoundedStorage
 from planetserve.swarm.dht.swarm_clock import SwarmClock
+from planetserve.swarm.libp2p.delimited import check_shape
+from planetserve.swarm.libp2p.request_limiter import RequestLimiter
+from planetserve.swarm.libp2p.unary_rpc import Call
+from planetserve.swarm.records import MAX_RECORD_BYTES, RecordChecker
 from planetserve.types import PeerId
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class PlanetServeDHT(DHTProtocol):
         """Nothing: the daemon is not to serve them, the node does (`served`)."""
 
     def served(self, request_limiter: RequestLimiter) -> dict[str, Call]:
-        """What strangers may call, behind a request_limiter: protocol name -> call."""
+        """What strangers may call, behind a limiter: protocol name -> call."""
         self._collect_rpc_handlers()
         handlers: Any = self._rpc_handlers
         return {
@@ -382,7 +382,7 @@ class _Stub:
         return data
 
     async def _call(self, name: str, request: Any, timeout_s: float | None) -> bytes:
-        client: Any = self._p2p._client  # noqa: SLF001  hivemind has no request_limiter to undecoded answers
+        client: Any = self._p2p._client  # noqa: SLF001  hivemind has no limiter to undecoded answers
         async with asyncio.timeout(timeout_s):
             data = await client.call_unary_handler(
                 self._peer, f"{PlanetServeDHT.__name__}.{name}", request.SerializeToString()

@@ -38,9 +38,9 @@ from hivemind.utils.multiaddr import Multiaddr
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import ConfigError, PeerUnreachable, RemoteProtocolError, TransportError
 from planetserve.swarm import multiaddr
+from planetserve.swarm.libp2p.daemon_launch import ContainedP2P
 from planetserve.swarm.libp2p.delimited import varint
 from planetserve.swarm.libp2p.forks import keep_from_children
-from planetserve.swarm.libp2p.daemon_launch import ContainedP2P
 from planetserve.swarm.libp2p.sockets import read_exactly, send_all, stop_serving
 from planetserve.types import PeerId
 

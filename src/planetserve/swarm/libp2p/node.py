@@ -31,18 +31,14 @@ from planetserve.errors import (
     RemoteProtocolError,
     TransportError,
 )
-from planetserve.swarm.dht.operations import operations
 from planetserve.swarm import multiaddr
-from planetserve.swarm.libp2p import peer_routing, refused_protocols
+from planetserve.swarm.dht import operations
+from planetserve.swarm.dht.swarm_clock import SwarmClock
 from planetserve.swarm.ewma import PeerEwma
-from planetserve.swarm.rate_limit import TokenBuckets
-from planetserve.swarm.libp2p.unary_rpc import Call, Unsent, answer
+from planetserve.swarm.libp2p import peer_routing, refused_protocols
 from planetserve.swarm.libp2p.daemon import Daemon
-from planetserve.swarm.libp2p.request_limiter import RequestLimiter
-from planetserve.swarm.network import FrameTap, Records
-from planetserve.swarm.node_config import NodeConfig
 from planetserve.swarm.libp2p.peer_routing import PeerRouting
-from planetserve.swarm.records import RecordChecker
+from planetserve.swarm.libp2p.request_limiter import RequestLimiter
 from planetserve.swarm.libp2p.sockets import raise_file_limit
 from planetserve.swarm.libp2p.streams import (
     FrameStream,
@@ -51,7 +47,11 @@ from planetserve.swarm.libp2p.streams import (
     serve_streams,
     short,
 )
-from planetserve.swarm.dht.swarm_clock import SwarmClock
+from planetserve.swarm.libp2p.unary_rpc import Call, Unsent, answer
+from planetserve.swarm.network import FrameTap, Records
+from planetserve.swarm.node_config import NodeConfig
+from planetserve.swarm.rate_limit import TokenBuckets
+from planetserve.swarm.records import RecordChecker
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader
 
@@ -225,12 +225,12 @@ class SwarmNode:
     async def put_record(
         self, key: bytes, envelope: bytes, expires_at_s: float, timeout_s: float
     ) -> None:
-        """Store a record of this node in the directory; as `dht.put`."""
-        await dht.put(self.dht, key, self.peer_id, envelope, expires_at_s, timeout_s)
+        """Store a record of this node in the directory; as `operations.put`."""
+        await operations.put(self.dht, key, self.peer_id, envelope, expires_at_s, timeout_s)
 
     async def get_records(self, keys: Sequence[bytes], timeout_s: float) -> Records:
-        """All records under `keys`; as `dht.get`."""
-        return await dht.get(self.dht, keys, timeout_s)
+        """All records under `keys`; as `operations.get`."""
+        return await operations.get(self.dht, keys, timeout_s)
 
     async def add_protocol(self, protocol: str, handler: StreamHandler) -> None:
         """Run `handler` in a task of this node for each incoming stream of `protocol`.
@@ -276,7 +276,7 @@ class SwarmNode:
         routing = PeerRouting(
             self._daemon,
             self.peer_id,
-            known=lambda: dht.known(dht_node),
+            known=lambda: operations.known(dht_node),
             enter=lambda remote: request_limiter.enter(remote, num_keys=1),
             clock=self.clock,
         )
@@ -338,7 +338,7 @@ class SwarmNode:
             raise PeerUnreachable(
                 f"no initial peer answered ({', '.join(self.config.initial_peers)}): {tried}"
             )
-        self._dht = await dht.create(
+        self._dht = await operations.create(
             self._daemon.p2p, self.peer_id, self.records, self.clock, places,
             client_mode=self.config.client_mode,
         )  # fmt: skip
@@ -346,7 +346,7 @@ class SwarmNode:
             self.calls.update(self._dht.protocol.served(self._request_limiter("lookup")))
             await asyncio.gather(*map(self._serve_call, self.calls))
             await self._serve_peer_routing(self._dht)
-        await dht.bootstrap(self._dht, places, required=bool(places))
+        await operations.bootstrap(self._dht, places, required=bool(places))
         if places:
             self.spawn(self._keep_joined(places), "keep joined")
 
@@ -356,7 +356,7 @@ class SwarmNode:
             await asyncio.sleep(_REJOIN_PERIOD_S)
             if self.stopped.is_set():
                 return
-            lost = [peer_id for peer_id in places if not dht.knows(self.dht, peer_id)]
+            lost = [peer_id for peer_id in places if not operations.knows(self.dht, peer_id)]
             outcomes = await asyncio.gather(
                 *(self.connect(peer_id, places[peer_id]) for peer_id in lost),
                 return_exceptions=True,
@@ -365,8 +365,8 @@ class SwarmNode:
             if self.stopped.is_set():
                 return
             if found:
-                await dht.bootstrap(self.dht, found, required=False)
-            await dht.keep_time(self.dht, places)
+                await operations.bootstrap(self.dht, found, required=False)
+            await operations.keep_time(self.dht, places)
 
     async def close(self) -> None:
         """Leave the swarm: end every stream, task and process of this node. Idempotent."""

@@ -31,8 +31,8 @@ from planetserve.errors import (
     RemoteProtocolError,
     StreamClosed,
 )
-from planetserve.swarm.libp2p.forks import keep_from_children
 from planetserve.swarm.bandwidth import BandwidthMeter
+from planetserve.swarm.libp2p.forks import keep_from_children
 from planetserve.swarm.libp2p.sockets import readable, writable
 from planetserve.types import PeerId
 from planetserve.wire.frame import HEADER_BYTES, FrameHeader

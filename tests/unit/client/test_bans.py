@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from planetserve.client.planning import bans as bans_module
 from planetserve.client.planning.bans import Bans
-from planetserve.client.planning.chain_planner import bans as bans_module
 from planetserve.testing.clock import ManualClock
 
 

@@ -8,8 +8,8 @@ import pytest
 from written_swarm import FACTS, Board, server
 
 from planetserve import errors
+from planetserve.client.planning import chain_manager
 from planetserve.client.planning.chain_manager import ChainManager
-from planetserve.client.planning.chain_planner import chain_manager
 from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.config import ClientConfig
 from planetserve.errors import (

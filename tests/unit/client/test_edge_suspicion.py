@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planetserve.client.planning.chain_planner import edge_suspicion as quarrels_module
+from planetserve.client.planning import edge_suspicion as quarrels_module
 from planetserve.client.planning.edge_suspicion import EdgeSuspicions
 from planetserve.testing.clock import ManualClock
 from planetserve.types import CLIENT

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from written_swarm import FACTS, Board, server
 
-from planetserve.client.planning.chain_planner import server_discovery
+from planetserve.client.planning import server_discovery
 from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.config import ClientConfig
 from planetserve.errors import NoChainAvailable, PeerUnreachable

@@ -3,55 +3,127 @@
 
     make simulate-faults SEEDS=10000 FIRST_SEED=0
 
-A seed always gives the same swarm, faults and events: `--first-seed N --seeds 1` shows one again.
+A seed gives the same swarm, faults and events every time, if the other options are the same too.
+The exit status is 1 if there was a violation. Ctrl-C ends with what has been found until then.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
+import shlex
+import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 
 from planetserve.testing.fault_simulation import Outcome, simulate
 
+_PROGRESS_PERIOD_S = 10.0
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=200, help="how many swarms")
-    parser.add_argument("--first-seed", type=int, default=0, help="the seed of the first one")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--seeds", type=int, default=200, help="number of swarms (200)")
+    parser.add_argument("--first-seed", type=int, default=0, help="seed of the first one (0)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (one per core)"
+    )
     options = parser.parse_args()
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    began_s, outcomes = time.monotonic(), []
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(options.jobs, max(1, len(seeds))), mp_context=spawn) as pool:
-        for outcome in pool.map(simulate, seeds, chunksize=8):
-            outcomes.append(outcome)
-            show(outcome)
-    return summary(outcomes, time.monotonic() - began_s)
-
-
-def show(outcome: Outcome) -> None:
-    """Print what a seed has violated."""
-    for text in outcome.violations:
-        print(f"seed {outcome.seed}: {text}", flush=True)
-
-
-def summary(outcomes: list[Outcome], elapsed_s: float) -> int:
-    """Print the totals; the exit status."""
-    bad = [outcome.seed for outcome in outcomes if outcome.violations]
-    tokens = sum(outcome.num_tokens for outcome in outcomes)
-    errors = sum(outcome.num_errors for outcome in outcomes)
-    rate = 60 * len(outcomes) / max(elapsed_s, 1e-9)
-    print(
-        f"{len(outcomes)} seeds, {tokens} tokens compared, {errors} steps that failed during "
-        f"faults and were tried again; {rate:.0f} seeds a minute"
+    totals = Totals(len(seeds))
+    # The server that forks the workers imports everything once, for all of them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["planetserve.testing.fault_simulation"])
+    pool = ProcessPoolExecutor(
+        min(options.jobs, max(1, len(seeds))), mp_context=context, initializer=prepare
     )
-    print(f"violations at seeds {bad}" if bad else "no violation")
-    return 1 if bad else 0
+    try:
+        futures: list[Future[Outcome]] = [pool.submit(simulate, seed) for seed in seeds]
+        for future in as_completed(futures):
+            totals.add(future.result())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return totals.show()
+
+
+def prepare() -> None:
+    """Make a worker: the parent handles Ctrl-C, and imported modules are no garbage."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
+@dataclass
+class Totals:
+    """What all seeds have shown until now."""
+
+    num_seeds: int
+    num_done: int = 0
+    num_tokens: int = 0
+    num_errors: int = 0
+    bad: list[int] = field(default_factory=list)
+    """Seeds with violations."""
+    began_s: float = field(default_factory=time.monotonic)
+    shown_s: float = field(default_factory=time.monotonic)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count a seed, and print what it has violated."""
+        self.num_done += 1
+        self.num_tokens += outcome.num_tokens
+        self.num_errors += outcome.num_errors
+        if outcome.violations:
+            self.bad.append(outcome.seed)
+            for text in outcome.violations:
+                print(f"seed {outcome.seed}: {text}")
+            print(f"  again: {repeat_command(outcome.seed)}", flush=True)
+        if time.monotonic() >= self.shown_s + _PROGRESS_PERIOD_S:
+            self.shown_s = time.monotonic()
+            print(
+                f"{self.num_done} of {self.num_seeds} seeds, {self.per_minute():.0f} a minute, "
+                f"{len(self.bad)} with violations",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def per_minute(self) -> float:
+        """Seeds done in a minute."""
+        return 60 * self.num_done / max(time.monotonic() - self.began_s, 1e-9)
+
+    def show(self) -> int:
+        """Print the totals; the exit status."""
+        print(
+            f"{self.num_done} seeds, {self.num_tokens} tokens compared, {self.num_errors} steps "
+            f"that failed during faults and were tried again; {self.per_minute():.0f} seeds a "
+            "minute"
+        )
+        bad = sorted(self.bad)
+        print(f"violations at seeds {bad}" if bad else "no violation")
+        return 1 if bad else 0
+
+
+def repeat_command(seed: int) -> str:
+    """The command that shows a seed again."""
+    rest, words = [], iter(sys.argv[1:])
+    for word in words:
+        name, is_joined, _ = word.partition("=")
+        if name in ("--seeds", "--first-seed", "--jobs"):
+            if not is_joined:
+                next(words, None)
+        else:
+            rest.append(word)
+    command = ["python", sys.argv[0], "--first-seed", str(seed), "--seeds", "1", *rest]
+    return shlex.join(command)
 
 
 if __name__ == "__main__":

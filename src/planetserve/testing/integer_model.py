@@ -29,6 +29,8 @@ VOCABULARY = 97
 _PRIME = 8191
 _MIX = np.array([1, 3, 5, 7])
 _LANES = np.arange(1, WIDTH + 1)
+_PLACES = np.arange(1, 4097)
+"""Longer texts than that are not simulated."""
 
 
 def embed(tokens: Sequence[int]) -> torch.Tensor:
@@ -48,7 +50,7 @@ def _keys(block: int, hidden_TD: np.ndarray, positions_T: np.ndarray) -> np.ndar
 
 def _outputs(block: int, hidden_TD: np.ndarray, keys_T: np.ndarray, start: int) -> np.ndarray:
     """Outputs of the tokens from `start` on, of which `keys_T` has all."""
-    sums_T = np.cumsum(keys_T * np.arange(1, len(keys_T) + 1))[start:]
+    sums_T = np.cumsum(keys_T * _PLACES[: len(keys_T)])[start:]
     return (hidden_TD * (block + 2) + sums_T[:, None] * _LANES + block) % _PRIME
 
 

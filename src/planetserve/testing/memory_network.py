@@ -230,15 +230,13 @@ class MemoryNetwork:
             raise PeerUnreachable("a node does not dial itself here")
         there, back = self.link(node.peer_id, remote), self.link(remote, node.peer_id)
         round_trips = 1 if self.is_connected(node.peer_id, remote) else 3
-        for _ in range(round_trips):
-            for link in (there, back):
-                await asyncio.sleep(link.latency_s)
-                while link.cut_until_s > self.now_s():  # noqa: ASYNC110 - it may change
-                    await asyncio.sleep(min(1.0, link.cut_until_s - self.now_s()))
-            while remote in self._silent:  # noqa: ASYNC110 - rare, and time costs nothing here
-                await asyncio.sleep(1.0)
-            if remote not in self.nodes or self.nodes[remote].stopped.is_set():
-                raise PeerUnreachable("nobody listens there")
+        await asyncio.sleep(round_trips * (there.latency_s + back.latency_s))
+        while (until_s := max(there.cut_until_s, back.cut_until_s)) > self.now_s():  # noqa: ASYNC110
+            await asyncio.sleep(min(1.0, until_s - self.now_s()))  # it may be healed
+        while remote in self._silent:  # noqa: ASYNC110 - rare, and time costs nothing here
+            await asyncio.sleep(1.0)
+        if remote not in self.nodes or self.nodes[remote].stopped.is_set():
+            raise PeerUnreachable("nobody listens there")
         target = self.nodes[remote]
         if protocol not in target.handlers:
             raise PeerUnreachable("the peer does not serve the protocol")

@@ -42,7 +42,7 @@ class Pipe:
         self.bytes_received = 0
         self.is_over = False
         """Nothing more arrives."""
-        self.changed: deque[asyncio.Future[None]] = deque()
+        self._changed: deque[asyncio.Future[None]] = deque()
         self._network = network
         self._link = network.link(source, target)
         self._flying: deque[tuple[float, tuple[FrameHeader, bytes] | None]] = deque()
@@ -71,16 +71,20 @@ class Pipe:
 
     def wake(self) -> None:
         """Whoever waits for the pipe looks at it again."""
-        while self.changed:
-            future = self.changed.popleft()
-            if not future.done():
-                future.set_result(None)
+        while self._changed:
+            _set(self._changed.popleft())
 
-    async def wait(self) -> None:
-        """Until `wake`."""
-        future: asyncio.Future[None] = self._network.loop.create_future()
-        self.changed.append(future)
-        await future
+    async def wait(self, until_s: float = math.inf) -> None:
+        """Until `wake`, or until then."""
+        loop = self._network.loop
+        future: asyncio.Future[None] = loop.create_future()
+        self._changed.append(future)
+        timer = loop.call_at(until_s, _set, future) if until_s < math.inf else None
+        try:
+            await future
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def retime(self) -> None:
         """The link has changed."""
@@ -163,19 +167,20 @@ class MemoryStream:
         if self._is_receiving:
             raise LocalProtocolError("another task is receiving from this stream")
         self._is_receiving = True
+        now_s = self._node.loop.time
+        until_s = math.inf if timeout_s is None else now_s() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    if self._is_closed:
-                        raise StreamClosed("the stream is closed")
-                    if self.inward.queue:
-                        return self.inward.queue[0]
-                    if self.inward.is_over:
-                        self.abort()
-                        raise StreamClosed("the peer closed the stream")
-                    await self.inward.wait()
-        except TimeoutError:
-            raise HopTimeout("no frame in time") from None
+            while True:
+                if self._is_closed:
+                    raise StreamClosed("the stream is closed")
+                if self.inward.queue:
+                    return self.inward.queue[0]
+                if self.inward.is_over:
+                    self.abort()
+                    raise StreamClosed("the peer closed the stream")
+                if now_s() >= until_s:
+                    raise HopTimeout("no frame in time")
+                await self.inward.wait(until_s)
         finally:
             self._is_receiving = False
 
@@ -197,3 +202,8 @@ class MemoryStream:
         self._is_broken = True
         self.inward.break_off()
         self.outward.wake()
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

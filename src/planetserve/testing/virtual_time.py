@@ -8,6 +8,9 @@ runs at once, in its place.
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
+from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any, TypeVar
@@ -18,38 +21,55 @@ T = TypeVar("T")
 
 _START_S = 1000.0
 _START_UNIX_S = 1_800_000_000.0
+_MAX_TURNS_AT_ONCE = 100_000
+"""Turns of the loop in which no time passes; more mean that something spins."""
 
 
 class StuckError(Exception):
-    """Nothing is left to do, and whoever runs the loop still waits."""
+    """Nothing is left to do, or something is done forever, and whoever runs the loop waits."""
 
 
 class VirtualTimeLoop(asyncio.BaseEventLoop):
-    """An event loop without a selector. `run` makes one."""
+    """An event loop without files, which `run` makes.
+
+    What is due at the same moment runs in the order in which it was asked for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._selector = self
-        self._now_s = _START_S
         self.ahead_s = 0.0
         """How far the code that runs now, as of another thread, is ahead of the loop's time."""
+        self._now_s = _START_S
+        self._due: deque[asyncio.Handle] = deque()
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._numbers = itertools.count()
+        self._num_cancelled = 0
+        self._stopping = False
 
     @override
     def time(self) -> float:
         return self._now_s
 
-    def select(self, timeout_s: float | None) -> tuple[()]:
-        """Let time pass until the next timer; `BaseEventLoop` waits for files here."""
-        if timeout_s is None:
-            raise StuckError("nothing is left to do")
-        self._now_s += timeout_s
-        return ()
+    @override
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._due.append(handle)
+        return handle
 
-    def _process_events(self, _events: object) -> None:
-        pass
-
-    def _write_to_self(self) -> None:
-        pass
+    @override
+    def call_at(  # type: ignore[override]
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._numbers), timer))
+        timer._scheduled = True  # type: ignore[attr-defined]  # noqa: SLF001 - it tells when cancelled
+        return timer
 
     @override
     def call_soon_threadsafe(  # type: ignore[override]
@@ -59,6 +79,38 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         if self.ahead_s > 0:
             return self.call_later(self.ahead_s, callback, *args, context=context)
         return self.call_soon(callback, *args, context=context)
+
+    def _timer_handle_cancelled(self, _timer: asyncio.TimerHandle) -> None:
+        self._num_cancelled += 1
+        if self._num_cancelled > 100 + len(self._timers) // 2:
+            self._timers = [entry for entry in self._timers if not entry[2].cancelled()]
+            heapq.heapify(self._timers)
+            self._num_cancelled = 0
+
+    def _run_once(self) -> None:
+        """Run until the loop is stopped: `BaseEventLoop` waits for files here, between calls."""
+        due, num_turns = self._due, 0
+        while not self._stopping:
+            num_turns += 1
+            timers = self._timers
+            if not due:
+                if not timers:
+                    raise StuckError("nothing is left to do")
+                if timers[0][0] > self._now_s:
+                    self._now_s, num_turns = timers[0][0], 0
+            if num_turns > _MAX_TURNS_AT_ONCE:
+                raise StuckError("no time passes any more")
+            while timers and timers[0][0] <= self._now_s:
+                timer = heapq.heappop(timers)[2]
+                timer._scheduled = False  # type: ignore[attr-defined]  # noqa: SLF001
+                if timer.cancelled():
+                    self._num_cancelled -= 1
+                else:
+                    due.append(timer)
+            for _ in range(len(due)):
+                handle = due.popleft()
+                if not handle.cancelled():
+                    handle._run()  # noqa: SLF001 - as every event loop does
 
     @override
     def run_in_executor(  # type: ignore[override]

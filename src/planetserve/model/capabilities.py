@@ -16,7 +16,10 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from planetserve.errors import ModelError
 from planetserve.model.checkpoint import Checkpoint
@@ -57,6 +60,8 @@ def refusal(config: PretrainedConfig) -> str | None:
         return declared
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model, and only decoder-only models are"
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "it is an encoder, which fills in masked words, and only decoder-only models are"
     if config.get_text_config(decoder=True) is not config:
         return "it takes images or audio; give a text-only checkpoint of the family"
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

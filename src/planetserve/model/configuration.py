@@ -72,6 +72,9 @@ _SILENTLY_LEFT_OUT = frozenset(
 """What published checkpoints carry all the time, and what has no effect without remote code."""
 
 
+OTHER_NAMES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
+"""Types that checkpoints name and transformers has not -> the type that they are."""
+
 _UNREADABLE = (  # Families check their values in code of their own.
     OSError,
     ValueError,
@@ -107,12 +110,13 @@ def read_config(name: str, raw: Mapping[str, Any]) -> PretrainedConfig:
     if "quantization" in raw:
         raise ModelError(
             f"{name} cannot be served: its weights are stored quantised, in the format of MLX; "
-            "give the bfloat16 or float16 checkpoint"
+            "give the checkpoint that it was made from, or what `mlx_lm.convert --dequantize` makes"
         )
-    reason = _refused_by_type(model_type)
+    reason = _refused_by_type(model_type, raw)
     if reason is not None:
         raise ModelError(f"{name} ({model_type}) cannot be served: {reason}")
     cleaned = _without_instructions(name, raw)
+    cleaned["model_type"] = OTHER_NAMES.get(model_type, model_type)
     _check_layer_count(name, cleaned)
     try:
         # Public, and exactly what `from_pretrained` makes of these values, whatever it corrects.
@@ -156,14 +160,19 @@ def _hint(raw: Mapping[str, Any]) -> str:
     return "; give a model saved by save_pretrained"
 
 
-def _refused_by_type(model_type: str) -> str | None:
+def _refused_by_type(model_type: str, raw: Mapping[str, Any]) -> str | None:
     """Why no model of this type can be served, as far as its name tells.
 
     Known before the configuration is built, because those of some other types look at the hub.
     """
-    known = model_type in CONFIG_MAPPING_NAMES
-    if not known or model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type in OTHER_NAMES:
         return None
+    if model_type not in CONFIG_MAPPING_NAMES:
+        code = ", and code from a model's repository is never run" if "auto_map" in raw else ""
+        return (
+            f"transformers {transformers.__version__} has no model of this type{code}; give a "
+            "checkpoint of a type that it has, or install a newer transformers if that has it"
+        )
     if model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return "it is an encoder-decoder model, and only decoder-only models are"
     return "transformers has no causal language model of this type; give a text-only checkpoint"

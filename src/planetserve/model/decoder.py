@@ -83,7 +83,10 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     base_path, _, layers_attr = candidates[0].rpartition(".")
     base = model.get_submodule(base_path)
     if not isinstance(base, PreTrainedModel):
-        raise ModelError(f"{type(base).__name__} keeps decoder layers but is no model of its own")
+        raise ModelError(
+            f"the layers of {type(model).__name__} are in {type(base).__name__}, which cannot run "
+            "apart from the rest of it; such a family cannot be split into spans"
+        )
     return Decoder(base, base_path, layers_attr, _final_norm(base, model.config.model_type))
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from planetserve.errors import ModelError
 from planetserve.model.shards import TensorEntry, check_header, read_header
+from planetserve.model.weight_files import what_it_holds
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +199,16 @@ class HubSource:
             **options,
         )
 
+    def _what_instead(self) -> str:
+        """What a repository without a configuration seems to be, as the end of a sentence."""
+        from huggingface_hub import HfApi
+
+        try:
+            names = HfApi().list_repo_files(self.name, revision=self.revision, token=self._token)
+        except (OSError, ValueError):
+            return ""
+        return what_it_holds(names)
+
     def _error(self, filename: str, error: Exception) -> ModelError:
         from huggingface_hub import errors
 
@@ -222,7 +233,8 @@ class HubSource:
                 f"check the network, or give a local model folder (there is none at {self.name})"
             )
         if isinstance(error, errors.EntryNotFoundError):
-            return ModelError(f"{where} has no {filename} on the hub")
+            instead = self._what_instead() if filename == CONFIG_FILE else ""
+            return ModelError(f"{where} has no {filename} on the hub{instead}")
         reason = str(error).strip().splitlines()
         return ModelError(
             f"cannot read {filename} of {where}: {reason[0] if reason else type(error).__name__}"
@@ -260,6 +272,11 @@ def open_source(
         return LocalSource(Path(__file__).resolve().parent.parent / "demo_model", name=DEMO)
     if is_folder:
         return LocalSource(path)
+    if exists and path.suffix == ".gguf":
+        raise ModelError(
+            f"{name} is in the format of llama.cpp, which is not read; give the safetensors "
+            "checkpoint that it was made from"
+        )
     if exists:
         raise ModelError(f"{name} is a file; give the folder that holds config.json")
     if path.is_absolute() or not isinstance(model, str) or name.startswith((".", "~")):

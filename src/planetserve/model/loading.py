@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from transformers.utils import logging as transformers_logging
 
 from planetserve.errors import ModelError, one_line
 from planetserve.model.checkpoint import Checkpoint
+
+Wanted = Callable[[str], bool]
+"""Whether a parameter of this full name is to be read."""
 
 
 def build_on_meta(
@@ -74,48 +78,117 @@ def build_on_meta(
 def load_parameters(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
-    wanted: Callable[[str], bool],
+    wanted: Wanted,
     dtype: torch.dtype,
     device: torch.device | str,
     quantizer: HfQuantizer | None = None,
 ) -> None:
     """Read the parameters whose full names satisfy `wanted` into `model`, in place.
 
-    Only the checkpoint tensors those parameters are made of are read, one at a time, so peak memory
-    is the wanted bytes plus a few tensors. Families' float32 islands are kept as `from_pretrained`
-    keeps them. Tied parameters (a head that is the embedding) count as loaded. `quantizer` is that
-    of `quantization.prepare_for_quantization`, if the model was prepared by it.
+    See `WeightLoader`.
 
     Raises:
         ModelError: a wanted parameter is not in the checkpoint, or has another shape there.
     """
-    names = _source_names(model, checkpoint, wanted, quantizer)
-    checkpoint.fetch_shards(names)
-    state = {name: _LazyTensor(checkpoint, name) for name in names}
-    load_config = LoadStateDictConfig(
-        pretrained_model_name_or_path=checkpoint.name,
-        device_map={"": torch.device(device)},
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),  # noqa: SLF001  float32 islands
-        weight_mapping=get_model_conversion_mapping(model),
-        hf_quantizer=quantizer,
-    )
-    with _quiet(), torch.no_grad():
-        info, _ = convert_and_load_state_dict_in_model(model, state, load_config)
-    if info.conversion_errors:
-        name, trace = next(iter(info.conversion_errors.items()))
-        reason = (str(trace).strip().splitlines() or ["unknown error"])[-1]
-        raise ModelError(f"{checkpoint.name}: cannot convert the weights of {name}: {reason}")
-    if info.mismatched_keys:
-        name, found, expected = next(iter(info.mismatched_keys))
-        raise ModelError(
-            f"{checkpoint.name}: {name} has shape {tuple(found)} in the checkpoint, but the "
-            f"configuration asks for {tuple(expected)}"
+    loader = WeightLoader(model, checkpoint, dtype, device, quantizer)
+    loader.prepare(wanted)
+    loader.load(wanted)
+
+
+class WeightLoader:
+    """Reads parameters of one checkpoint into one model, in as many portions as the caller likes.
+
+    Only the checkpoint tensors that wanted parameters are made of are read. Peak memory is the
+    wanted bytes plus, at most, those of the portion under way. Families' float32 islands are kept
+    as `from_pretrained` keeps them. Tied parameters (a head that is the embedding) count as loaded.
+
+    Args:
+        model: a skeleton.
+        checkpoint: its weights.
+        dtype: of the loaded parameters.
+        device: where they go.
+        quantizer: that of `quantization.prepare_for_quantization`, if the model was prepared by it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        quantizer: HfQuantizer | None = None,
+    ):
+        self._model = model
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = torch.device(device)
+        self._quantizer = quantizer
+        self._sources = _find_sources(model, checkpoint)
+
+    def prepare(self, wanted: Wanted) -> None:
+        """Refuse what headers alone show to be wrong, then have the files on disk.
+
+        Raises:
+            ModelError: as said, or a file cannot be fetched.
+        """
+        sources = self._wanted(wanted)
+        for source in sources:
+            _check_stored(self._checkpoint, source, self._quantizer)
+        filled = {source.target for source in sources}
+        # One source may become several parameters, of which only the first is known by name.
+        if not any(source.becomes_several for source in self._sources):
+            tied = _tied_names(self._model)
+            self._check_none_missing(
+                n for n in self._model.state_dict() if wanted(n) and n not in filled | tied
+            )
+        self._checkpoint.fetch_shards(source.name for source in sources)
+
+    def load(self, wanted: Wanted) -> None:
+        """Read the parameters whose full names satisfy `wanted`.
+
+        Raises:
+            ModelError: one is not in the checkpoint, or cannot become what the model asks for.
+        """
+        model, name = self._model, self._checkpoint.name
+        stored = {s.name: _LazyTensor(self._checkpoint, s.name) for s in self._wanted(wanted)}
+        load_config = LoadStateDictConfig(
+            pretrained_model_name_or_path=name,
+            device_map={"": self._device},
+            dtype=self._dtype,
+            dtype_plan=model._get_dtype_plan(self._dtype),  # noqa: SLF001  float32 islands
+            weight_mapping=get_model_conversion_mapping(model),
+            hf_quantizer=self._quantizer,
         )
-    if any(wanted(name) and name in info.missing_keys for name in _tied_names(model)):
-        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-    model.requires_grad_(False)
-    _check_complete(model, checkpoint, wanted)
+        with _quiet(), torch.no_grad():
+            info, _ = convert_and_load_state_dict_in_model(model, stored, load_config)
+        if info.conversion_errors:
+            target, trace = next(iter(info.conversion_errors.items()))
+            reason = (str(trace).strip().splitlines() or ["unknown error"])[-1]
+            raise ModelError(f"{name}: cannot convert the weights of {target}: {reason}")
+        if info.mismatched_keys:
+            target, found, expected = next(iter(info.mismatched_keys))
+            raise ModelError(
+                f"{name}: {target} has shape {tuple(found)} in the checkpoint, but the "
+                f"configuration asks for {tuple(expected)}"
+            )
+        if any(wanted(tied) and tied in info.missing_keys for tied in _tied_names(model)):
+            model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        model.requires_grad_(False)
+        self._check_none_missing(
+            n for n, v in model.state_dict().items() if v.is_meta and wanted(n)
+        )
+
+    def _wanted(self, wanted: Wanted) -> list[_Source]:
+        return [source for source in self._sources if wanted(source.target)]
+
+    def _check_none_missing(self, names: Iterable[str]) -> None:
+        missing = list(names)
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ModelError(
+                f"{self._checkpoint.name} lacks weights its configuration asks for: "
+                f"{', '.join(missing[:3])}{more}; download or copy the whole model folder again"
+            )
 
 
 def materialize_buffers(model: PreTrainedModel, device: torch.device | str) -> None:
@@ -144,84 +217,69 @@ class _LazyTensor:
         return self._checkpoint.read_tensor(self._name)[index]
 
 
-def _source_names(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    wanted: Callable[[str], bool],
-    quantizer: HfQuantizer | None,
-) -> list[str]:
-    """Names of the checkpoint tensors that end up in wanted parameters.
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One tensor of the checkpoint and the parameter that it becomes, or becomes part of."""
 
-    What headers alone show to be wrong is refused here, before anything is fetched or read.
-    """
+    name: str
+    target: str
+    expected: torch.Tensor
+    """The parameter as the model has it, on the meta device."""
+    is_whole: bool
+    """Whether the parameter is this tensor and nothing else."""
+    becomes_several: bool
+    """Whether other parameters may be parts of this tensor too."""
+
+
+def _find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> list[_Source]:
+    """The tensors that end up in parameters, going by their names."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    several = {
+        pattern for c in converters if len(c.target_patterns) > 1 for pattern in c.source_patterns
+    }
     prefix = model.base_model_prefix
     targets = model.state_dict()
     found = []
-    filled = set()
     # The order is the one the loader uses: some renamings depend on what came before.
     for name in sorted(checkpoint.tensor_names(), key=dot_natural_key):
-        target, converter = rename_source_key(name, renamings, converters, prefix, targets)
+        target, pattern = rename_source_key(name, renamings, converters, prefix, targets)
         if target not in targets and name in targets:
-            target, converter = rename_source_key(name, [], [], prefix, targets)
-        if target in targets and wanted(target):
-            found.append(name)
-            filled.add(target)
-            expected = targets[target] if converter is None and quantizer is None else None
-            _check_stored(checkpoint, name, target, expected)
-    # One source may become several parameters, of which only the first is named above.
-    if all(len(converter.target_patterns) == 1 for converter in converters):
-        tied = _tied_names(model)
-        _check_none_missing(
-            checkpoint, [n for n in targets if wanted(n) and n not in filled and n not in tied]
-        )
+            target, pattern = rename_source_key(name, [], [], prefix, targets)
+        expected = targets.get(target)
+        if expected is not None:
+            found.append(_Source(name, target, expected, pattern is None, pattern in several))
     return found
 
 
-def _check_stored(
-    checkpoint: Checkpoint, name: str, target: str, expected: torch.Tensor | None
-) -> None:
-    """Refuse a tensor that cannot become the parameter `target`, going by its header."""
-    dtype = checkpoint.tensor_dtype(name)
-    if expected is None:
-        return
-    if expected.is_floating_point() and not dtype.is_floating_point:
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Dtypes of weights that are what they say, without a scale kept elsewhere."""
+
+
+def _check_stored(checkpoint: Checkpoint, source: _Source, quantizer: HfQuantizer | None) -> None:
+    """Refuse a tensor that cannot become a part of its parameter, going by its header."""
+    dtype = checkpoint.tensor_dtype(source.name)
+    # A quantizer has put whole numbers in the place of weights, which are read as they were.
+    is_weight = source.expected.is_floating_point() or quantizer is not None
+    if is_weight and dtype not in _PLAIN:
         raise ModelError(
-            f"{checkpoint.name}: {name} is stored as {str(dtype).removeprefix('torch.')}, not as "
-            "floating point; give the bfloat16 or float16 checkpoint"
+            f"{checkpoint.name}: {source.name} is stored as {str(dtype).removeprefix('torch.')}, "
+            "which means nothing without scales that are not applied here; give the bfloat16 or "
+            "float16 checkpoint"
         )
-    shape = checkpoint.tensor_shape(name)
-    if shape != tuple(expected.shape):
+    shape = checkpoint.tensor_shape(source.name)
+    if source.is_whole and quantizer is None and shape != tuple(source.expected.shape):
         raise ModelError(
-            f"{checkpoint.name}: {target} has shape {shape} in the checkpoint, but the "
-            f"configuration asks for {tuple(expected.shape)}; config.json and weights are not of "
-            "one model"
+            f"{checkpoint.name}: {source.target} has shape {shape} in the checkpoint, but the "
+            f"configuration asks for {tuple(source.expected.shape)}; config.json and weights are "
+            "not of one model"
         )
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:
     tied = model.all_tied_weights_keys
     return {*tied.keys(), *tied.values()}
-
-
-def _check_complete(
-    model: PreTrainedModel, checkpoint: Checkpoint, wanted: Callable[[str], bool]
-) -> None:
-    _check_none_missing(
-        checkpoint,
-        [name for name, value in model.state_dict().items() if value.is_meta and wanted(name)],
-    )
-
-
-def _check_none_missing(checkpoint: Checkpoint, missing: list[str]) -> None:
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ModelError(
-            f"{checkpoint.name} lacks weights its configuration asks for: "
-            f"{', '.join(missing[:3])}{more}; download or copy the whole model folder again"
-        )
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from planetserve.model.capabilities import (
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.decoder import Decoder, find_decoder
 from planetserve.model.loading import (
+    WeightLoader,
     build_on_meta,
     has_meta_parameters,
     load_parameters,
@@ -328,20 +329,20 @@ def _load(
     device: torch.device | str,
     quant_type: str,
 ) -> None:
-    """Read the weights of a span's layers into a skeleton."""
-    if quant_type == "none":
-        load_parameters(
-            model, checkpoint, lambda name: decoder.layer_of(name) in span, dtype, device
-        )
-        return
-    quantizer = prepare_for_quantization(model, quant_type, dtype)
+    """Read the weights of a span's layers into a skeleton, block by block."""
+    quantizer = None
+    if quant_type != "none":
+        quantizer = prepare_for_quantization(model, quant_type, dtype)
+    loader = WeightLoader(model, checkpoint, dtype, device, quantizer)
+    loader.prepare(lambda name: decoder.layer_of(name) in span)
     for block in range(span.start, span.end):
 
         def is_wanted(name: str, block: int = block) -> bool:
             return decoder.layer_of(name) == block
 
-        load_parameters(model, checkpoint, is_wanted, dtype, device, quantizer)
-        quantize_experts(decoder.layers[block], quantizer)
+        loader.load(is_wanted)
+        if quantizer is not None:
+            quantize_experts(decoder.layers[block], quantizer)
 
 
 class _NoEmbedding(nn.Module):
@@ -358,10 +359,10 @@ class _NoEmbedding(nn.Module):
 
 
 class _PassThrough(nn.Module):
-    """In the place of a module whose result is not used: returns its first argument."""
+    """In the place of a module whose result is not used: returns the first tensor it is given."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else next(iter(kwargs.values()))
+        return next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
 
 
 def _drop_outside(decoder: Decoder, device: torch.device | str) -> None:
@@ -404,6 +405,13 @@ def _slice_config(config: PretrainedConfig, span: BlockSpan, num_layers: int) ->
     ]
     for name in per_layer:
         sliced.__dict__[name] = sliced.__dict__[name][span.start : span.end]
+    if sliced.is_heterogeneous:
+        own = sliced._heterogeneity_spec  # noqa: SLF001 - the setter would compare all layers again
+        own.per_layer_overrides = {
+            layer - span.start: values
+            for layer, values in own.per_layer_overrides.items()
+            if layer in span
+        }
     sliced.num_hidden_layers = len(span)
     # Kept for views of parts of the span: by length alone, a short span's lists per layer could
     # not be told from others.

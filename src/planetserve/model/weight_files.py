@@ -107,10 +107,8 @@ def weight_files(source: Files, named: Any = None) -> tuple[list[str], Mapping[s
 def why_no_config(source: Files) -> str:
     """What a folder without a `config.json` seems to be, as the end of a sentence."""
     names = source.listing()
-    if ADAPTER_FILE in names:
-        return f"; it holds an adapter ({ADAPTER_FILE}): {_MERGE}"
-    if "model_index.json" in names:
-        return "; it is a pipeline of diffusers, which is not served"
+    if ADAPTER_FILE in names or "model_index.json" in names:
+        return what_it_holds(names)
     below = [name for name in sorted(names) if source.has(f"{name}/config.json")]
     if below:
         return f"; its folder {below[0]} has one: give that"
@@ -119,6 +117,16 @@ def why_no_config(source: Files) -> str:
     else:
         instead = _what_instead(names) or "; give a model folder saved by save_pretrained"
     return _unreadable(source, names, "config.json") or instead
+
+
+def what_it_holds(names: Iterable[str]) -> str:
+    """What files without a `config.json` seem to be, as the end of a sentence; may be empty."""
+    names = list(names)
+    if ADAPTER_FILE in names:
+        return f"; it holds an adapter ({ADAPTER_FILE}): {_MERGE}"
+    if "model_index.json" in names:
+        return "; it is a pipeline of diffusers, which is not served"
+    return _what_instead(names)
 
 
 def locate(files: Iterable[str], header: Callable[[str], Iterable[str]]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.linear import convert_span
 from planetserve.model.malloc_tuning import returning_freed_memory
 from planetserve.model.span_blocks import SpanBlocks
+from planetserve.model.text_config import shares_kv_heads
 from planetserve.swarm.libp2p.node import NodeConfig
 
 
@@ -87,16 +88,14 @@ def node_config(config: ServerConfig) -> NodeConfig:
 
 def engine_config_of(config: ServerConfig, checkpoint: Checkpoint) -> EngineConfig:
     """The engine's settings, of which some follow from the model."""
-    heads = checkpoint.config
-    shared = getattr(heads, "num_key_value_heads", None) or heads.num_attention_heads
-    shares_kv_heads = shared < heads.num_attention_heads
+    shares = shares_kv_heads(checkpoint.config)
     return EngineConfig(
-        attn_cache_tokens=config.cache_tokens(shares_kv_heads=shares_kv_heads),
+        attn_cache_tokens=config.cache_tokens(shares_kv_heads=shares),
         page_size=config.page_size,
         max_batch_tokens=config.max_batch_size,
         prefill_slowdown=config.prefill_slowdown,
         batch_patience=config.batch_patience,
-        inference_max_length=config.session_tokens(shares_kv_heads=shares_kv_heads),
+        inference_max_length=config.session_tokens(shares_kv_heads=shares),
         attention_backend=config.attention_backend,
         num_threads=config.num_threads,
         max_peer_share=config.max_peer_kv_share,

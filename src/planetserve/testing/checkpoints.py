@@ -67,6 +67,13 @@ _MLA = {
 }
 _MLA_MOE = {**_MLA, "n_group": 2, "topk_group": 1}
 _ALTERNATING = ["sliding_attention", "full_attention"] * (NUM_BLOCKS // 2)
+_GEMMA4 = {
+    "layer_types": _ALTERNATING,
+    "global_head_dim": 16,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
+_NO_SHARING = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 _DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -91,17 +98,20 @@ _LONG_ROPE = {
 }
 
 _PLAIN_NAMES = """
-    afmoe apertus arcee aria_text biogpt bitnet bloom cohere cohere2 ctrl cwm diffllama doge
-    ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma2 glm glm4 glm4_moe gpt2
-    gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss granite granitemoe granitemoeshared helium
-    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 jais2 jetmoe llama minimax_m2
-    ministral ministral3 mistral mixtral mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon
-    phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
+    afmoe apertus arcee aria_text biogpt bitnet bloom cohere cohere2 cohere2_moe ctrl cwm diffllama
+    doge ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma2 glm glm4 glm4_moe gpt2
+    gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss granite granite_swa granitemoe granitemoe_swa
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder
+    jais2 jetmoe kolibri1 laguna llama mellum mimo_v2_flash minimax_m2 ministral ministral3 mistral
+    mixtral modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3
+    phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
     vaultgemma xglm
 """
 """Model types whose tiny form needs nothing but the common sizes."""
 
 _VARIANTS: Mapping[str, TinyFamily] = {
+    "axk1": TinyFamily("axk1", {**_MLA_MOE, "first_k_dense_replace": 1}),
+    "beam": TinyFamily("beam", _MLA_MOE),
     "codegen": TinyFamily("codegen", {"rotary_dim": 4}),
     "deepseek_v2": TinyFamily("deepseek_v2", {**_MLA_MOE, "first_k_dense_replace": 1}),
     "deepseek_v3": TinyFamily("deepseek_v3", {**_MLA_MOE, "first_k_dense_replace": 2}),
@@ -111,6 +121,11 @@ _VARIANTS: Mapping[str, TinyFamily] = {
     "falcon_new": TinyFamily("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "gemma": TinyFamily("gemma", {"num_key_value_heads": 1}),
     "gemma3_text": TinyFamily("gemma3_text", {"layer_types": _ALTERNATING}),
+    "gemma4_text": TinyFamily("gemma4_text", {**_GEMMA4, **_NO_SHARING}),
+    "gemma4_text_moe": TinyFamily(
+        "gemma4_text", {**_GEMMA4, **_NO_SHARING, "enable_moe_block": True, "top_k_experts": 2}
+    ),
+    "gemma4_unified_text": TinyFamily("gemma4_unified_text", _GEMMA4),
     "glm4_moe_lite": TinyFamily(
         "glm4_moe_lite", {**_MLA_MOE, "mlp_layer_types": ["dense"] + ["sparse"] * (NUM_BLOCKS - 1)}
     ),
@@ -135,6 +150,7 @@ _VARIANTS: Mapping[str, TinyFamily] = {
     ),
     "llama_one_block": TinyFamily("llama", {"num_hidden_layers": 1}),
     "llama_yarn_rope": TinyFamily("llama", {"rope_parameters": _YARN_ROPE}),
+    "minicpm3": TinyFamily("minicpm3", _MLA),
     "opt_narrow_embedding": TinyFamily("opt", {"word_embed_proj_dim": 16}),
     "phi3_longrope": TinyFamily("phi3", {"rope_parameters": _LONG_ROPE}),
     "qwen2_sliding": TinyFamily("qwen2", {"use_sliding_window": True, "layer_types": _ALTERNATING}),
@@ -144,12 +160,13 @@ _VARIANTS: Mapping[str, TinyFamily] = {
 _REFUSED: Mapping[str, TinyFamily] = {
     "bamba": TinyFamily("bamba", refusal="recurrent"),
     "bart": TinyFamily("bart", refusal="encoder-decoder"),
+    "bert": TinyFamily("bert", refusal="it is an encoder"),
     "deepseek_v32": TinyFamily("deepseek_v32", refusal="more than keys and values"),
     "falcon_h1": TinyFamily("falcon_h1", refusal="recurrent"),
     "falcon_mamba": TinyFamily("falcon_mamba", refusal="recurrent"),
     "gemma3": TinyFamily("gemma3", refusal="images or audio"),
     "gemma3n_text": TinyFamily("gemma3n_text", refusal="share keys and values"),
-    "gemma4_text": TinyFamily("gemma4_text", refusal="token embeddings of their own"),
+    "gemma4_text_e": TinyFamily("gemma4_text", refusal="token embeddings of their own"),
     "granitemoehybrid": TinyFamily("granitemoehybrid", refusal="recurrent"),
     "jamba": TinyFamily("jamba", refusal="recurrent"),
     "kimi_linear": TinyFamily("kimi_linear", refusal="recurrent"),
@@ -236,7 +253,10 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
 
 
 def _has_field(config: PretrainedConfig, name: str) -> bool:
-    return hasattr(config, name) and not isinstance(getattr(type(config), name, None), property)
+    if isinstance(getattr(type(config), name, None), property):
+        return False
+    # Where it is an attribute of each layer, the configuration itself refuses to be asked.
+    return name in (config.per_layer_attributes or ()) or hasattr(config, name)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 from typing_extensions import override
 
 from planetserve.client.planning.chain_manager import ChainManager
@@ -66,7 +67,7 @@ class SimulatedServer(Server):
             update_period=plan.update_period_s,
             step_timeout=90.0,
         )
-        heads = SimpleNamespace(num_attention_heads=1, num_key_value_heads=1)
+        heads = PretrainedConfig(num_attention_heads=1, num_key_value_heads=1)
         checkpoint: Any = SimpleNamespace(
             name=MODEL,
             model_prefix=MODEL,

@@ -103,7 +103,10 @@ def test_what_has_no_effect_is_said_once(folder: Path, caplog: pytest.LogCapture
         (b'{"model_type": "llama", "layer_types": ["x"]}', "cannot read the configuration"),
         (b'{"model_type": "llama", "to_dict": 3, "__class__": 1}', "cannot read"),
         (b'{"model_type": "llama", "configuration_files": ["x"]}', "points to other files"),
-        (b'{"model_type": "llama", "quantization": {"bits": 4}}', "MLX"),
+        (b'{"model_type": "llama", "quantization": {"bits": 4}}', "MLX.*--dequantize"),
+        (b'{"model_type": "of_tomorrow"}', "has no model of this type; give"),
+        (b'{"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}', "code.*is never run"),
+        (b'{"model_type": "bert"}', "it is an encoder"),
         (b'{"model_type": "t5"}', "encoder-decoder"),
         (b'{"model_type": "detr", "backbone": "somebody/x"}', "no causal language model"),
         (b'{"peft_type": "LORA", "base_model_name_or_path": "x"}', "adapter"),
@@ -118,6 +121,7 @@ def test_odd_configurations_are_refused_in_one_line(
         SpanBlocks.load(Checkpoint.open(str(tmp_path)), BlockSpan(0, 1), torch.float32)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
+    assert "trust_remote_code" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +149,11 @@ def test_generation_settings_replace_nothing_but_settings(folder: Path) -> None:
     assert callable(config.update)
     assert config.compile_config is None
     assert not hasattr(config, "custom_generate")
+
+
+def test_a_type_under_another_name_is_what_it_is(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path, "deepseek_v3")
+    edit(tmp_path, model_type="kimi_k2", auto_map={"AutoModel": "modeling_deepseek.DeepseekV3"})
+    checkpoint = Checkpoint.open(str(tmp_path))
+    assert checkpoint.config.model_type == "deepseek_v3"
+    assert len(SpanBlocks.load(checkpoint, BlockSpan(1, 3), torch.float32).layers) == 2

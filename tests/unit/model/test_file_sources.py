@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
 
 from planetserve.client.hf.from_pretrained import (
     AutoDistributedConfig,
@@ -24,6 +26,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.safetensors").write_bytes(b"")
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     (tmp_path / "dangling").symlink_to("nothing")
     return tmp_path
 
@@ -39,6 +42,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("../absent", "does not exist"),
         ("models/absent", "there is none at models/absent"),
         ("models/absent/deep", "neither an existing folder nor a hub model id"),
+        ("tiny.gguf", "format of llama.cpp"),
         (Path("file.safetensors"), "is a file"),
         ("./file.safetensors", "is a file"),
         ("file.safetensors", "is a file"),
@@ -101,3 +105,22 @@ def test_only_local_files_are_asked_for_where_that_is_wanted(
         open_source("org/model", local_files_only=True, cache_dir=here)
     assert seen[0]["local_files_only"] is True
     assert seen[0]["cache_dir"] == str(here)
+
+
+@pytest.mark.parametrize(
+    ("filename", "words"),
+    [
+        ("tiny.Q4_K_M.gguf", "format of llama.cpp"),
+        ("adapter_config.json", "merge it into its"),
+    ],
+)
+def test_a_repository_without_a_configuration_is_told_by_what_it_holds(
+    here: Path, filename: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*names: str, **options: Any) -> str:
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *args, **options: ["README.md", filename])
+    with pytest.raises(ModelError, match=rf"has no config\.json on the hub; .*{words}"):
+        open_source("org/model")

@@ -122,6 +122,24 @@ def test_what_headers_show_to_be_wrong_is_refused_before_weights_are_read(
     assert read == []
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8])
+@pytest.mark.parametrize("quant_type", ["none", "int8"])
+def test_weights_whose_scales_are_elsewhere_are_never_served_as_numbers(
+    family: str, dtype: torch.dtype, quant_type: str, tmp_path: Path
+) -> None:
+    path = make_tiny_checkpoint(tmp_path, family) / "model.safetensors"
+    tensors = load_file(path)
+    name = max(n for n in tensors if tensors[n].dim() == 2 and re.search(r"(layers|h)\.2\.", n))
+    tensors[name] = tensors[name].to(dtype)
+    tensors[f"{name}_scale"] = torch.ones(1)
+    save_file(tensors, path)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    with pytest.raises(ModelError, match=rf"{re.escape(name)} is stored as {str(dtype)[6:]}"):
+        SpanBlocks.load(checkpoint, BlockSpan(1, 3), torch.float32, quant_type=quant_type)
+    SpanBlocks.load(checkpoint, BlockSpan(0, 2), torch.float32)
+
+
 def test_damage_in_a_shard_stays_an_error_of_that_file(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path)
     path = folder / "model.safetensors"

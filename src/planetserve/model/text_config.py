@@ -1,0 +1,25 @@
+"""The part of a configuration that describes the language model, and what its layers share."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The language model's own configuration, however deep a multimodal one nests it."""
+    inner = config.get_text_config(decoder=True)
+    while inner is not config:
+        config, inner = inner, inner.get_text_config(decoder=True)
+    return config
+
+
+def shares_kv_heads(config: PretrainedConfig) -> bool:
+    """Whether some layer has fewer heads of keys and values than of queries."""
+    text = text_config(config)
+    # Where these are attributes of each layer, the common configuration refuses to be asked.
+    layers = text.per_layer_config if text.is_heterogeneous else [text]
+    for layer in layers:
+        shared = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        if shared < layer.num_attention_heads:
+            return True
+    return False

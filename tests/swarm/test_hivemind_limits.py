@@ -36,7 +36,7 @@ def nested_arrays(depth: int) -> bytes:
 
 DECODE = """
 import sys
-from planetserve.swarm.dht import limits
+from planetserve.swarm.dht import hivemind_limits
 from hivemind.utils.serializer import MSGPackSerializer
 from planetserve.errors import RemoteProtocolError
 for line in sys.stdin:

@@ -142,9 +142,19 @@ def test_what_half_a_model_cannot_do_is_refused(
 
 
 def test_it_can_be_compiled(model: Any, prompt: torch.Tensor) -> None:
+    """The model, what is within it, or a function around it; nothing of a call to servers is."""
+
+    def inside(function: Any) -> Any:
+        return torch.compile(function, backend="eager")
+
     with torch.no_grad():
-        compiled = torch.compile(model, backend="eager")
-        assert close(compiled(prompt).logits, model(prompt).logits)
+        output = model(prompt, output_hidden_states=True)
+        state = output.hidden_states[-1]
+        assert close(inside(model)(prompt).logits, output.logits)
+        assert close(inside(model.forward)(prompt).logits, output.logits)
+        assert close(inside(lambda ids: 2 * model(ids).logits)(prompt), 2 * output.logits)
+        assert close(inside(model.model)(prompt).last_hidden_state, state)
+        assert close(inside(model.lm_head)(state), output.logits)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")

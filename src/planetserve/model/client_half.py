@@ -26,6 +26,7 @@ from planetserve.model.families import family_of
 from planetserve.model.loading import build_on_meta, load_parameters, materialize_buffers
 from planetserve.model.partial_outputs import (
     give_states,
+    setting,
     switch_off,
     take_wanted_states,
     without_backward,
@@ -118,23 +119,21 @@ class _Pass:
 
 
 def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
-    # The hooks hold no module: a copy of the model has them too. Nothing in them can be compiled.
+    # The hooks hold no module: a copy of the model has them too.
     skipped = family_of(decoder.base.config.model_type).norm_calls_before_layers
     names = decoder.parameter_names
     # Threads share the modules and run calls of their own through them.
     thread = threading.local()
 
-    @torch.compiler.disable
     def see_call(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        bound = dict(zip(names, args, strict=False)) | kwargs
-        if bound.get("use_cache") is None and getattr(module.config, "use_cache", None) is False:
+        bound = dict(zip(names, args, strict=False)) | kwargs if args else kwargs
+        if bound.get("use_cache") is None and setting(module.config, "use_cache") is False:
             bound["use_cache"] = False
         thread.now = _Pass(skipped, take_wanted_states(module.config, bound))
         return (), bound if on_call is None else on_call(bound)
 
-    @torch.compiler.disable
     def replace_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         now: _Pass | None = getattr(thread, "now", None)
         if now is None:
@@ -149,7 +148,6 @@ def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
             output_BTD = without_backward(hidden_BTD, output_BTD)
         return (output_BTD, *args[1:])
 
-    @torch.compiler.disable
     def end_call(module: nn.Module, _args: Any, output: Any) -> None:
         now: _Pass | None = getattr(thread, "now", None)
         thread.now = None

@@ -51,6 +51,11 @@ class BatchedCalls:
         self, rows_ND: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """`compute(rows_ND)`, together with what other threads ask for."""
+        if not self._waiting and self._turn.acquire(blocking=False):
+            try:
+                return compute(rows_ND)
+            finally:
+                self._turn.release()
         call = _Call(rows_ND)
         with self._waiting_lock:
             self._waiting.append(call)

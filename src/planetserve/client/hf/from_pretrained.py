@@ -33,7 +33,6 @@ from planetserve.errors import ConfigError
 from planetserve.model.capabilities import check_servable
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.client_half import load_client_half
-from planetserve.model.partial_outputs import refuse_backward, refuse_loss_from_padding
 
 
 class AutoDistributedModelForCausalLM:
@@ -183,33 +182,12 @@ def attach(
     model: PreTrainedModel, blocks: RemoteBlocks, runtime: ClientRuntime, mixin: type
 ) -> None:
     """Give the loaded half its distributed methods."""
-    base = type(model)
+    base, own = type(model), {"blocks": blocks}
     # Of the same name: transformers knows by it what a model can do.
-    model.__class__ = type(base.__name__, (mixin, ModuleMixin, base), {})
+    model.__class__ = type(base.__name__, (mixin, ModuleMixin, base), own)
     for inner in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
         if inner is not model:
-            inner.__class__ = type(type(inner).__name__, (ModuleMixin, type(inner)), {})
+            inner.__class__ = type(type(inner).__name__, (ModuleMixin, type(inner)), own)
     model.runtime = runtime
     # A model that is forgotten must not leave its thread and libp2p daemon behind.
     model.membership = Membership(runtime)
-
-    @torch.compiler.disable
-    def note_logits(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        runtime.check_process()
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        refuse_loss_from_padding(kwargs.get("labels"), mask)
-        wants_states = kwargs.get("output_hidden_states") or module.config.output_hidden_states
-        blocks.on_logits(0 if wants_states else kwargs.get("logits_to_keep", 0))
-
-    @torch.compiler.disable
-    def see_output(_module: Any, _args: Any, output: Any) -> None:
-        refuse_backward(output)
-
-    @torch.compiler.disable
-    def forget(*_: Any) -> None:
-        blocks.forget()
-
-    model.register_forward_pre_hook(note_logits, with_kwargs=True)
-    model.register_forward_hook(see_output)
-    for module in {model, model.base_model}:
-        module.register_forward_hook(forget, always_call=True)

@@ -14,16 +14,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 
-from planetserve.client.hf.remote_blocks import RIGHT_PADDED
+from planetserve.client.hf.remote_blocks import RIGHT_PADDED, RemoteBlocks
 from planetserve.client.hf.remote_cache import RemoteCache, usable_cache
 from planetserve.client.hf.turn import Turn, asks_for_length, refuse_what_needs_layers
 from planetserve.client.runtime import ClientRuntime
 from planetserve.client.session import InferenceSession
 from planetserve.errors import ConfigError
+from planetserve.model.partial_outputs import refuse_backward, refuse_loss_from_padding, setting
 from planetserve.types import Chain
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class SwarmMixin:
     """What every distributed model has besides the methods of its Hugging Face class."""
 
     runtime: ClientRuntime
+    blocks: ClassVar[RemoteBlocks]
+    config: Any
 
     @property
     def chain(self) -> Chain:
@@ -102,6 +105,21 @@ class SwarmMixin:
             )
         if not self.runtime.owns(session):
             raise ConfigError("this session belongs to another model; open one with this model")
+
+    def _before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.runtime.check_process()
+        labels = kwargs.get("labels")
+        if labels is not None:
+            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            refuse_loss_from_padding(labels, mask)
+        wants_states = kwargs.get("output_hidden_states") or setting(
+            self.config, "output_hidden_states"
+        )
+        self.blocks.on_logits(0 if wants_states else kwargs.get("logits_to_keep", 0))
+
+    def _after_call(self, output: Any) -> Any:
+        refuse_backward(output)
+        return output
 
     def close(self) -> None:
         """Close every session, leave the swarm, and stop the background thread. Idempotent."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
+import torch
 from typing_extensions import override
 
+from planetserve.client.hf.remote_blocks import RemoteBlocks
 from planetserve.client.runtime import ClientRuntime
 from planetserve.errors import ConfigError
 
@@ -34,6 +36,28 @@ class Membership:
 
 class ModuleMixin:
     """Put in front of the class of a model, and of the base model within it."""
+
+    blocks: ClassVar[RemoteBlocks]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model. `torch.compile` leaves a break here: a call to servers cannot be
+        compiled, and around it are an embedding and a head."""
+        return self._call_eagerly(args, kwargs)
+
+    @torch.compiler.disable
+    def _call_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            self._before_call(args, kwargs)
+            return self._after_call(super().__call__(*args, **kwargs))  # type: ignore[misc]
+        finally:
+            self.blocks.forget()
+
+    def _before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is about to be called with these arguments."""
+
+    def _after_call(self, output: Any) -> Any:
+        """What the caller gets for an output."""
+        return output
 
     def __copy__(self) -> Self:
         copied = self.__class__.__new__(self.__class__)

@@ -49,7 +49,7 @@ class _Call:
 
 
 class RemoteBlocks:
-    """The remote layers of one model. `torch.compile` leaves a break where they are called.
+    """The remote layers of one model.
 
     Args:
         new_session: makes a session for a forward pass that brings no cache; its argument is the
@@ -71,13 +71,11 @@ class RemoteBlocks:
         """Note how many logits this thread's next pass needs (0: all)."""
         self._thread.keep_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
 
-    @torch.compiler.disable
     def forget(self) -> None:
         """The call that this thread has announced is over, also if it never came to the layers."""
         self._thread.keep_last = False
         self._thread.call = None
 
-    @torch.compiler.disable
     def on_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Look at, and where needed complete, the decoder's arguments.
 
@@ -111,7 +109,6 @@ class RemoteBlocks:
         self._thread.call = _Call(mask, positions, ids, cache, keep_last)
         return kwargs
 
-    @torch.compiler.disable
     def __call__(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Run the remote layers on `[batch, tokens, hidden]`; padding comes back as zeros."""
         call: _Call | None = getattr(self._thread, "call", None)
@@ -140,10 +137,12 @@ class RemoteBlocks:
     def _run_new(self, cache: RemoteCache, call: _Call, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """The part of a call that brings columns the cache does not hold yet."""
         num_rows, num_tokens, width = hidden_BTD.shape
-        if not cache.fits(call.mask_BS, num_tokens):
+        if cache.is_plain(call.mask_BS, num_rows, num_tokens):
+            columns_BT = None  # nearly every step
+        elif cache.fits(call.mask_BS, num_tokens):
+            columns_BT = _padded_columns(call.mask_BS, num_rows, num_tokens)
+        else:
             raise ConfigError(OTHER_MASK)
-        columns_BT = _padded_columns(call.mask_BS, num_rows, num_tokens)
-        ids_BT = None if call.ids_BT is None else call.ids_BT[:, -num_tokens:].cpu()
         counts = [num_tokens] * num_rows if columns_BT is None else columns_BT.sum(dim=1).tolist()
         starts = cache.row_lengths() or (0,) * num_rows
         if len(starts) != num_rows:
@@ -170,14 +169,14 @@ class RemoteBlocks:
             flat_TD = local_BTD.reshape(-1, width)
             hidden_TD = flat_TD if columns_BT is None else local_BTD[columns_BT]
             output_TD = cache.session.run(num_rows, table, hidden_TD, keep_last=keep_last)
-            cache.commit(num_rows, num_tokens, columns_BT, ids_BT)
+            cache.commit(num_rows, num_tokens, columns_BT, call.ids_BT)
         else:
             table, chosen_TD = _without_twins(local_BTD, columns_BT, table, sources)
             chosen_TD = cache.session.run(num_rows, table, chosen_TD, keep_last=keep_last)
             counts = [piece.num_tokens for piece in table.rows]
             by_row = dict(zip((p.row for p in table.rows), chosen_TD.split(counts), strict=True))
             output_TD = torch.cat([by_row[source] for source in sources])
-            cache.commit(num_rows, num_tokens, columns_BT, ids_BT)
+            cache.commit(num_rows, num_tokens, columns_BT, call.ids_BT)
             cache.reorder = sources
         output_TD = output_TD.to(device)
         if columns_BT is None:
@@ -283,8 +282,14 @@ def _explicit_positions(
             f"position_ids of shape {tuple(positions_BT.shape)}, given or counted from an "
             f"attention_mask, do not fit an input of {num_rows} rows and {num_tokens} tokens"
         )
-    positions_BT = positions_BT[:, -num_tokens:].cpu().expand(num_rows, -1)
-    wanted = (positions_BT.flatten() if columns_BT is None else positions_BT[columns_BT]).tolist()
+    if columns_BT is None:
+        by_row = positions_BT.tolist()
+        if len(by_row) < num_rows:
+            by_row *= num_rows
+        wanted = [position for row in by_row for position in row[-num_tokens:]]
+    else:
+        positions_BT = positions_BT[:, -num_tokens:].cpu().expand(num_rows, -1)
+        wanted = positions_BT[columns_BT].tolist()
     if not all(0 <= position <= MAX_POSITION for position in wanted):
         raise ConfigError(f"position_ids must be between 0 and {MAX_POSITION}")
     natural = [position for piece in rows for position in range(piece.start, piece.end)]

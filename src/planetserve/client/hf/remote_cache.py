@@ -84,6 +84,13 @@ class RemoteCache(Cache):
             return tuple(self._mask_BS.sum(dim=1).tolist())
         return () if self._size is None else (self._size[1],) * self._size[0]
 
+    def is_plain(self, mask_BS: torch.Tensor | None, num_rows: int, num_new: int) -> bool:
+        """Whether no column leaves a token out, neither of the cache nor of this mask, which goes
+        over the cache and `num_new` columns."""
+        if mask_BS is None or self._mask_BS is not None:
+            return mask_BS is None and self._mask_BS is None
+        return mask_BS.shape == (num_rows, self.num_columns + num_new) and bool(mask_BS.all())
+
     def fits(self, mask_BS: torch.Tensor | None, num_new: int) -> bool:
         """Whether this mask, of these rows and `num_new` further columns, counts what they hold."""
         past = self.num_columns
@@ -115,7 +122,8 @@ class RemoteCache(Cache):
         mask_BT: torch.Tensor | None,
         ids_BT: torch.Tensor | None = None,
     ) -> None:
-        """A step went through: these columns (where the mask is True, or all) now hold tokens."""
+        """A step went through: these columns (where the mask is True, or all) now hold tokens, the
+        last ones of `ids_BT`."""
         self.reorder = None
         self.num_fed_again = 0
         self._steps_before = None
@@ -124,6 +132,7 @@ class RemoteCache(Cache):
         if self._keep_ids:
             if ids_BT is None:
                 ids_BT = torch.full((num_rows, num_columns), -1)
+            ids_BT = ids_BT[:, -num_columns:].cpu()
             old_ids_BS = self._ids_BS
             self._ids_BS = ids_BT if old_ids_BS is None else torch.cat([old_ids_BS, ids_BT], dim=1)
         if self._mask_BS is None and mask_BT is None:

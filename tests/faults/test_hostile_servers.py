@@ -132,8 +132,8 @@ def test_a_lie_about_a_neighbour_takes_no_server_from_the_client(
         text = model.generate(material.prompt, **GREEDY)
         assert fault.struck_s is not None
         manager = model.runtime._manager
-        assert not manager._bans.banned()
-        assert [set(pair) for pair in manager._edge_suspicions.avoided()] == pairs
+        assert not manager.peers.banned()
+        assert [set(pair) for pair in manager.peers.avoided_edges()] == pairs
         assert not pairs[0] <= {hop.peer_id for hop in model.chain}
     assert torch.equal(text, whole)
     assert swarm.leaked() == Held.nothing()
@@ -177,7 +177,7 @@ def test_who_refuses_a_session_speaks_for_itself(
     ) as model:
         assert torch.equal(model.generate(material.prompt, **GREEDY), whole)
         assert len(refused) == 1
-        assert blamed not in model.runtime._manager._bans.banned()
+        assert blamed not in model.runtime._manager.peers.banned()
     assert swarm.leaked() == Held.nothing()
 
 
@@ -220,7 +220,7 @@ def test_a_server_that_ends_a_session_ends_no_text(
         fault = swarm.strike_at(Moment(first_block, step=2), stop)
         assert torch.equal(model.generate(material.prompt, **GREEDY), whole)
         assert fault.victim is not None
-        assert model.runtime._manager._bans.banned() == [fault.victim.server.node.peer_id]
+        assert model.runtime._manager.peers.banned() == [fault.victim.server.node.peer_id]
     assert swarm.leaked() == Held.nothing()
 
 
@@ -275,7 +275,7 @@ def test_what_a_hop_alters_is_not_held_against_those_who_pass_it_on(
     monkeypatch.setattr(Downstream, "_send", alter_and_send)
     with swarm.client(ban_timeout=60.0, blocked_servers=[]) as model:
         assert torch.equal(model.generate(material.prompt, **GREEDY), whole)
-        banned = model.runtime._manager._bans.banned()
+        banned = model.runtime._manager.peers.banned()
         assert not set(banned) & {node.peer_id for node in others}
     assert swarm.leaked() == Held.nothing()
 

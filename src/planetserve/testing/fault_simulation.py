@@ -255,8 +255,7 @@ class _Simulation:
 
     def _watch_bans(self, manager: ChainManager, client: int) -> None:
         numbers = {self._peer(number): number for number in range(len(self._plan.servers))}
-        bans = manager._bans  # noqa: SLF001 - the public face does not say who is banned
-        plain_ban = bans.ban
+        plain_ban = manager.peers.ban
 
         def ban(peer_ids: Iterable[PeerId], for_s: float) -> None:
             chosen = list(peer_ids)
@@ -266,7 +265,7 @@ class _Simulation:
                     self._violation(f"server {numbers[peer_id]} is banned without a cause")
             plain_ban(chosen, for_s)
 
-        bans.ban = ban  # type: ignore[method-assign]
+        manager.peers.ban = ban  # type: ignore[method-assign]
 
     async def _use(self, manager: ChainManager, number: int) -> None:
         rng = random.Random(self._outcome.seed + 31 * number + 5)

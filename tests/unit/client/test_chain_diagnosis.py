@@ -9,6 +9,7 @@ from written_swarm import FACTS, Board, server
 
 from planetserve.client.planning.chain_diagnosis import explain, other_revision
 from planetserve.client.planning.chain_planner import ChainPlanner
+from planetserve.client.planning.peer_book import PeerBook
 from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.config import ClientConfig
 from planetserve.errors import MissingBlocksError, ModelMismatchError, NoChainAvailable
@@ -20,8 +21,8 @@ MISSING = MissingBlocksError("no usable server holds blocks 2:4", [(2, 4)])
 
 async def look(board: Board, **options: Any) -> tuple[ServerDiscovery, ChainPlanner]:
     config, clock = ClientConfig(**options), ManualClock()
-    planner = ChainPlanner(config, FACTS, rtt=None)  # type: ignore[arg-type]
-    view = ServerDiscovery(config, FACTS, planner.remote, rtt=None, clock=clock)  # type: ignore[arg-type]
+    planner = ChainPlanner(config, FACTS)
+    view = ServerDiscovery(config, FACTS, planner.remote, PeerBook(1.0, clock), clock)
     view._directory = board  # type: ignore[assignment]
     await view.look_again()
     return view, planner

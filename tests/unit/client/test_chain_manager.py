@@ -59,7 +59,7 @@ async def test_two_sessions_may_revive_the_same_server(
         return True
 
     monkeypatch.setattr(ServerDiscovery, "ping", answers)
-    manager._bans.ban(["a"], 60.0)
+    manager.peers.ban(["a"], 60.0)
     assert await first_hop(manager) == "b"
     await asyncio.gather(manager._revive(), manager._revive())
     assert await first_hop(manager) == "a"
@@ -75,11 +75,11 @@ async def test_bans_that_are_over_keep_no_banned_server_from_its_chance(
     earlier = [server(f"earlier {number}", 0, 4) for number in range(20)]
     board.servers += earlier
     await manager.view.refresh()
-    manager._bans.ban([info.peer_id for info in earlier], 5.0)
+    manager.peers.ban([info.peer_id for info in earlier], 5.0)
     clock.now_s += 5.0
-    manager._bans.ban(["a", "b"], 60.0)
+    manager.peers.ban(["a", "b"], 60.0)
     await manager._revive()
-    assert manager._bans.banned() == []
+    assert manager.peers.banned() == []
 
 
 async def test_a_server_at_fault_is_left_alone_for_a_while(
@@ -147,10 +147,10 @@ async def test_a_way_that_stands_still_bans_neither_end(
     error = EdgeStalled("nothing passes")
     error.edge = ("a", "b")
     assert not await manager.report_failure(error, BOTH)
-    assert set(manager._edge_suspicions.avoided()) == {("a", "b")}
+    assert set(manager.peers.avoided_edges()) == {("a", "b")}
     assert await first_hop(manager) == "a"
     clock.now_s += manager.config.ban_timeout
-    assert not manager._edge_suspicions.avoided()
+    assert not manager.peers.avoided_edges()
 
 
 @pytest.mark.parametrize("kind", [EdgeStalled, PeerReportedError])
@@ -161,7 +161,7 @@ async def test_complaints_take_no_server_out_and_make_it_the_last_choice(
         error = kind("it is the other one's fault")
         error.edge = ("a", neighbour)
         assert not await manager.report_failure(error, None)
-    assert not manager._bans.banned()
+    assert not manager.peers.banned()
     assert await first_hop(manager) == "b"
     board.servers = [server("a")]
     await manager.view.refresh()
@@ -172,7 +172,7 @@ async def test_a_fault_of_a_whole_chain_makes_all_of_it_the_last_choice(
     manager: ChainManager,
 ) -> None:
     assert not await manager.report_failure(RemoteProtocolError("another step"), BOTH)
-    assert set(manager._edge_suspicions.avoided()) == {("a", "b")}
+    assert set(manager.peers.avoided_edges()) == {("a", "b")}
     alone = Chain((Hop("a", 0, 8),))
     assert await manager.report_failure(RemoteProtocolError("another step"), alone) == ["a"]
 

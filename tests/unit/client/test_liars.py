@@ -109,7 +109,7 @@ async def test_a_text_goes_on_and_no_honest_server_is_left_out(
             error = rng.choice(LIES[lies])(rng, chain, rng.choice(lying))
             await manager.report_failure(error, chain)
             assert manager.retry_delay_s(error, attempt) is not None
-        assert set(manager._bans.banned()) <= liars
+        assert set(manager.peers.banned()) <= liars
 
 
 @pytest.mark.parametrize("num_liars", [1, 2, 3])
@@ -127,4 +127,4 @@ async def test_an_honest_server_among_liars_is_used_where_nobody_else_is(
         error.edge = (chain.hops[0].peer_id, "honest")
         assert not await manager.report_failure(error, chain)
     assert [hop.peer_id for hop in await manager.plan(1, 10)] == ["late", "honest"]
-    assert not manager._bans.banned()
+    assert not manager.peers.banned()

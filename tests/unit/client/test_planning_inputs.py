@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from written_swarm import FACTS, server
+from written_swarm import FACTS, inputs, server
 
 from planetserve.client.planning.chain_planner import ChainPlanner
 from planetserve.client.ring.ring_spec import Gap
-from planetserve.clock import SystemClock
 from planetserve.config import ClientConfig
-from planetserve.swarm.ewma import PeerEwma
 from planetserve.types import BlockSpan, ServerInfo
 
 PINGS = {"a": 20.0, "b": 21.0, "first": 20.0, "last": 20.0}
@@ -35,11 +33,9 @@ def chosen(
     num_rows: int = 1,
     gap: Gap | None = None,
 ) -> list[str]:
-    rtt = PeerEwma(max_peers=16, clock=SystemClock())
-    for peer_id, ms in pings_ms.items():
-        rtt.add(peer_id, ms)
-    planner = ChainPlanner(ClientConfig(chain_spread=0.0), FACTS, rtt)
-    return [hop.peer_id for hop in planner.plan(infos, num_rows, 100, gap=gap)]
+    planner = ChainPlanner(ClientConfig(chain_spread=0.0), FACTS)
+    chain = planner.plan(inputs(infos, **pings_ms), num_rows, 100, seed=0, gap=gap)
+    return [hop.peer_id for hop in chain]
 
 
 def with_overhead(ms: float) -> list[ServerInfo]:

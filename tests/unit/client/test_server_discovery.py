@@ -9,10 +9,10 @@ import pytest
 from written_swarm import FACTS, Board, server
 
 from planetserve.client.planning import server_discovery
+from planetserve.client.planning.peer_book import PeerBook
 from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.config import ClientConfig
 from planetserve.errors import NoChainAvailable, PeerUnreachable
-from planetserve.swarm.ewma import PeerEwma
 from planetserve.testing.clock import ManualClock
 from planetserve.types import BlockSpan, PeerId, ServerState
 
@@ -28,8 +28,9 @@ def board() -> Board:
 
 
 def view_of(board: Board, clock: ManualClock, **options: Any) -> ServerDiscovery:
-    rtt = PeerEwma(max_peers=16, clock=clock)
-    view = ServerDiscovery(ClientConfig(**options), FACTS, BlockSpan(0, 8), rtt, clock)
+    view = ServerDiscovery(
+        ClientConfig(**options), FACTS, BlockSpan(0, 8), PeerBook(1.0, clock), clock
+    )
     view._directory = board  # type: ignore[assignment]
     return view
 
@@ -99,13 +100,12 @@ async def test_ends_of_chains_are_measured_and_the_silent_are_found(
     view = view_of(board, clock)
     view._node = object()  # type: ignore[assignment]
     await view.refresh()
-    assert view._rtt.snapshot() == {"first": 7.0}
+    assert view._peers.plan_inputs(()).rtt_ms == {"first": 7.0}
     assert await view.silent(["first", "dead", "dead", "unknown"]) == ["dead"]
 
 
 async def test_before_it_has_joined_there_is_nothing(clock: ManualClock) -> None:
-    rtt = PeerEwma(max_peers=16, clock=clock)
-    view = ServerDiscovery(ClientConfig(), FACTS, BlockSpan(0, 8), rtt, clock)
+    view = ServerDiscovery(ClientConfig(), FACTS, BlockSpan(0, 8), PeerBook(1.0, clock), clock)
     await view.refresh()
     assert view.servers == {}
     assert await view.other_models() == []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from planetserve.client.planning.chain_planner import ModelFacts
+from planetserve.client.planning.peer_book import PlanInputs
 from planetserve.errors import PeerUnreachable
 from planetserve.types import BlockSpan, ServerInfo, ServerState
 
@@ -31,6 +33,11 @@ def server(name: str, start: int = 0, end: int = 8, **fields: Any) -> ServerInfo
         "max_session_tokens": 2048,
     }
     return ServerInfo(**known | fields)
+
+
+def inputs(servers: Iterable[ServerInfo], **rtt_ms: float) -> PlanInputs:
+    """A plan's inputs where the client has only measured these round-trip times."""
+    return PlanInputs(tuple(servers), rtt_ms, {})
 
 
 class Board:

@@ -1,9 +1,9 @@
 """Which chain a session gets, which other hops when some are lost, and who is at fault then.
 
-It knows which servers there are (`server_discovery.py`), which of them are banned (`bans.py`) and
-which two must not be neighbours (`edge_suspicion.py`). It has a chain planned over the others
-(`chain_planner.py`), and opens, mends or moves the ring on it. It runs on the event loop. Every
-wait is bounded: missing blocks are waited for `wait_for_blocks_timeout` seconds.
+It takes the servers that there are (`server_discovery.py`) and what this client knows of them
+(`peer_book.py`), has a chain planned (`chain_planner.py`), and opens, mends or moves the ring on
+it. It runs on the event loop. Every wait is bounded: it waits `wait_for_blocks_timeout` seconds for
+missing blocks.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from planetserve.client.planning.bans import Bans
 from planetserve.client.planning.chain_diagnosis import explain, other_revision
 from planetserve.client.planning.chain_planner import ChainPlanner, ModelFacts
-from planetserve.client.planning.edge_suspicion import EdgeSuspicions
-from planetserve.client.planning.latency_feedback import LatencyFeedback
+from planetserve.client.planning.peer_book import PeerBook, PlanInputs
 from planetserve.client.planning.replanner import Replanner, Running
 from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.client.ring.ring import RingSession
@@ -40,9 +38,9 @@ from planetserve.errors import (
 from planetserve.history import History
 from planetserve.routing.migration import Offer
 from planetserve.routing.snapshot import SwarmSnapshot
-from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.libp2p.node import SwarmNode
 from planetserve.swarm.network import Join
+from planetserve.tensors import dtype_name
 from planetserve.types import Chain, PeerId, ServerInfo
 from planetserve.wire.frame import SESSION_BYTES
 
@@ -79,16 +77,15 @@ class ChainManager:
         """What sessions draw from; what they draw must be hard to guess."""
         self.clock = self._clock = clock or SystemClock()
         _check_peer_ids(config)
-        rtt = PeerEwma(max_peers=256, clock=self._clock)
-        self._planner = ChainPlanner(config, facts, rtt, self.rng)
+        self._planner = ChainPlanner(config, facts)
+        self.peers = PeerBook(config.ban_timeout, self._clock)
+        """What this client knows of them."""
         self.view = ServerDiscovery(
-            config, facts, self._planner.remote, rtt, self._clock, self.rng, join
+            config, facts, self._planner.remote, self.peers, self._clock, self.rng, join
         )
         """What servers there are."""
-        self._bans = Bans(self._clock)
-        self._edge_suspicions = EdgeSuspicions(config.ban_timeout, self._clock)
-        self._latency_feedback = LatencyFeedback(max_peers=256, clock=self._clock)
-        self._replanner = Replanner(self._planner, self._latency_feedback, self._clock)
+        self._replanner = Replanner(self._planner, self.peers, self._clock)
+        self._warned_dtype = False
         self.last_chain: Chain | None = None
         """The chain opened most recently."""
 
@@ -124,9 +121,8 @@ class ChainManager:
         """
         deadline_s = self._clock.monotonic() + self.config.wait_for_blocks_timeout
         while True:
-            self._planner.avoided_edges = self._edge_suspicions.avoided()
             try:
-                return self._planner.plan(self._usable(), num_rows, lease_tokens, seed)
+                return self._plan(num_rows, lease_tokens, seed)
             except NoChainAvailable as error:
                 failure = error
             if self._clock.monotonic() >= deadline_s:
@@ -141,7 +137,7 @@ class ChainManager:
 
     def longest_session(self, num_rows: int, least: int) -> int | None:
         """Tokens per row for which a chain has room now; as `ChainPlanner.longest`."""
-        return self._planner.longest(self._usable(), num_rows, least)
+        return self._planner.longest(self._plan_inputs().servers, num_rows, least)
 
     async def open_ring(
         self,
@@ -186,8 +182,7 @@ class ChainManager:
         """
 
         async def plan_gap(gap: Gap) -> tuple[Chain, Mapping[PeerId, ServerInfo]]:
-            self._planner.avoided_edges = self._edge_suspicions.avoided()
-            chain = self._planner.plan(self._usable(), num_rows, lease_tokens, gap=gap)
+            chain = self._plan(num_rows, lease_tokens, gap=gap)
             return chain, self._infos(chain)
 
         await ring.mend(plan_gap, history)
@@ -195,8 +190,7 @@ class ChainManager:
 
     async def find_better(self, session: Running) -> Offer | None:
         """Another chain for a session that runs, if a plan would take it now."""
-        self._planner.avoided_edges = self._edge_suspicions.avoided()
-        return await self._replanner.look(self._present(), session)
+        return await self._replanner.look(self.view.servers.values(), session)
 
     async def move_ring(self, ring: RingSession, chain: Chain, history: History) -> None:
         """Between two steps: put the hops of `chain` in the place of those it does not share.
@@ -212,7 +206,7 @@ class ChainManager:
 
     def note_loads(self, chain: Chain, loads_ms: Mapping[PeerId, float], elapsed_ms: float) -> None:
         """What the hops of a step said of their time per block, and how long it took in all."""
-        self._latency_feedback.note_loads(chain, loads_ms, elapsed_ms)
+        self.peers.record_loads(chain, loads_ms, elapsed_ms)
 
     def _infos(self, chain: Chain) -> dict[PeerId, ServerInfo]:
         return {hop.peer_id: self.view.servers[hop.peer_id] for hop in chain}
@@ -224,13 +218,13 @@ class ChainManager:
 
     def can_avoid(self, peers: Iterable[PeerId], num_rows: int, lease_tokens: int) -> bool:
         """Leave `peers` out of the next plans; say whether a chain without them exists now."""
-        self._bans.ban(peers, _LEAVING_S)
+        self.peers.ban(peers, _LEAVING_S)
         return self.has_chain(num_rows, lease_tokens)
 
     def has_chain(self, num_rows: int, lease_tokens: int) -> bool:
         """Whether a session of this size could be opened now, without those left alone."""
         try:
-            self._planner.plan(self._usable(), num_rows, lease_tokens)
+            self._plan(num_rows, lease_tokens)
         except PlanetServeError:
             return False
         return True
@@ -256,17 +250,17 @@ class ChainManager:
             if one.blame is Blame.LOCAL:
                 continue
             if one.edge is not None:
-                culprits += self._edge_suspicions.add(one.edge)
+                culprits += self.peers.suspect_edge(one.edge)
             elif one.peer_id is not None:
                 culprits.append(one.peer_id)
             elif chain is not None and one.blame in (Blame.REMOTE, Blame.UNKNOWN):
                 culprits += await self._suspects(one, [hop.peer_id for hop in chain])
-        self._bans.ban(culprits, max(self.config.ban_timeout, lost_s))
+        self.peers.ban(culprits, max(self.config.ban_timeout, lost_s))
         return culprits
 
     async def _suspects(self, error: PlanetServeError, peers: list[PeerId]) -> Sequence[PeerId]:
         silent = await self.view.silent(peers) if isinstance(error, HopTimeout) else []
-        return silent or self._edge_suspicions.add_chain(peers)
+        return silent or self.peers.suspect_chain(peers)
 
     def retry_delay_s(self, error: PlanetServeError, attempt: int) -> float | None:
         """Seconds to wait before retry number `attempt`; None when there must not be one."""
@@ -293,24 +287,39 @@ class ChainManager:
         Raises:
             SessionLengthError: no server takes sequences this long.
         """
-        chosen = self._planner.candidates(self._usable(), num_rows, lease_tokens)
+        chosen = self._planner.candidates(self._plan_inputs(), num_rows, lease_tokens)
         return self._planner.snapshot(chosen, num_rows)
 
-    def _usable(self) -> list[ServerInfo]:
-        """Records of servers that may be used now, corrected by what this client knows better."""
-        return [self._latency_feedback.corrected(info) for info in self._present()]
+    def _plan_inputs(self) -> PlanInputs:
+        return self.peers.plan_inputs(self.view.servers.values())
 
-    def _present(self) -> list[ServerInfo]:
-        banned = set(self._bans.banned())
-        return [info for peer_id, info in self.view.servers.items() if peer_id not in banned]
+    def _plan(
+        self, num_rows: int, lease_tokens: int, seed: int | None = None, gap: Gap | None = None
+    ) -> Chain:
+        """As `ChainPlanner.plan`, over what is known now; with a fresh seed if None."""
+        inputs = self._plan_inputs()
+        seed = self.rng.getrandbits(32) if seed is None else seed
+        chain = self._planner.plan(inputs, num_rows, lease_tokens, seed, gap)
+        chosen = {hop.peer_id for hop in chain}
+        used = [info for info in inputs.servers if info.peer_id in chosen]
+        if not self._warned_dtype and not self._planner.all_alike(used):
+            self._warned_dtype = True
+            logger.warning(
+                "no chain of %s servers covers the model; using servers of another dtype or with "
+                "quantised weights, so outputs may differ from local %s ones",
+                *[dtype_name(self.facts.dtype)] * 2,
+            )
+        return chain
 
     async def _revive(self) -> None:
         """Give banned servers that answer a ping another chance, since nobody else can serve."""
         known = self.view.servers
-        banned = [known[peer_id] for peer_id in self._bans.banned() if peer_id in known]
+        banned = [known[peer_id] for peer_id in self.peers.banned() if peer_id in known]
         chosen = banned[:_MAX_REVIVED]
         answers = await asyncio.gather(*(self.view.ping(info) for info in chosen))
-        self._bans.lift(info.peer_id for info, alive in zip(chosen, answers, strict=True) if alive)
+        self.peers.lift_bans(
+            info.peer_id for info, alive in zip(chosen, answers, strict=True) if alive
+        )
 
 
 def _check_peer_ids(config: ClientConfig) -> None:

@@ -1,16 +1,15 @@
-"""From what servers announce and a client's settings to a chain over the blocks left to the swarm.
+"""Plans a chain over the blocks left to the swarm, from announced records and a client's settings.
 
-Optimizers count blocks from 0, so the blocks that the client runs itself are cut off before a plan
-and the numbers put right after it. Records are signed but say what their owners like: one that
-cannot be true of this model, or that no plan could use, is left out here, so that only the server
-that made it loses by it. Decisions only: no clock, no network.
+Optimizers count blocks from 0, so the planner cuts off the blocks that the client runs itself, and
+corrects the numbers after the plan. Records are signed, but say what their owners like: the planner
+drops one that cannot be true of this model, or that no plan could use, so that only the server that
+made it loses by it. Decisions only: no clock, no network and no state, so that threads may share a
+planner.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import random
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 
 from planetserve.client.planning.block_ranges import split_blocks, trusted_spans
+from planetserve.client.planning.edge_suspicion import Edge
+from planetserve.client.planning.peer_book import PlanInputs
 from planetserve.client.ring.ring_spec import Gap
 from planetserve.config import ClientConfig
 from planetserve.errors import (
@@ -35,11 +36,8 @@ from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.server_points import usable_point
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
-from planetserve.swarm.ewma import PeerEwma
 from planetserve.tensors import dtype_name
 from planetserve.types import CLIENT, BlockSpan, Chain, PeerId, ServerInfo
-
-logger = logging.getLogger(__name__)
 
 _DEFAULT_RTT_MS = 50.0
 _AVOIDED_MS = 5_000.0
@@ -78,13 +76,7 @@ class ChainPlanner:
         ConfigError: `local_blocks`, `trusted_blocks` or `chain_optimizer` is wrong.
     """
 
-    def __init__(
-        self,
-        config: ClientConfig,
-        facts: ModelFacts,
-        rtt: PeerEwma,
-        rng: random.Random | None = None,
-    ):
+    def __init__(self, config: ClientConfig, facts: ModelFacts):
         self.remote = split_blocks(config, facts.num_blocks).remote
         """The blocks that the swarm runs."""
         self.trusted = {
@@ -96,28 +88,23 @@ class ChainPlanner:
         self._config = config
         self._make_optimizer(0)  # a mistyped name should fail here
         self._facts = facts
-        self._rtt = rtt
-        self._rng = rng or random.SystemRandom()
-        self._warned_dtype = False
-        self.avoided_edges: Mapping[tuple[PeerId, PeerId], float] = {}
-        """Pairs of servers that had trouble with each other, and how much speaks against each."""
 
     def plan(
         self,
-        servers: Sequence[ServerInfo],
+        inputs: PlanInputs,
         num_rows: int,
         lease_tokens: int,
-        seed: int | None = None,
+        seed: int,
         gap: Gap | None = None,
     ) -> Chain:
-        """The chain that the optimizer picks among `servers` for a session of this size.
+        """The chain that the optimizer picks for a session of this size.
 
         Args:
-            servers: those that may be used.
+            inputs: the servers that may be used, and what is known of them.
             num_rows: sequences in the session's batch.
             lease_tokens: tokens of each that every hop must have room for.
             seed: decides among chains that are nearly equal, so that sessions spread over them;
-                below 2^32, fresh if None.
+                below 2^32.
             gap: plan only the hops that fill it.
 
         Raises:
@@ -125,29 +112,19 @@ class ChainPlanner:
             NoChainAvailable: they lack free cache.
             SessionLengthError: none of them takes sequences this long.
         """
-        chosen = self.candidates(servers, num_rows, lease_tokens, gap)
-        wanted = dtype_name(self._facts.dtype)
-        chain = self._optimize(
+        chosen = self.candidates(inputs, num_rows, lease_tokens, gap)
+        return self._optimize(
             self.snapshot(chosen, num_rows, gap), num_rows * lease_tokens, seed, gap
         )
-        if not self._warned_dtype and len(chosen) > len(self._alike(chosen)):
-            self._warned_dtype = True
-            logger.warning(
-                "no chain of %s servers covers the model; using servers of another dtype or with "
-                "quantised weights, so outputs may differ from local %s ones",
-                wanted,
-                wanted,
-            )
-        return chain
 
     def candidates(
         self,
-        servers: Sequence[ServerInfo],
+        inputs: PlanInputs,
         num_rows: int,
         lease_tokens: int,
         gap: Gap | None = None,
-    ) -> Sequence[ServerInfo]:
-        """Those of `servers` that a session of this size is planned on; arguments as for `plan`.
+    ) -> PlanInputs:
+        """The inputs with the servers that a session of this size is planned on.
 
         Servers that compute in this client's dtype with weights as they are, if these have a chain;
         else all that take sequences this long.
@@ -155,11 +132,13 @@ class ChainPlanner:
         Raises:
             SessionLengthError: none of them takes sequences this long.
         """
-        long_enough = [info for info in servers if info.max_session_tokens >= lease_tokens]
-        if len(long_enough) < len(servers):
-            self._require_length(servers, long_enough, lease_tokens)
-        alike = self._alike(long_enough)
-        if len(alike) < len(long_enough):
+        long_enough = inputs.only(
+            info for info in inputs.servers if info.max_session_tokens >= lease_tokens
+        )
+        if len(long_enough.servers) < len(inputs.servers):
+            self._require_length(inputs, long_enough, lease_tokens)
+        alike = inputs.only(info for info in long_enough.servers if self._is_alike(info))
+        if len(alike.servers) < len(long_enough.servers):
             request = self._request(num_rows * lease_tokens, gap)
             try:
                 RoutingProblem.build(self.snapshot(alike, num_rows, gap), request)
@@ -192,62 +171,56 @@ class ChainPlanner:
             return None
         return int(max(room.min(), min(least, allowed.min())))
 
-    def _alike(self, servers: Iterable[ServerInfo]) -> list[ServerInfo]:
-        wanted = dtype_name(self._facts.dtype), "none"
-        return [info for info in servers if (info.dtype, info.quant_type) == wanted]
+    def all_alike(self, servers: Iterable[ServerInfo]) -> bool:
+        """Whether all compute in this client's dtype, with weights as they are."""
+        return all(self._is_alike(info) for info in servers)
 
-    def snapshot(
-        self, servers: Sequence[ServerInfo], num_rows: int, gap: Gap | None = None
-    ) -> SwarmSnapshot:
+    def _is_alike(self, info: ServerInfo) -> bool:
+        return info.dtype == dtype_name(self._facts.dtype) and info.quant_type == "none"
+
+    def snapshot(self, inputs: PlanInputs, num_rows: int, gap: Gap | None = None) -> SwarmSnapshot:
         """What the optimizer plans on. Its block 0 is the first one that the swarm runs.
 
         With `gap`, its block 0 is the first of the gap, and the place of the client is taken by
         the hops on both sides of it.
         """
         blocks = self.remote if gap is None else gap.span
-        points = [point for info in servers if (point := self._point(info, blocks)) is not None]
+        points = [
+            point for info in inputs.servers if (point := self._point(info, blocks)) is not None
+        ]
         known = {point.id for point in points}
-        usable = [info for info in servers if info.peer_id in known]
-        links = self._links(usable)
+        usable = inputs.only(info for info in inputs.servers if info.peer_id in known)
+        links = _links(usable)
         if gap is not None:
-            links[CLIENT] = self._links_into(gap, self._links(servers), known)
+            links[CLIENT] = _links_into(gap, _links(inputs), known)
         return SwarmSnapshot(
             num_blocks=len(blocks),
             activation_bytes_per_token=(
                 self._facts.hidden_size * self._facts.dtype.itemsize * num_rows
             ),
-            hop_overhead_ms=_hop_overhead_ms(usable),
+            hop_overhead_ms=_hop_overhead_ms(usable.servers),
             default_rtt_ms=_DEFAULT_RTT_MS,
             servers=tuple(points),
             rtt_ms=links,
         )
 
-    def latency_ms(
-        self, servers: Sequence[ServerInfo], num_rows: int, chain: Chain
-    ) -> float | None:
-        """Predicted time per token of a chain; None if `servers` lacks one of its hops.
-
-        With what is charged for suspects.
-        """
-        snapshot = self.snapshot(servers, num_rows)
+    def latency_ms(self, inputs: PlanInputs, num_rows: int, chain: Chain) -> float | None:
+        """Predicted time per token of a chain in ms, with what is charged for suspects; None if one
+        of its hops is not among the servers."""
+        snapshot = self.snapshot(inputs, num_rows)
         if not all(hop.peer_id in snapshot.index for hop in chain):
             return None
         return latency_ms(snapshot, self._shifted(chain, -self.remote.start))
 
     def move_ms(
-        self, servers: Sequence[ServerInfo], num_rows: int, position: int, old: Chain, new: Chain
+        self, inputs: PlanInputs, num_rows: int, position: int, old: Chain, new: Chain
     ) -> float:
-        """Time it takes to bring a session of `position` tokens per row from one chain to another,
-        of which `servers` knows all hops."""
+        """Time in ms to bring a session of `position` tokens per row from one chain to another, all
+        of whose hops are among the servers."""
         first, last = new_hops(old.hops, new.hops)
         shifted = self._shifted(new, -self.remote.start).hops
         entering = shifted[first : len(shifted) - last]
-        return move_ms(self.snapshot(servers, num_rows), entering, position, num_rows)
-
-    def is_suspect(self, chain: Chain) -> bool:
-        """Whether more than time is charged for a hop of the chain."""
-        suspects = {peer for edge in self.avoided_edges for peer in edge}
-        return any(hop.peer_id in suspects for hop in chain)
+        return move_ms(self.snapshot(inputs, num_rows), entering, position, num_rows)
 
     def _shifted(self, chain: Chain, offset: int) -> Chain:
         """The chain with its blocks numbered otherwise."""
@@ -280,77 +253,16 @@ class ChainPlanner:
         first = blocks.start
         return dataclasses.replace(point, start=inside.start - first, end=inside.end - first)
 
-    def _links(self, servers: Sequence[ServerInfo]) -> dict[str, dict[str, float]]:
-        """Round-trip times that the client measured, and those that servers claim of each other."""
-        table: dict[str, dict[str, float]] = {CLIENT: {}}
-        known = {info.peer_id for info in servers}
-        claims: dict[tuple[PeerId, PeerId], float] = {}
-        for info in servers:
-            measured = self._rtt.get(info.peer_id)
-            if measured is not None:
-                table[CLIENT][info.peer_id] = measured
-            for peer_id, rtt_ms in info.next_rtt_ms.items():
-                if peer_id in known and peer_id != info.peer_id:
-                    pair = min(info.peer_id, peer_id), max(info.peer_id, peer_id)
-                    # Of two claims the worse counts: no server gains by saying that it is near.
-                    claims[pair] = max(rtt_ms, claims.get(pair, 0.0))
-        self._charge_suspects(claims, table[CLIENT], known)
-        for (one, other), rtt_ms in claims.items():
-            table.setdefault(one, {})[other] = rtt_ms
-        return table
-
-    def _charge_suspects(
-        self,
-        between: dict[tuple[PeerId, PeerId], float],
-        from_client: dict[PeerId, float],
-        known: Set[PeerId],
-    ) -> None:
-        """Lengthen the links of servers that are part of avoided pairs, and those of the pairs.
-
-        A visit takes half of the link that enters a server and half of the one that leaves it.
-        """
-        suspicion: defaultdict[PeerId, float] = defaultdict(float)
-        for (one, other), weight in self.avoided_edges.items():
-            if one in known and other in known:
-                between[min(one, other), max(one, other)] = 2 * weight * _AVOIDED_MS
-            for peer_id in {one, other} & known:
-                suspicion[peer_id] += weight
-        for suspect, weight in suspicion.items():
-            extra_ms = weight * _AVOIDED_MS
-            from_client[suspect] = from_client.get(suspect, _DEFAULT_RTT_MS) + extra_ms
-            for other in known:
-                if other != suspect:
-                    pair = min(suspect, other), max(suspect, other)
-                    between[pair] = between.get(pair, _DEFAULT_RTT_MS) + extra_ms
-
-    def _links_into(
-        self, gap: Gap, links: Mapping[str, Mapping[str, float]], known: Collection[PeerId]
-    ) -> dict[str, float]:
-        """Round-trip times between those who may fill a gap and both its sides, averaged."""
-
-        def rtt_ms(one: str, other: str) -> float:
-            if one == other:
-                return 0.0
-            found = links.get(one, {}).get(other, links.get(other, {}).get(one))
-            return _DEFAULT_RTT_MS if found is None else found
-
-        return {
-            peer_id: (rtt_ms(gap.before, peer_id) + rtt_ms(gap.after, peer_id)) / 2
-            for peer_id in known
-        }
-
     def _make_optimizer(self, seed: int) -> ChainOptimizer:
         """The optimizer of the settings; those that draw among equals draw by `seed`."""
         config = self._config
         offered = {"spread": config.chain_spread, "doubt": config.chain_doubt, "seed": seed}
         return OPTIMIZERS.create_from(config.chain_optimizer, **offered)
 
-    def _optimize(
-        self, snapshot: SwarmSnapshot, tokens: int, seed: int | None, gap: Gap | None
-    ) -> Chain:
+    def _optimize(self, snapshot: SwarmSnapshot, tokens: int, seed: int, gap: Gap | None) -> Chain:
         blocks = self.remote if gap is None else gap.span
         first = blocks.start
-        optimizer = self._make_optimizer(self._rng.getrandbits(32) if seed is None else seed)
+        optimizer = self._make_optimizer(seed)
         try:
             chain = optimizer.plan(snapshot, self._request(tokens, gap))
         except MissingBlocksError as error:
@@ -375,19 +287,78 @@ class ChainPlanner:
         }
         return ChainRequest(tokens=tokens, trusted=trusted)
 
-    def _require_length(
-        self, usable: Sequence[ServerInfo], long_enough: Sequence[ServerInfo], tokens: int
-    ) -> None:
+    def _require_length(self, usable: PlanInputs, long_enough: PlanInputs, tokens: int) -> None:
         """Tell a sequence that no chain can hold from blocks that nobody serves."""
         if self.snapshot(usable, 1).missing_blocks():
             return
         if self.snapshot(long_enough, 1).missing_blocks():
-            longest = max(info.max_session_tokens for info in usable)
+            longest = max(info.max_session_tokens for info in usable.servers)
             raise SessionLengthError(
                 f"a sequence of {tokens} tokens is longer than this swarm's servers take "
                 f"(at most {longest}); shorten it or start servers with a larger "
                 "--inference_max_length"
             )
+
+
+def _links(inputs: PlanInputs) -> dict[str, dict[str, float]]:
+    """Round-trip times that the client measured, and those that servers claim of each other."""
+    table: dict[str, dict[str, float]] = {CLIENT: {}}
+    known = {info.peer_id for info in inputs.servers}
+    claims: dict[Edge, float] = {}
+    for info in inputs.servers:
+        measured = inputs.rtt_ms.get(info.peer_id)
+        if measured is not None:
+            table[CLIENT][info.peer_id] = measured
+        for peer_id, rtt_ms in info.next_rtt_ms.items():
+            if peer_id in known and peer_id != info.peer_id:
+                pair = min(info.peer_id, peer_id), max(info.peer_id, peer_id)
+                # Of two claims the worse counts: no server gains by saying that it is near.
+                claims[pair] = max(rtt_ms, claims.get(pair, 0.0))
+    _charge_suspects(inputs.avoided_edges, claims, table[CLIENT], known)
+    for (one, other), rtt_ms in claims.items():
+        table.setdefault(one, {})[other] = rtt_ms
+    return table
+
+
+def _charge_suspects(
+    avoided_edges: Mapping[Edge, float],
+    between: dict[Edge, float],
+    from_client: dict[PeerId, float],
+    known: Set[PeerId],
+) -> None:
+    """Lengthen the links of servers that are part of avoided pairs, and those of the pairs.
+
+    A visit takes half of the link that enters a server and half of the one that leaves it.
+    """
+    suspicion: defaultdict[PeerId, float] = defaultdict(float)
+    for (one, other), weight in avoided_edges.items():
+        if one in known and other in known:
+            between[min(one, other), max(one, other)] = 2 * weight * _AVOIDED_MS
+        for peer_id in {one, other} & known:
+            suspicion[peer_id] += weight
+    for suspect, weight in suspicion.items():
+        extra_ms = weight * _AVOIDED_MS
+        from_client[suspect] = from_client.get(suspect, _DEFAULT_RTT_MS) + extra_ms
+        for other in known:
+            if other != suspect:
+                pair = min(suspect, other), max(suspect, other)
+                between[pair] = between.get(pair, _DEFAULT_RTT_MS) + extra_ms
+
+
+def _links_into(
+    gap: Gap, links: Mapping[str, Mapping[str, float]], known: Collection[PeerId]
+) -> dict[str, float]:
+    """Round-trip times between those who may fill a gap and both its sides, averaged."""
+
+    def rtt_ms(one: str, other: str) -> float:
+        if one == other:
+            return 0.0
+        found = links.get(one, {}).get(other, links.get(other, {}).get(one))
+        return _DEFAULT_RTT_MS if found is None else found
+
+    return {
+        peer_id: (rtt_ms(gap.before, peer_id) + rtt_ms(gap.after, peer_id)) / 2 for peer_id in known
+    }
 
 
 def _hop_overhead_ms(servers: Sequence[ServerInfo]) -> float:

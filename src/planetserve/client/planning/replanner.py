@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planetserve.client.planning.chain_planner import ChainPlanner
-from planetserve.client.planning.latency_feedback import LatencyFeedback
+from planetserve.client.planning.peer_book import PeerBook, PlanInputs
 from planetserve.clock import Clock
 from planetserve.errors import NoChainAvailable, SessionLengthError
 from planetserve.routing.migration import Offer
@@ -39,17 +39,17 @@ class Running:
 class Replanner:
     """Compares chains in use with those that a plan would take now."""
 
-    def __init__(self, planner: ChainPlanner, experience: LatencyFeedback, clock: Clock):
+    def __init__(self, planner: ChainPlanner, peers: PeerBook, clock: Clock):
         self._planner = planner
-        self._latency_feedback = experience
+        self._peers = peers
         self._clock = clock
         self._rests_until_s = 0.0
 
-    async def look(self, servers: Sequence[ServerInfo], session: Running) -> Offer | None:
+    async def look(self, servers: Iterable[ServerInfo], session: Running) -> Offer | None:
         """The chain that the session would get now, if it is another one.
 
         Args:
-            servers: the records of those that may be used.
+            servers: the announced records of those that the settings permit.
             session: what runs now.
         """
         started_s = self._clock.monotonic()
@@ -57,48 +57,47 @@ class Replanner:
             return None
         self._rests_until_s = float("inf")
         try:
-            loaded = [self._latency_feedback.loaded(info) for info in servers]
+            announced = tuple(servers)
+            inputs = self._peers.plan_inputs(announced, with_penalties=False)
             predicted_ms = await asyncio.to_thread(
-                self._planner.latency_ms, loaded, session.num_rows, session.chain
+                self._planner.latency_ms, inputs, session.num_rows, session.chain
             )
             if predicted_ms is None:
                 return None  # a hop is no longer announced, or banned
-            if not self._planner.is_suspect(session.chain):
-                self._latency_feedback.judge(session.chain, predicted_ms, session.measured_ms)
-            corrected = [self._latency_feedback.corrected(info) for info in servers]
-            return await asyncio.to_thread(self._compare, _for(session, corrected), session)
+            if not inputs.is_suspect(session.chain):
+                self._peers.record_latency(session.chain, predicted_ms, session.measured_ms)
+            inputs = _for(session, self._peers.plan_inputs(announced))
+            return await asyncio.to_thread(_compare, self._planner, inputs, session)
         finally:
             now_s = self._clock.monotonic()
             self._rests_until_s = now_s + _REST * (now_s - started_s)
 
-    def _compare(self, servers: Sequence[ServerInfo], session: Running) -> Offer | None:
-        try:
-            chain = self._planner.plan(
-                servers, session.num_rows, session.lease_tokens, session.seed
-            )
-        except (NoChainAvailable, SessionLengthError):
-            return None
-        if chain.hops == session.chain.hops:
-            return None
-        now_ms = self._planner.latency_ms(servers, session.num_rows, session.chain)
-        if now_ms is None:
-            return None
-        move_ms = self._planner.move_ms(
-            servers, session.num_rows, session.position, session.chain, chain
-        )
-        return Offer(chain, now_ms, chain.latency_ms, move_ms)
+
+def _compare(planner: ChainPlanner, inputs: PlanInputs, session: Running) -> Offer | None:
+    """In a thread: it takes frozen values and returns one."""
+    try:
+        chain = planner.plan(inputs, session.num_rows, session.lease_tokens, session.seed)
+    except (NoChainAvailable, SessionLengthError):
+        return None
+    if chain.hops == session.chain.hops:
+        return None
+    now_ms = planner.latency_ms(inputs, session.num_rows, session.chain)
+    if now_ms is None:
+        return None
+    move_ms = planner.move_ms(inputs, session.num_rows, session.position, session.chain, chain)
+    return Offer(chain, now_ms, chain.latency_ms, move_ms)
 
 
-def _for(session: Running, servers: Sequence[ServerInfo]) -> list[ServerInfo]:
-    """Those that compute in the data type of the session's chain, which must not change on the way;
-    what the session itself has leased counts as free."""
+def _for(session: Running, inputs: PlanInputs) -> PlanInputs:
+    """The inputs with the servers that compute in the data type of the session's chain, which must
+    not change on the way. What the session itself has leased counts as free."""
     used = {hop.peer_id for hop in session.chain}
-    dtypes = {info.dtype for info in servers if info.peer_id in used}
+    dtypes = {info.dtype for info in inputs.servers if info.peer_id in used}
     own_tokens = session.num_rows * session.lease_tokens
-    return [
+    return inputs.only(
         dataclasses.replace(info, free_cache_tokens=info.free_cache_tokens + own_tokens)
         if info.peer_id in used
         else info
-        for info in servers
+        for info in inputs.servers
         if info.dtype in dtypes
-    ]
+    )

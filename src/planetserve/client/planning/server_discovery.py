@@ -14,14 +14,14 @@ import random
 from collections.abc import Sequence
 
 from planetserve.client.planning.chain_planner import ModelFacts
+from planetserve.client.planning.peer_book import PeerBook
 from planetserve.clock import Clock
 from planetserve.config import ClientConfig
 from planetserve.errors import NoChainAvailable, PlanetServeError
 from planetserve.swarm.directory import Directory
-from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 from planetserve.swarm.network import Join, Network
-from planetserve.swarm.ping import ping, whom_to_ping
+from planetserve.swarm.ping import ping
 from planetserve.types import BlockSpan, PeerId, ServerInfo, ServerState
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class ServerDiscovery:
         config: the client's settings.
         facts: about its model.
         remote: the blocks that the swarm runs.
-        rtt: where measured round-trip times go.
+        peers: where measured round-trip times go.
         clock: source of monotonic time.
         rng: draws whom to ping.
         join: makes the node.
@@ -52,7 +52,7 @@ class ServerDiscovery:
         config: ClientConfig,
         facts: ModelFacts,
         remote: BlockSpan,
-        rtt: PeerEwma,
+        peers: PeerBook,
         clock: Clock,
         rng: random.Random | None = None,
         join: Join = SwarmNode.start,
@@ -68,7 +68,7 @@ class ServerDiscovery:
         self.strangers: dict[PeerId, ServerInfo] = {}
         """Those of another revision of the model."""
         self._remote = remote
-        self._rtt = rtt
+        self._peers = peers
         self._clock = clock
         self._rng = rng or random.Random()
         self._join = join
@@ -152,7 +152,7 @@ class ServerDiscovery:
             )
         except PlanetServeError:
             return False
-        self._rtt.add(info.peer_id, rtt_ms)
+        self._peers.record_rtt(info.peer_id, rtt_ms)
         return True
 
     async def silent(self, peer_ids: Sequence[PeerId]) -> list[PeerId]:
@@ -189,16 +189,16 @@ class ServerDiscovery:
     async def _ping_edges(self) -> None:
         """Measure servers that could be first or last in a chain, a bounded number of them."""
         most = self.config.max_pinged
-        now_measured = self.config.update_period / 2
         chosen: dict[PeerId, None] = {}  # in their order, unlike a set
         for block in (self._remote.start, self._remote.end - 1):
-            edges = [
-                info.peer_id
-                for info in self.servers.values()
-                if block in info.span and self._rtt.age_s(info.peer_id) > now_measured
-            ]
-            keep = _KEPT_FRESH * most
+            at_end = [info.peer_id for info in self.servers.values() if block in info.span]
             chosen |= dict.fromkeys(
-                whom_to_ping(edges, self._rtt, most=most, keep=keep, rng=self._rng)
+                self._peers.whom_to_ping(
+                    at_end,
+                    unmeasured_s=self.config.update_period / 2,
+                    most=most,
+                    keep=_KEPT_FRESH * most,
+                    rng=self._rng,
+                )
             )
         await asyncio.gather(*(self.ping(self.servers[peer_id]) for peer_id in chosen))

@@ -28,7 +28,7 @@ from common import environment, load, median, percentile, table, write_result
 
 from planetserve.demo import LOOPBACK
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
-from planetserve.swarm.libp2p.streams import FrameStream, open_stream, serve_streams
+from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.wire.frame import FrameHeader, FrameType
 
 PROTOCOL = "/benchmark/echo/1"
@@ -53,10 +53,10 @@ async def started(stack: AsyncExitStack, threads: str | None) -> FrameStream:
     server = await stack.enter_async_context(
         await SwarmNode.start(NodeConfig(host_maddrs=(LOOPBACK,)))
     )
-    await serve_streams(server, PROTOCOL, echo)
+    await server.serve_streams(PROTOCOL, echo)
     config = NodeConfig(client_mode=True, initial_peers=server.addresses())
     client = await stack.enter_async_context(await SwarmNode.start(config))
-    return await open_stream(client, server.peer_id, server.addresses(), PROTOCOL, 10.0)
+    return await client.open_stream(server.peer_id, server.addresses(), PROTOCOL, 10.0)
 
 
 async def round_trips(stream: FrameStream, size: int, count: int) -> list[float]:

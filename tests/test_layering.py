@@ -1,4 +1,8 @@
-"""Who may import whom: the layers of ARCHITECTURE.md, checked against every import statement."""
+"""Who may import whom, and how large things may be.
+
+The layers of ARCHITECTURE.md are checked against every import statement. No modules import each
+other in a circle, no file is too long, and no class has too many attributes without a reason.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +75,30 @@ HEAVY = {
 
 MODULES = sorted(SOURCE.rglob("*.py"))
 
+MAX_LINES = 450
+LONG_FILES = {"engine/worker.py"}
+"""Longer than that, and to be split."""
+MAX_ATTRIBUTES = 15
+LARGE_CLASSES = {
+    # values: one field for each thing that a user may set, a peer sends, or a table shows
+    "config.client.ClientConfig": "one setting per field",
+    "config.server.ServerConfig": "one setting per field",
+    "plan.command.PlanConfig": "one setting per field",
+    "engine.config.EngineStats": "one reported number per field",
+    "simulation.summary.Summary": "one column of a table per field",
+    "swarm.records.ServerBody": "what a server announces, as it is sent",
+    "types.ServerInfo": "what a server announces",
+    "wire.frame.FrameHeader": "what a frame's header holds, as it is sent",
+    # objects that hold the state of one thing
+    "client.planning.server_discovery.ServerDiscovery": "settings and the latest view",
+    "client.ring.hop_connection.HopConnection": "a hop's streams, keys and what it has reported",
+    "engine.worker.Worker": "whatever the engine thread owns",
+    "server.downstream.Downstream": "the next hop, its stream and what it may be sent again",
+    "server.session.ServerSession": "a session's parts and what they share",
+    "server.upstream.Upstream": "the previous hop, its stream and what may arrive on it",
+}
+"""Classes with more than `MAX_ATTRIBUTES`, and why they are not split."""
+
 
 def package_of(path: Path) -> str:
     """The first component below `planetserve`: a package, or the name of a module."""
@@ -113,3 +141,60 @@ def test_a_module_imports_only_what_its_layer_may(path: Path) -> None:
             assert target == package or target in ALLOWED[package], f"{where} imports {name}"
         if top in HEAVY:
             assert package in HEAVY[top], f"{where} imports {name}"
+
+
+def module_name(path: Path) -> str:
+    """As an import statement names it, without `planetserve.`."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions and under `TYPE_CHECKING` count too."""
+    names = {module_name(path) for path in MODULES}
+    imports: dict[str, set[str]] = {}
+    for path in MODULES:
+        if package_of(path) == "__init__":
+            continue
+        found = {name.removeprefix("planetserve.") for _, name in imported_names(path)}
+        targets = {name if name in names else name.rpartition(".")[0] for name in found}
+        imports[module_name(path)] = (targets & names) - {module_name(path)}
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {
+        str(path.relative_to(SOURCE)): len(path.read_bytes().splitlines()) for path in MODULES
+    }
+    long = {name: length for name, length in lengths.items() if length > MAX_LINES}
+    assert set(long) <= LONG_FILES, long
+
+
+def num_attributes(definition: ast.ClassDef) -> int:
+    """How many attributes the objects of a class have: declared, or set by its own methods."""
+    declared = {
+        node.target.id
+        for node in definition.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if "ClassVar" not in ast.unparse(node.annotation)
+    }
+    assigned = {
+        node.attr
+        for node in ast.walk(definition)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
+    return len(declared | assigned)
+
+
+def test_no_class_has_too_many_attributes() -> None:
+    large = {
+        f"{module_name(path)}.{node.name}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.ClassDef) and num_attributes(node) > MAX_ATTRIBUTES
+    }
+    assert large - set(LARGE_CLASSES) == set(), "split these, or say in LARGE_CLASSES why not"
+    assert set(LARGE_CLASSES) - large == set(), "these are small now; LARGE_CLASSES has them still"

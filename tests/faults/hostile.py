@@ -23,7 +23,7 @@ from planetserve.errors import PlanetServeError, StreamClosed, error_from_code
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.server.server import Server
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
-from planetserve.swarm.libp2p.streams import FrameStream, open_stream
+from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.tensors import tensor_from_payload
 from planetserve.types import CLIENT, PeerId
 from planetserve.wire.frame import ANSWER_EDGE, Direction, FrameHeader, FrameType, WireDtype
@@ -154,7 +154,7 @@ class Stranger:
 
     async def stream(self, protocol: str = SESSION_PROTOCOL) -> FrameStream:
         target = self.target
-        return await open_stream(self.node, target.peer_id, target.addresses, protocol, 20.0)
+        return await self.node.open_stream(target.peer_id, target.addresses, protocol, 20.0)
 
     def message(self, public_key: bytes, **changes: Any) -> OpenSession:
         """The right OPEN for a session of one hop, with `changes`."""

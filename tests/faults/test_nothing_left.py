@@ -18,7 +18,7 @@ from hostile import MeetServer, Opened, Stranger, until
 from planetserve.errors import PlanetServeError
 from planetserve.server.server import Server
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
-from planetserve.swarm.libp2p.streams import FrameStream, serve_streams
+from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.testing.swarm import LOOPBACK, LocalSwarm
 from planetserve.wire.frame import FrameHeader, FrameType
 from planetserve.wire.messages import NextHop, Rewire
@@ -173,7 +173,7 @@ async def sink() -> AsyncIterator[SwarmNode]:
         await asyncio.sleep(3600)
 
     async with await SwarmNode.start(NodeConfig(host_maddrs=LOOPBACK)) as node:
-        await serve_streams(node, PUSH_PROTOCOL, hold)
+        await node.serve_streams(PUSH_PROTOCOL, hold)
         yield node
 
 

@@ -31,7 +31,7 @@ from planetserve.clock import SystemClock
 from planetserve.errors import PlanetServeError, RemoteProtocolError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.swarm.directory import Directory
-from planetserve.swarm.libp2p.node import MAX_STREAMS, STREAMS_SHARE_PER_PEER
+from planetserve.swarm.libp2p.incoming import MAX_STREAMS, STREAMS_SHARE_PER_PEER
 from planetserve.swarm.libp2p.peer_routing import PROTOCOL as ROUTING_PROTOCOL
 from planetserve.swarm.libp2p.sockets import raise_file_limit
 from planetserve.swarm.ping import PROTOCOL as PING_PROTOCOL

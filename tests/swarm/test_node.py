@@ -27,7 +27,7 @@ from planetserve.swarm.directory import Directory
 from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.libp2p import node as node_module
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
-from planetserve.swarm.libp2p.streams import FrameStream, open_stream, serve_streams
+from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.swarm.ping import ping, serve_ping, whom_to_ping
 
 PEER = Identity.generate().peer_id
@@ -108,7 +108,7 @@ from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 async def main():
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, int(sys.argv[1])))
     async with await SwarmNode.start(NodeConfig(host_maddrs=("/ip4/127.0.0.1/tcp/0",))) as node:
-        print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], node._max_streams)
+        print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], node._incoming.max_streams)
 asyncio.run(main())
 """
 
@@ -158,7 +158,7 @@ async def test_closing_leaves_nothing(start_node: StartNode) -> None:
     await asyncio.gather(*map(serve_ping, nodes))
     directory = Directory(nodes[1], SystemClock())
     await directory.announce(make_info(nodes[1].identity), 60)
-    stream = await open_stream(nodes[2], nodes[1].peer_id, (), "/planetserve/ping/1", 10)
+    stream = await nodes[2].open_stream(nodes[1].peer_id, (), "/planetserve/ping/1", 10)
     looking = asyncio.create_task(directory.lookup("tiny"))
     await asyncio.sleep(0)
     assert len(daemons() - before[0]) == 3
@@ -240,16 +240,14 @@ async def test_one_key_runs_once(start_node: StartNode, tmp_path: Path) -> None:
 async def test_the_death_of_the_daemon_is_noticed(start_node: StartNode) -> None:
     server, client = await start_node(), await start_node()
     await serve_ping(server)
-    stream = await open_stream(
-        client, server.peer_id, server.addresses(), "/planetserve/ping/1", 10
-    )
+    stream = await client.open_stream(server.peer_id, server.addresses(), "/planetserve/ping/1", 10)
     client._daemon._child.kill()
     async with asyncio.timeout(10):
         await client.stopped.wait()
     with pytest.raises(TransportError):
         await stream.receive(10)
     with pytest.raises(TransportError):
-        await open_stream(client, server.peer_id, server.addresses(), "/planetserve/ping/1", 5)
+        await client.open_stream(server.peer_id, server.addresses(), "/planetserve/ping/1", 5)
     with pytest.raises(TransportError):
         _ = client.dht
 
@@ -294,8 +292,8 @@ async def test_a_client_can_be_streamed_to(start_node: StartNode) -> None:
     async def hear(stream: FrameStream) -> None:
         heard.set()
 
-    await serve_streams(client, "/test/hear/1", hear)
-    await open_stream(server, client.peer_id, (), "/test/hear/1", 10)
+    await client.serve_streams("/test/hear/1", hear)
+    await server.open_stream(client.peer_id, (), "/test/hear/1", 10)
     async with asyncio.timeout(10):
         await heard.wait()
 

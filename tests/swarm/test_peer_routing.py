@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Awaitable, Callable
 
 import pytest
+from google.protobuf import proto
 from hivemind.utils.multiaddr import Multiaddr
 from hypothesis import given
 from hypothesis import strategies as st
-from swarm_helpers import StartNode, exchange, until
+from swarm_helpers import StartNode, exchange, until, varint
 
 from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import PeerUnreachable, RemoteProtocolError
 from planetserve.swarm.dht import operations
 from planetserve.swarm.libp2p import peer_routing
-from planetserve.swarm.libp2p.delimited import fields, read_varint, varint
+from planetserve.swarm.libp2p.kademlia_messages import Message
 from planetserve.swarm.libp2p.node import SwarmNode
 from planetserve.swarm.libp2p.peer_routing import PROTOCOL
 
@@ -31,14 +33,12 @@ def find(peer_id: str) -> bytes:
 
 def told(answer: bytes) -> dict[bytes, list[str]]:
     """Addresses by peer id."""
-    size, offset = read_varint(answer, 0)
-    assert len(answer) == offset + size
-    found = {}
-    for field, value in fields(memoryview(answer)[offset:]):
-        if field == 8 and isinstance(value, memoryview):
-            (_, peer), *places = fields(value)
-            found[bytes(peer)] = [str(Multiaddr(bytes(place))) for _, place in places]
-    return found
+    stream = io.BytesIO(answer)
+    message = proto.parse_length_prefixed(Message, stream)
+    assert not stream.read()
+    return {
+        peer.id: [str(Multiaddr(place)) for place in peer.addrs] for peer in message.closer_peers
+    }
 
 
 def place(node: SwarmNode) -> str:
@@ -118,7 +118,7 @@ async def test_several_questions_may_come_on_one_stream_in_pieces(send: Send) ->
 )
 async def test_anything_else_ends_the_stream(send: Send, server: SwarmNode, data: bytes) -> None:
     assert await send(data) == b""
-    await until(lambda: not server._num_incoming)
+    await until(lambda: not server._incoming.num_open)
 
 
 async def test_one_peer_may_ask_so_often(start_node: StartNode) -> None:

@@ -6,7 +6,7 @@ import pytest
 from swarm_helpers import StartNode
 
 from planetserve.errors import RemoteProtocolError
-from planetserve.swarm.libp2p.streams import FrameStream, serve_streams
+from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.swarm.ping import PROTOCOL, ping, serve_ping
 from planetserve.wire.frame import FrameHeader, FrameType
 
@@ -39,7 +39,7 @@ async def test_nobody_looks_nearer_than_it_is(
         await stream.receive(10.0)
 
     liar = await start_node()
-    await serve_streams(liar, PROTOCOL, lie)
+    await liar.serve_streams(PROTOCOL, lie)
     near = await start_node(liar, client_mode=True)
     with pytest.raises(RemoteProtocolError):
         await ping(near, liar.peer_id, liar.addresses(), timeout_s=10.0)

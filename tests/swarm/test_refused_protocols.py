@@ -10,7 +10,7 @@ from swarm_helpers import StartNode, exchange, until
 from planetserve.errors import PlanetServeError
 from planetserve.swarm.libp2p import refused_protocols
 from planetserve.swarm.libp2p.node import SwarmNode
-from planetserve.swarm.libp2p.streams import FrameStream, open_stream, serve_streams
+from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.wire.frame import FrameHeader, FrameType
 
 RESERVE = b"\x02\x08\x00"
@@ -29,10 +29,10 @@ async def carried(node: SwarmNode, near: SwarmNode, far: SwarmNode) -> int:
             _, payload = await stream.receive()
             got.append(len(payload))
 
-    await serve_streams(near, "test/1", sink)
+    await near.serve_streams("test/1", sink)
     path = f"{node.addresses()[0]}/p2p-circuit/p2p/{near.peer_id}"
     with contextlib.suppress(PlanetServeError):
-        stream = await open_stream(far, near.peer_id, [path], "test/1", timeout_s=5.0)
+        stream = await far.open_stream(near.peer_id, [path], "test/1", timeout_s=5.0)
         await stream.send(FrameHeader(FrameType.STEP), bytes(1000))
         await until(lambda: bool(got))
     return sum(got)

@@ -21,9 +21,8 @@ from planetserve.errors import (
     RemoteProtocolError,
     StreamClosed,
 )
-from planetserve.swarm.libp2p import node as node_module
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
-from planetserve.swarm.libp2p.streams import FrameStream, open_stream, serve_streams
+from planetserve.swarm.libp2p.streams import MAX_LARGE_FRAMES_PER_PEER, FrameStream
 from planetserve.wire.frame import MAX_CONTROL_BYTES, MAX_STEP_BYTES, FrameHeader, FrameType
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -42,7 +41,7 @@ async def echo(stream: FrameStream) -> None:
 async def nodes() -> AsyncIterator[tuple[SwarmNode, SwarmNode]]:
     """An echo server and a client, shared by the tests of this module."""
     async with await SwarmNode.start(NodeConfig(host_maddrs=LOOPBACK)) as server:
-        await serve_streams(server, ECHO, echo)
+        await server.serve_streams(ECHO, echo)
         config = NodeConfig(client_mode=True, initial_peers=server.addresses())
         async with await SwarmNode.start(config) as client:
             yield server, client
@@ -54,7 +53,7 @@ async def server(nodes: tuple[SwarmNode, SwarmNode]) -> AsyncIterator[SwarmNode]
     yield server
     for stream in [*server.streams, *client.streams]:
         stream.abort()
-    await until(lambda: not server.streams and not server._num_incoming)
+    await until(lambda: not server.streams and not server._incoming.num_open)
     server.taps.clear()
     client.taps.clear()
 
@@ -70,7 +69,7 @@ async def stream(
 ) -> FrameStream:
     """An open echo stream; a node may also open one to itself."""
     opener = server if request.param == "itself" else client
-    return await open_stream(opener, server.peer_id, server.addresses(), ECHO, 10)
+    return await opener.open_stream(server.peer_id, server.addresses(), ECHO, 10)
 
 
 async def test_a_header_is_seen_before_its_payload_is_read(
@@ -150,7 +149,7 @@ async def test_taps_see_every_frame_on_both_sides(client: SwarmNode, server: Swa
     seen: list[tuple[str, str, str, int]] = []
     for name, node in (("client", client), ("server", server)):
         node.taps.append(lambda way, who, h, name=name: seen.append((name, way, who, h.sequence)))
-    stream = await open_stream(client, server.peer_id, server.addresses(), ECHO, 10)
+    stream = await client.open_stream(server.peer_id, server.addresses(), ECHO, 10)
     await stream.send(FrameHeader(FrameType.STEP, sequence=3), b"x")
     await stream.receive(10)
     assert seen == [
@@ -171,9 +170,9 @@ async def test_the_last_frame_arrives_although_the_sender_never_read(
         await asyncio.sleep(0.1)
         await stream.send(FrameHeader(FrameType.ERROR), b"go away")
 
-    await serve_streams(server, "/test/refuse/1", refuse)
+    await server.serve_streams("/test/refuse/1", refuse)
     for _ in range(5):
-        stream = await open_stream(client, server.peer_id, (), "/test/refuse/1", 10)
+        stream = await client.open_stream(server.peer_id, (), "/test/refuse/1", 10)
 
         async def flood(stream: FrameStream = stream) -> None:
             while True:
@@ -196,8 +195,8 @@ async def test_backpressure_reaches_the_sender(client: SwarmNode, server: SwarmN
         while True:
             await stream.receive()
 
-    await serve_streams(server, "/test/slow/1", slow)
-    stream = await open_stream(client, server.peer_id, (), "/test/slow/1", 10)
+    await server.serve_streams("/test/slow/1", slow)
+    stream = await client.open_stream(server.peer_id, (), "/test/slow/1", 10)
     num_sent = 0
 
     async def flood() -> None:
@@ -236,13 +235,13 @@ async def test_the_end_of_the_handler_closes_the_stream(
     async def fail(stream: FrameStream) -> None:
         raise ValueError("the prompt was: my password is hunter2")
 
-    await serve_streams(server, "/test/fail/1", fail)
-    stream = await open_stream(client, server.peer_id, (), "/test/fail/1", 10)
+    await server.serve_streams("/test/fail/1", fail)
+    stream = await client.open_stream(server.peer_id, (), "/test/fail/1", 10)
     with pytest.raises(StreamClosed):
         await stream.receive(10)
     assert "ValueError" in caplog.text
     assert "hunter2" not in caplog.text
-    await until(lambda: not server.streams and not server._num_incoming)
+    await until(lambda: not server.streams and not server._incoming.num_open)
 
 
 async def test_closing_the_node_cancels_its_handlers(client: SwarmNode) -> None:
@@ -255,8 +254,8 @@ async def test_closing_the_node_cancels_its_handlers(client: SwarmNode) -> None:
         finally:
             cancelled.set()
 
-    await serve_streams(server, "/test/forever/1", forever)
-    stream = await open_stream(client, server.peer_id, server.addresses(), "/test/forever/1", 10)
+    await server.serve_streams("/test/forever/1", forever)
+    stream = await client.open_stream(server.peer_id, server.addresses(), "/test/forever/1", 10)
     await stream.send(STEP, b"hello")
     await until(lambda: bool(server.streams))
     await server.close()
@@ -268,19 +267,19 @@ async def test_closing_the_node_cancels_its_handlers(client: SwarmNode) -> None:
 
 async def test_a_closed_node_opens_nothing(server: SwarmNode) -> None:
     node = await SwarmNode.start(NodeConfig(host_maddrs=LOOPBACK))
-    await serve_streams(node, ECHO, echo)
+    await node.serve_streams(ECHO, echo)
     await node.close()
     for peer_id in (node.peer_id, server.peer_id):
         with pytest.raises(PeerUnreachable, match="closed"):
-            await open_stream(node, peer_id, server.addresses(), ECHO, 10)
+            await node.open_stream(peer_id, server.addresses(), ECHO, 10)
 
 
 async def test_streams_over_the_limit_are_closed_unheard(
     client: SwarmNode, server: SwarmNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await until(lambda: not server._num_incoming)  # one may be the client's daemon's own
-    monkeypatch.setattr(server, "_max_streams", 8)
-    streams = [await open_stream(client, server.peer_id, (), ECHO, 10) for _ in range(3)]
+    await until(lambda: not server._incoming.num_open)  # one may be the client's daemon's own
+    monkeypatch.setattr(server._incoming, "max_streams", 8)
+    streams = [await client.open_stream(server.peer_id, (), ECHO, 10) for _ in range(3)]
     answers = 0
     for stream in streams:
         try:
@@ -292,8 +291,8 @@ async def test_streams_over_the_limit_are_closed_unheard(
     assert answers == 2
     for stream in streams:
         await stream.close()
-    await until(lambda: not server._num_incoming)
-    again = await open_stream(client, server.peer_id, (), ECHO, 10)
+    await until(lambda: not server._incoming.num_open)
+    again = await client.open_stream(server.peer_id, (), ECHO, 10)
     await again.send(STEP, b"x")
     await again.receive(10)
 
@@ -304,27 +303,27 @@ async def test_who_cannot_be_reached(client: SwarmNode, server: SwarmNode) -> No
     impostor = server.addresses()[0].replace(server.peer_id, nobody)
     for addresses in ([], [closed], [impostor], ["/nonsense"], [server.addresses()[0]]):
         with pytest.raises(PeerUnreachable):
-            await open_stream(client, nobody, addresses, ECHO, 10)
+            await client.open_stream(nobody, addresses, ECHO, 10)
     with pytest.raises(PeerUnreachable, match="protocol"):
-        await open_stream(client, server.peer_id, server.addresses(), "/test/unknown/1", 10)
+        await client.open_stream(server.peer_id, server.addresses(), "/test/unknown/1", 10)
     with pytest.raises(PeerUnreachable, match="cannot be dialled"):
-        await open_stream(client, "not a peer id", [], ECHO, 10)
+        await client.open_stream("not a peer id", [], ECHO, 10)
     with pytest.raises(PeerUnreachable, match="does not serve"):
-        await open_stream(client, client.peer_id, [], ECHO, 10)
+        await client.open_stream(client.peer_id, [], ECHO, 10)
 
 
 async def test_a_peer_is_found_without_its_address(server: SwarmNode, client: SwarmNode) -> None:
     config = NodeConfig(host_maddrs=LOOPBACK, initial_peers=server.addresses())
     async with await SwarmNode.start(config) as third:
-        await serve_streams(third, ECHO, echo)
-        stream = await open_stream(client, third.peer_id, [], ECHO, 10)
+        await third.serve_streams(ECHO, echo)
+        stream = await client.open_stream(third.peer_id, [], ECHO, 10)
         await stream.send(STEP, b"hi")
         assert (await stream.receive(10))[1] == b"hi"
 
 
 async def test_a_protocol_is_served_once(server: SwarmNode) -> None:
     with pytest.raises(ConfigError):
-        await serve_streams(server, ECHO, echo)
+        await server.serve_streams(ECHO, echo)
 
 
 class TestAgainstARawPeer:
@@ -334,7 +333,7 @@ class TestAgainstARawPeer:
     async def pair(self, server: SwarmNode) -> AsyncIterator[tuple[FrameStream, socket.socket]]:
         near, far = socket.socketpair()
         far.setblocking(False)
-        yield FrameStream(server, near, Identity.generate().peer_id), far
+        yield FrameStream(server._streams, near, Identity.generate().peer_id), far
         far.close()
 
     async def test_frames_in_dribs_and_drabs(self, pair: tuple[FrameStream, socket.socket]) -> None:
@@ -410,8 +409,8 @@ class TestAgainstARawPeer:
     ) -> None:
         first, _ = pair
         frame = FrameHeader(FrameType.STEP, payload_bytes=MAX_STEP_BYTES).pack() + bytes(50_000)
-        ends = [socket.socketpair() for _ in range(node_module.MAX_LARGE_FRAMES_PER_PEER + 1)]
-        streams = [FrameStream(first._node, near, first.remote) for near, _ in ends]
+        ends = [socket.socketpair() for _ in range(MAX_LARGE_FRAMES_PER_PEER + 1)]
+        streams = [FrameStream(first._table, near, first.remote) for near, _ in ends]
         for stream, (_, far) in zip(streams, ends, strict=True):
             far.send(frame)
             with pytest.raises(HopTimeout):
@@ -431,7 +430,7 @@ class TestAgainstARawPeer:
         with pytest.raises(HopTimeout):
             await streams[-1].receive(0.05)
         assert len(streams[-1]._payload) == 100_000
-        streams.append(FrameStream(first._node, (extra := socket.socketpair())[0], first.remote))
+        streams.append(FrameStream(first._table, (extra := socket.socketpair())[0], first.remote))
         ends.append(extra)
         extra[1].send(frame)
         waiting = asyncio.create_task(streams[-1].receive())

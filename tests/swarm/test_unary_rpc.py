@@ -11,11 +11,11 @@ from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2, p2pd_pb2
 from hypothesis import given
 from hypothesis import strategies as st
-from swarm_helpers import StartNode, exchange, until
+from swarm_helpers import StartNode, exchange, until, varint
 
 from planetserve.errors import RemoteProtocolError
+from planetserve.swarm.dht.field_count import check_num_fields
 from planetserve.swarm.libp2p import unary_rpc
-from planetserve.swarm.libp2p.delimited import check_shape, varint
 from planetserve.swarm.libp2p.node import SwarmNode
 
 PING = "PlanetServeDHT.rpc_ping"
@@ -83,7 +83,7 @@ async def test_half_a_request_is_waited_for_so_long(
     monkeypatch.setattr(unary_rpc, "REQUEST_TIMEOUT_S", 0.2)
     assert await send(data) == b""
     assert server.refused == {"call": 1}
-    await until(lambda: not server._num_incoming)
+    await until(lambda: not server._incoming.num_open)
 
 
 async def test_a_request_is_no_longer_than_it_needs_to_be(send: Send, server: SwarmNode) -> None:
@@ -119,14 +119,14 @@ async def test_many_small_fields_are_refused_before_they_are_decoded(
 @given(st.binary(max_size=60))
 def test_the_shape_of_a_message_is_checked_without_surprises(data: bytes) -> None:
     with contextlib.suppress(RemoteProtocolError):
-        check_shape(memoryview(data), most=5, most_inside=5)
+        check_num_fields(memoryview(data), most=5, most_inside=5)
 
 
 async def test_streams_of_calls_count_with_the_others(
     server: SwarmNode, send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await until(lambda: not server._num_incoming)  # one may be the client's daemon's own
-    monkeypatch.setattr(server, "_max_streams", 8)
+    await until(lambda: not server._incoming.num_open)  # one may be the client's daemon's own
+    monkeypatch.setattr(server._incoming, "max_streams", 8)
     monkeypatch.setattr(unary_rpc, "REQUEST_TIMEOUT_S", 1.0)
     assert await asyncio.gather(*(send(b"") for _ in range(5))) == [b""] * 5
     assert server.refused == {"stream": 3, "call": 2}
@@ -163,9 +163,9 @@ async def test_answers_that_nobody_takes_are_bounded(
             sock = await greedy[number // 4].open_socket(server.peer_id, find)
             streams.enter_context(sock)
             await loop.sock_sendall(sock, varint(len(CALL)) + CALL)
-        await until(lambda: server._unsent.total == 3 * answer_bytes)
+        await until(lambda: server._calls.unsent.total == 3 * answer_bytes)
         sock = streams.enter_context(await other.open_socket(server.peer_id, find))
         await loop.sock_sendall(sock, varint(len(CALL)) + CALL)
         assert b"queue_full" in await loop.sock_recv(sock, 4096)
-        assert server._unsent.total == 3 * answer_bytes
-    await until(lambda: server._unsent.total == 0)
+        assert server._calls.unsent.total == 3 * answer_bytes
+    await until(lambda: server._calls.unsent.total == 0)

@@ -16,7 +16,7 @@ Owned by the engine thread; does no locking, no input or output, and knows no ti
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,12 +24,10 @@ from planetserve.errors import ConfigError, SessionError
 from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk, StepRequest
 from planetserve.scheduler.kv_row import Sequence
 from planetserve.scheduler.page_allocator import PageAllocator
-from planetserve.scheduler.policies import POLICIES, Candidate, Grant, SchedulingPolicy
+from planetserve.scheduler.policies import POLICIES, Candidate, Grant
 from planetserve.scheduler.preemption import Preemption
 from planetserve.scheduler.state import Draft, Progress, Session
-
-_PREFILL_SHARE = 8
-"""Where decode steps could fill the budget, waiting prefill still gets one part in this many."""
+from planetserve.scheduler.token_budget import PREFILL_SHARE, TokenBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +60,10 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         if min(self.num_pages, self.page_size, self.max_decode_tokens) < 1:
             raise ConfigError("num_pages, page_size and max_decode_tokens must be at least 1")
-        if self.max_batch_tokens < _PREFILL_SHARE:
+        if self.max_batch_tokens < PREFILL_SHARE:
             raise ConfigError(
                 f"max_batch_tokens {self.max_batch_tokens} is too small to share between decode "
-                f"and prefill; give at least {_PREFILL_SHARE}"
+                f"and prefill; give at least {PREFILL_SHARE}"
             )
         if self.preempts and not (self.chunkable and self.can_rollback):
             raise ConfigError("sessions that lose pages need a model that takes steps in parts")
@@ -90,8 +88,7 @@ class Scheduler:
         self._sessions: dict[bytes, Session] = {}
         self._ready: dict[bytes, Session] = {}
         self._waiting: Collection[bytes] = ()
-        self._decode_policy: SchedulingPolicy = POLICIES.create(config.policy)
-        self._prefill_policy: SchedulingPolicy = POLICIES.create(config.policy)
+        self._token_budget = TokenBudget(config.max_batch_tokens, config.policy)
         self._released: list[int] = []
         self._num_arrivals = 0
         self._num_sequences = 0
@@ -295,7 +292,7 @@ class Scheduler:
             draft.num_prefill_tokens += grant.num_tokens
         self._take(session, grant.num_tokens, draft)
 
-    def _grants(self, max_prefill_tokens: int | None) -> Iterator[Grant]:
+    def _grants(self, max_prefill_tokens: int | None) -> list[Grant]:
         decode: list[Candidate] = []
         prefill: list[Candidate] = []
         for session_id, session in self._ready.items():
@@ -305,16 +302,7 @@ class Scheduler:
             min_tokens = 1 if self._config.chunkable else head.num_left
             candidate = Candidate(session_id, head.arrival, head.num_left, min_tokens)
             (decode if head.is_decode else prefill).append(candidate)
-        budget = self._config.max_batch_tokens
-        if decode:
-            reserved = budget // _PREFILL_SHARE if prefill else 0
-            grants = _share(self._decode_policy, decode, budget - reserved)
-            budget -= sum(grant.num_tokens for grant in grants)
-            yield from grants
-        if max_prefill_tokens is not None:
-            budget = min(budget, max(0 if decode else 1, max_prefill_tokens))
-        if prefill and budget > 0:
-            yield from _share(self._prefill_policy, prefill, budget)
+        return self._token_budget.share(decode, prefill, max_prefill_tokens)
 
     def _start(self, session: Session, draft: Draft) -> None:
         """Let the session's next step reorder and cut rows before it is the first time to run."""
@@ -427,9 +415,3 @@ class Scheduler:
         for sequence in sequences:
             sequence.release()
             self._released.append(sequence.sequence_id)
-
-
-def _share(policy: SchedulingPolicy, candidates: list[Candidate], budget: int) -> list[Grant]:
-    if sum(candidate.num_tokens for candidate in candidates) <= budget:
-        return [Grant(candidate.session_id, candidate.num_tokens) for candidate in candidates]
-    return policy.share(candidates, budget)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +25,10 @@ from planetserve.routing.request import ChainRequest
 from planetserve.routing.round_trips import RttMatrix
 from planetserve.routing.shortlist import best_holders
 from planetserve.routing.snapshot import ServerPoint, SwarmSnapshot
+from planetserve.simulation.ring import Ring
+from planetserve.simulation.server import SimServer
 from planetserve.simulation.world import World
 from planetserve.types import BlockSpan, Chain, Hop
-
-if TYPE_CHECKING:
-    from planetserve.simulation.ring import Ring
-    from planetserve.simulation.server import SimServer
 
 CLIENT_CONFIG = ClientConfig()
 VIEW_SERVERS = 128

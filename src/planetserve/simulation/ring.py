@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from planetserve.simulation.world import Links
 from planetserve.types import Chain, Hop
 
-if TYPE_CHECKING:
-    from planetserve.simulation.session import Session
+
+class StepListener(Protocol):
+    """What a ring tells its session."""
+
+    def result(self, step: Step) -> None:
+        """A step has been all the way round, or has filled the hops that it was to fill."""
+        ...
+
+    def server_leaves(self, server: int) -> None:
+        """A server has said that it goes."""
+        ...
+
+    def lost(self, server: int) -> None:
+        """A server has been found silent."""
+        ...
 
 
 class Ring:
@@ -19,15 +32,24 @@ class Ring:
     Args:
         session: whose.
         ring_id: unique.
+        client_name: of its client, whose sessions count together.
+        client_node: where that is.
         links: how far nodes are apart.
         number_of: server ids to their numbers.
     """
 
     def __init__(
-        self, session: Session, ring_id: bytes, links: Links, number_of: Mapping[str, int]
+        self,
+        session: StepListener,
+        ring_id: bytes,
+        client_name: str,
+        client_node: int,
+        links: Links,
+        number_of: Mapping[str, int],
     ):
         self.session = session
         self.id = ring_id
+        self.client_name = client_name
         self.epoch = 0
         """Raised whenever what is under way has become worthless."""
         self.chain = Chain(())
@@ -35,12 +57,13 @@ class Ring:
         self.spans: list[tuple[int, int]] = []
         self.half_s: list[float] = []
         """From the client to the first server, from each server to the next, back to the client."""
+        self._client_node = client_node
         self._links = links
         self._number_of = number_of
 
     def set_chain(self, chain: Chain) -> None:
         """Run on `chain` from now on."""
-        client = self.session.client.node
+        client = self._client_node
         self.chain = chain
         self.servers = [self._number_of[hop.peer_id] for hop in chain]
         self.spans = [(hop.start, hop.end) for hop in chain]

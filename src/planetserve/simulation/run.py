@@ -38,6 +38,22 @@ class RunResult:
     departures: int
 
 
+class _Uplinks:
+    """What nodes have to send, one thing after the other."""
+
+    def __init__(self, env: simpy.Environment, num_nodes: int, bytes_per_token: float):
+        self._env = env
+        self._bytes_per_token = bytes_per_token
+        self._free_s = [0.0] * num_nodes
+
+    def send_s(self, node: int, num_tokens: int, bytes_per_s: float) -> float:
+        """Seconds until the node has sent these tokens, after what it has to send already."""
+        now_s = self._env.now
+        took_s = num_tokens * self._bytes_per_token / bytes_per_s
+        self._free_s[node] = free_s = max(now_s, self._free_s[node]) + took_s
+        return free_s - now_s
+
+
 class Simulation:
     """Holds what sessions and servers share. Use `run` once.
 
@@ -75,10 +91,13 @@ class Simulation:
             for number in range(world.num_clients)
         ]
         self._announced: dict[int, tuple[float, float]] = {}
-        self._uplink_free_s = [0.0] * (len(self.servers) + world.num_clients)
+        self._uplinks = _Uplinks(
+            self.env,
+            len(self.servers) + world.num_clients,
+            scenario.model.activation_bytes_per_token,
+        )
         self._client_bytes_per_s = scenario.network.client_mbit_s * 125_000.0
         self._overhead_s = scenario.network.hop_overhead_ms / 1000.0
-        self._activation_bytes = scenario.model.activation_bytes_per_token
         self._records: list[Record] = []
         self._tokens_in_window = 0
         self._finished = self.env.event()
@@ -113,7 +132,7 @@ class Simulation:
         if hop:
             node = ring.servers[hop - 1]
             rate = self.servers[node].machine.network_bytes_per_s
-        delay_s = self._uplink_s(node, step.num_tokens * self._activation_bytes, rate)
+        delay_s = self._uplinks.send_s(node, step.num_tokens, rate)
         delay_s += ring.half_s[hop] + self._overhead_s
         later(self.env, delay_s, self.servers[ring.servers[hop]].arrive, step)
 
@@ -151,7 +170,7 @@ class Simulation:
         # Of a prompt only the last position is wanted.
         tokens = 1 if is_last else step.num_tokens
         rate = server.machine.network_bytes_per_s
-        delay_s = self._uplink_s(server.number, tokens * self._activation_bytes, rate)
+        delay_s = self._uplinks.send_s(server.number, tokens, rate)
         delay_s += ring.half_s[following]
         if is_last:
             later(self.env, delay_s, ring.session.result, step)
@@ -159,13 +178,6 @@ class Simulation:
             step.hop = following
             next_server = self.servers[ring.servers[following]]
             later(self.env, delay_s + self._overhead_s, next_server.arrive, step)
-
-    def _uplink_s(self, node: int, bytes_sent: float, bytes_per_s: float) -> float:
-        """Until the node has sent this, after what it has to send already."""
-        now_s = self.env.now
-        free_s = max(now_s, self._uplink_free_s[node]) + bytes_sent / bytes_per_s
-        self._uplink_free_s[node] = free_s
-        return free_s - now_s
 
     def _look(self, server: SimServer) -> None:
         """As `Announcer`: publish once a period, and when the load has changed."""

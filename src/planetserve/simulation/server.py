@@ -10,8 +10,7 @@ the line through the two speeds that a server announces: one token takes `decode
 many of them come at `tokens_per_s_per_block`. All results go at the end of the tick. Admission, the
 prompt tokens that a batch may take, the sharing of a full budget, the waiting for steps that are
 about to come back and the load that is announced are the real `KvReservations`, `PrefillBudget`,
-scheduling policy, `BatchDelay` and `StepLatency`; how a batch is put together repeats
-`Scheduler`, without pages.
+`TokenBudget`, `BatchDelay` and `StepLatency`. There are no pages.
 """
 
 from __future__ import annotations
@@ -27,23 +26,43 @@ from planetserve.routing.server_points import split_load
 from planetserve.routing.snapshot import ServerPoint
 from planetserve.scheduler.batch_delay import BatchDelay
 from planetserve.scheduler.kv_reservations import KvReservations
-from planetserve.scheduler.policies import POLICIES, Candidate, SchedulingPolicy
+from planetserve.scheduler.policies import Candidate
 from planetserve.scheduler.prefill_budget import PrefillBudget
+from planetserve.scheduler.scheduler import SchedulerConfig
 from planetserve.scheduler.speed import StepCost, StepLatency
+from planetserve.scheduler.token_budget import TokenBudget
 from planetserve.simulation.events import SimClock, later
 from planetserve.simulation.ring import Ring, Step
 from planetserve.simulation.world import Machine
 from planetserve.types import BlockSpan
 
 _CONFIG = ServerConfig(model="simulated", num_blocks=1, new_swarm=True)
-_DECODE_TOKENS = 16
-"""A step of at most this many tokens counts as decoding; `SchedulerConfig.max_decode_tokens`."""
-_PREFILL_SHARE = 8
-"""Decoding leaves waiting prefill one part in this many of a full budget, as in `Scheduler`."""
+_SCHEDULER_CONFIG = SchedulerConfig(num_pages=1)
+_DECODE_TOKENS = _SCHEDULER_CONFIG.max_decode_tokens
+"""A step of at most this many tokens counts as decoding."""
+
+
+class _Life:
+    """What a server loses when it goes down."""
+
+    def __init__(self, cache_tokens: int, decode_ms_per_block: float, clock: SimClock):
+        self.kv_reservations = KvReservations(
+            cache_tokens // _CONFIG.page_size, _CONFIG.page_size, clock, _CONFIG.max_peer_kv_share
+        )
+        self.prefill_budget = PrefillBudget(_CONFIG.max_batch_size, _CONFIG.prefill_slowdown)
+        self.batch_delay = BatchDelay(_CONFIG.batch_patience)
+        self.load = StepLatency(StepCost(0.0, decode_ms_per_block), clock.monotonic())
+        self.heads: dict[Ring, Step] = {}
+        """The oldest waiting step of each session."""
+        self.behind: dict[Ring, deque[Step]] = {}
+        """Those that wait behind it."""
+        self.is_busy = False
+        self.has_waited = False
+        """Whether the tick that runs next, or now, has waited for more steps."""
 
 
 class _Tick(NamedTuple):
-    life: object
+    life: _Life
     batch: list[tuple[Step, int]]
     took_s: float
 
@@ -82,29 +101,22 @@ class SimServer:
         self._env = env
         self._cache_tokens = cache_tokens
         self._send = send
-        self._clock = SimClock(env)
         self._slope_ms = 1000.0 / machine.tokens_per_s_per_block
-        self._policies: tuple[SchedulingPolicy, SchedulingPolicy] | None = None
-        self._reset()
+        self._token_budget = TokenBudget(_CONFIG.max_batch_size, _SCHEDULER_CONFIG.policy)
+        self._life = self._begin_life()
 
-    def _reset(self) -> None:
-        pages = self._cache_tokens // _CONFIG.page_size
-        self.leases = KvReservations(
-            pages, _CONFIG.page_size, self._clock, _CONFIG.max_peer_kv_share
-        )
-        self._prefill_budget = PrefillBudget(_CONFIG.max_batch_size, _CONFIG.prefill_slowdown)
-        self._batch_delay = BatchDelay(_CONFIG.batch_patience)
-        self._has_waited = False
-        self._load = StepLatency(StepCost(0.0, self.machine.decode_ms_per_block), self._env.now)
-        self._heads: dict[Ring, Step] = {}
-        self._behind: dict[Ring, deque[Step]] = {}
-        self._is_busy = False
-        self._life = object()
+    def _begin_life(self) -> _Life:
+        return _Life(self._cache_tokens, self.machine.decode_ms_per_block, SimClock(self._env))
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of the KV cache that no session has been promised."""
+        return self._life.kv_reservations.free_tokens
 
     @property
     def load_ms(self) -> float:
         """Time per block now, as every answer tells the client."""
-        return self._load.ms_per_block(self._env.now)
+        return self._life.load.ms_per_block(self._env.now)
 
     def point(self) -> ServerPoint:
         """What it would announce now."""
@@ -118,7 +130,7 @@ class SimServer:
             decode_ms_per_block=decode_ms,
             tokens_per_s_per_block=machine.tokens_per_s_per_block,
             network_bytes_per_s=machine.network_bytes_per_s,
-            free_cache_tokens=self.leases.free_tokens,
+            free_cache_tokens=self.free_tokens,
             wait_ms=wait_ms,
         )
 
@@ -126,7 +138,7 @@ class SimServer:
         """Be gone, with everything that was open or waiting here."""
         self.is_up = self.is_draining = False
         self.rings.clear()
-        self._reset()
+        self._life = self._begin_life()
 
     def start(self, span: BlockSpan) -> None:
         """Serve `span` with an empty cache."""
@@ -139,23 +151,23 @@ class SimServer:
         Raises:
             CacheExhausted: no room for it.
         """
-        self.leases.open(ring.id, ring.session.client.name, 1, lease_tokens)
-        self._batch_delay.open(ring.id, span)
+        self._life.kv_reservations.open(ring.id, ring.client_name, 1, lease_tokens)
+        self._life.batch_delay.open(ring.id, span)
         self.rings[ring] = None
 
     def close(self, ring: Ring) -> None:
         """Forget a session and its waiting steps."""
         if ring in self.rings:
             del self.rings[ring]
-            self.leases.close(ring.id)
-            self._prefill_budget.forget(ring.id)
-            self._batch_delay.forget(ring.id)
+            self._life.kv_reservations.close(ring.id)
+            self._life.prefill_budget.forget(ring.id)
+            self._life.batch_delay.forget(ring.id)
             self.drop_steps(ring)
 
     def drop_steps(self, ring: Ring) -> None:
         """Forget what waits here of a session that goes on otherwise."""
-        self._heads.pop(ring, None)
-        self._behind.pop(ring, None)
+        self._life.heads.pop(ring, None)
+        self._life.behind.pop(ring, None)
 
     def arrive(self, step: Step) -> None:
         """A step has come in; one that nobody waits for any more is dropped."""
@@ -164,19 +176,19 @@ class SimServer:
             return
         step.arrived_s = self._env.now
         step.num_left = step.num_tokens
-        self._batch_delay.returned(ring.id, self._env.now)
-        step.is_alone = not self._is_busy and not self._heads
-        if ring in self._heads:
-            self._behind.setdefault(ring, deque()).append(step)
+        self._life.batch_delay.returned(ring.id, self._env.now)
+        step.is_alone = not self._life.is_busy and not self._life.heads
+        if ring in self._life.heads:
+            self._life.behind.setdefault(ring, deque()).append(step)
         else:
-            self._heads[ring] = step
-        if not self._is_busy:
+            self._life.heads[ring] = step
+        if not self._life.is_busy:
             self._tick()
 
     def _tick(self) -> None:
-        wait_s = self._wait_for_company()
+        wait_s = self._delay_s()
         if wait_s:
-            self._has_waited = True
+            self._life.has_waited = True
             later(self._env, wait_s, self._waited, self._life)
             return
         batch = self._batch()
@@ -188,87 +200,73 @@ class SimServer:
         first_ms = self.machine.decode_ms_per_block
         took_s = (blocks * (first_ms - more_ms) + token_blocks * more_ms) / 1000.0
         if all(step.num_tokens <= _DECODE_TOKENS for step, _ in batch):
-            self._batch_delay.record(token_blocks / blocks, blocks, took_s)
-        self._is_busy = True
+            self._life.batch_delay.record(token_blocks / blocks, blocks, took_s)
+        self._life.is_busy = True
         self.busy_s += took_s
         self.num_ticks += 1
         self.num_tokens += sum(count for _, count in batch)
         later(self._env, took_s, self._done, _Tick(self._life, batch, took_s))
 
-    def _wait_for_company(self) -> float:
+    def _delay_s(self) -> float:
         """Seconds for which the next tick waits for more decode steps."""
-        heads = self._heads
+        heads = self._life.heads
         if not heads or any(step.num_tokens > _DECODE_TOKENS for step in heads.values()):
             return 0.0
-        return self._batch_delay.wait_s({ring.id for ring in heads}, self._env.now)
+        return self._life.batch_delay.wait_s({ring.id for ring in heads}, self._env.now)
 
-    def _waited(self, life: object) -> None:
-        if life is self._life and not self._is_busy:
+    def _waited(self, life: _Life) -> None:
+        if life is self._life and not self._life.is_busy:
             self._tick()
 
     def _done(self, tick: _Tick) -> None:
         if tick.life is not self._life:
             return  # the server was gone meanwhile
-        self._is_busy = False
+        self._life.is_busy = False
         now_s = self._env.now
-        has_waited, self._has_waited = self._has_waited, False
+        has_waited, self._life.has_waited = self._life.has_waited, False
         decoding = [step.ring.id for step, _ in tick.batch if step.num_tokens <= _DECODE_TOKENS]
         prefill = sum(count for step, count in tick.batch if step.num_tokens > _DECODE_TOKENS)
         total = sum(count for _, count in tick.batch)
-        self._prefill_budget.record(decoding, total - prefill, prefill, tick.took_s, now_s)
+        self._life.prefill_budget.record(decoding, total - prefill, prefill, tick.took_s, now_s)
         answered = []
         for step, count in tick.batch:
             ring = step.ring
-            if self._heads.get(ring) is not step:
+            if self._life.heads.get(ring) is not step:
                 continue  # the session was closed meanwhile
             step.num_left -= count
             if step.num_left:
                 continue
-            behind = self._behind.get(ring)
-            del self._heads[ring]
+            behind = self._life.behind.get(ring)
+            del self._life.heads[ring]
             if behind:
-                self._heads[ring] = behind.popleft()
+                self._life.heads[ring] = behind.popleft()
             if step.num_tokens == 1:
                 start, end = ring.spans[step.hop]
                 alone = step.is_alone and len(tick.batch) == 1 and not has_waited
                 elapsed_ms = 1000.0 * (now_s - step.arrived_s)
-                self._load.add(elapsed_ms, end - start, alone=alone, now_s=now_s)
+                self._life.load.add(elapsed_ms, end - start, alone=alone, now_s=now_s)
             if step.num_tokens <= _DECODE_TOKENS:
                 answered.append(ring.id)
             self._send(self, step)
-        self._batch_delay.answered(answered, now_s, self._slope_ms / 1000.0)
-        if self._heads and not self._is_busy:
+        self._life.batch_delay.answered(answered, now_s, self._slope_ms / 1000.0)
+        if self._life.heads and not self._life.is_busy:
             self._tick()
 
     def _batch(self) -> list[tuple[Step, int]]:
-        """Steps of the next tick and how many tokens of each: what `Scheduler` would grant."""
-        heads = self._heads.values()
-        decode = [step for step in heads if step.num_tokens <= _DECODE_TOKENS]
-        budget = _CONFIG.max_batch_size
-        if len(decode) == len(heads):
-            return self._share(0, decode, budget)
-        prefill = [step for step in heads if step.num_tokens > _DECODE_TOKENS]
-        reserved = budget // _PREFILL_SHARE if decode else 0
-        batch = self._share(0, decode, budget - reserved)
-        budget -= sum(count for _, count in batch)
-        prefilling = {step.ring.id for step in prefill}
-        num_decode = sum(step.num_left for step in decode)
-        allowed = self._prefill_budget.tokens(self._env.now, prefilling, num_decode)
-        budget = min(budget, max(0 if decode else 1, allowed))
-        return batch + self._share(1, prefill, budget) if budget > 0 else batch
-
-    def _share(self, which: int, steps: list[Step], budget: int) -> list[tuple[Step, int]]:
-        """What of `steps` fits `budget`; the policy decides only if not all of it does."""
-        if sum(step.num_left for step in steps) <= budget:
-            return [(step, step.num_left) for step in steps]
-        if self._policies is None:
-            name = "deficit_round_robin"
-            self._policies = (POLICIES.create(name), POLICIES.create(name))
-        by_id = {step.ring.id: step for step in steps}
-        candidates = [
-            Candidate(step.ring.id, place, step.num_left, 1) for place, step in enumerate(steps)
-        ]
-        grants = self._policies[which].share(candidates, budget)
+        """Steps of the next tick and how many tokens of each: as `Scheduler` grants them."""
+        decode: list[Candidate] = []
+        prefill: list[Candidate] = []
+        by_id: dict[bytes, Step] = {}
+        for place, step in enumerate(self._life.heads.values()):
+            by_id[step.ring.id] = step
+            candidate = Candidate(step.ring.id, place, step.num_left, 1)
+            (decode if step.num_tokens <= _DECODE_TOKENS else prefill).append(candidate)
+        allowed = None
+        if prefill:
+            prefilling = {candidate.session_id for candidate in prefill}
+            num_decode = sum(candidate.num_tokens for candidate in decode)
+            allowed = self._life.prefill_budget.tokens(self._env.now, prefilling, num_decode)
+        grants = self._token_budget.share(decode, prefill, allowed)
         return [(by_id[grant.session_id], grant.num_tokens) for grant in grants]
 
 

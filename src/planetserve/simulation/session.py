@@ -13,20 +13,19 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import simpy
 
 from planetserve.errors import CacheExhausted, NoChainAvailable
 from planetserve.routing.cost import latency_ms
 from planetserve.routing.migration import MigrationPolicy, Offer, move_ms, new_hops
-from planetserve.simulation.client import CLIENT_CONFIG
+from planetserve.simulation.client import CLIENT_CONFIG, SimClient
 from planetserve.simulation.events import SimClock, later
 from planetserve.simulation.ring import Ring, Step, spliced
-from planetserve.simulation.world import Request
+from planetserve.simulation.server import SimServer
+from planetserve.simulation.world import Request, World
 from planetserve.types import BlockSpan, Chain, Hop
-
-if TYPE_CHECKING:
-    from planetserve.simulation.client import SimClient
-    from planetserve.simulation.run import Simulation
 
 _POLL_S = 1.0
 """Between two attempts to find a chain when there is none."""
@@ -71,6 +70,28 @@ class Record:
         return 1000.0 * lasted_s / self.request.output_tokens
 
 
+class Surroundings(Protocol):
+    """What a session needs of the simulation that it runs in."""
+
+    env: simpy.Environment
+    world: World
+    number_of: dict[str, int]
+    """Server ids to their numbers."""
+    servers: list[SimServer]
+
+    def send_into(self, client: SimClient, step: Step) -> None:
+        """To hop `step.hop`, from the one before it or from the client."""
+        ...
+
+    def count_token(self, now_s: float) -> None:
+        """A user got a token."""
+        ...
+
+    def ended(self, record: Record) -> None:
+        """A request is over."""
+        ...
+
+
 class Session:
     """Serves one request; the simulation gets `record` when it has ended.
 
@@ -83,13 +104,15 @@ class Session:
     """
 
     def __init__(
-        self, sim: Simulation, client: SimClient, request: Request, number: int, moves: bool
+        self, sim: Surroundings, client: SimClient, request: Request, number: int, moves: bool
     ):
         self.record = Record(request)
         self.client = client
         self._sim = sim
         self._env = sim.env
-        self._ring = Ring(self, b"%d" % number, sim.world.links, sim.number_of)
+        self._ring = Ring(
+            self, b"%d" % number, client.name, client.node, sim.world.links, sim.number_of
+        )
         self._generated = 0
         self._latest_token_s = 0.0
         self._searching_since_s: float | None = None

@@ -22,6 +22,7 @@ class BandwidthMeter:
     """The rate at which one stream drains."""
 
     def __init__(self) -> None:
+        self._sent_bytes = 0
         self._full: tuple[int, float] | None = None
         self._last_s = 0.0
 
@@ -30,15 +31,18 @@ class BandwidthMeter:
         if now_s - self._last_s > _LONGEST_PAUSE_S:
             self._full = None
 
+    def sent(self, num_bytes: int) -> None:
+        """So many bytes more have been accepted."""
+        self._sent_bytes += num_bytes
+
     def end(self, now_s: float) -> None:
         """The frame has been accepted."""
         self._last_s = now_s
 
-    def waited(self, sent_bytes: int, began_s: float, ended_s: float) -> float | None:
+    def waited(self, began_s: float, ended_s: float) -> float | None:
         """The stream took no more from `began_s` to `ended_s`.
 
         Args:
-            sent_bytes: accepted by then, since the stream was opened.
             began_s: when the wait began; every buffer was full then, if it was a long one.
             ended_s: when the stream took more.
 
@@ -48,10 +52,10 @@ class BandwidthMeter:
         if ended_s - began_s < _LEAST_WAIT_S:
             return None
         if self._full is None:
-            self._full = sent_bytes, began_s
+            self._full = self._sent_bytes, began_s
             return None
-        drained, elapsed_s = sent_bytes - self._full[0], began_s - self._full[1]
+        drained, elapsed_s = self._sent_bytes - self._full[0], began_s - self._full[1]
         if drained < _LEAST_BYTES:
             return None
-        self._full = sent_bytes, began_s
+        self._full = self._sent_bytes, began_s
         return drained / elapsed_s

@@ -23,6 +23,8 @@ from planetserve.wire.frame import FrameHeader
 Buffer = bytes | bytearray | memoryview
 FrameTap = Callable[[str, PeerId, FrameHeader], None]
 """Called with "sent" or "received", the remote peer and the header of each frame."""
+Call = Callable[[bytes, PeerId], Awaitable[bytes]]
+"""Takes a request and who sent it; of what it raises, the caller is told no more than a code."""
 Records = Mapping[bytes, Mapping[PeerId, tuple[bytes, float]]]
 """Key -> owner -> (envelope, Unix time at which it ends)."""
 
@@ -74,14 +76,26 @@ class Network(Protocol):
     """One process's place in the swarm; see `SwarmNode`."""
 
     identity: Identity
-    peer_id: PeerId
     clock: SwarmClock
     records: RecordChecker
     refused: Counter[str]
-    taps: list[FrameTap]
-    send_rates: PeerEwma
     stopped: asyncio.Event
     """Set once the node no longer works."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        """The name of this node."""
+        ...
+
+    @property
+    def taps(self) -> list[FrameTap]:
+        """Told of every frame that is sent or received."""
+        ...
+
+    @property
+    def send_rates(self) -> PeerEwma:
+        """Bytes per second that peers took from this node, where it had to wait for them."""
+        ...
 
     def addresses(self) -> tuple[str, ...]:
         """Multiaddresses, with the peer id, at which others reach this node."""

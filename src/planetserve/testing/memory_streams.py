@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from planetserve.errors import HopTimeout, LocalProtocolError, StreamClosed
 from planetserve.swarm.network import Buffer
+from planetserve.testing.virtual_time import VirtualTimeLoop
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader
-
-if TYPE_CHECKING:
-    from planetserve.testing.memory_network import MemoryNetwork, MemoryNode
 
 WINDOW_BYTES = 256 * 1024
 """Bytes of one direction of a stream that may be on the way or unread; a sender waits for more."""
@@ -32,10 +31,36 @@ class Link:
     """Nothing arrives before; infinite while nobody knows when it ends."""
 
 
+class Links(Protocol):
+    """What a pipe needs of its network."""
+
+    loop: VirtualTimeLoop
+    rng: random.Random
+
+    def now_s(self) -> float:
+        """Virtual time."""
+        ...
+
+    def link(self, source: PeerId, target: PeerId) -> Link:
+        """The way from one node to another."""
+        ...
+
+
+class StreamOwner(Protocol):
+    """What a stream needs of its node."""
+
+    loop: VirtualTimeLoop
+    streams: dict[MemoryStream, None]
+
+    def tap(self, event: str, remote: PeerId, header: FrameHeader) -> None:
+        """Tell of a frame."""
+        ...
+
+
 class Pipe:
     """One direction of a stream."""
 
-    def __init__(self, network: MemoryNetwork, source: PeerId, target: PeerId):
+    def __init__(self, network: Links, source: PeerId, target: PeerId):
         self.queue: deque[tuple[FrameHeader, bytes]] = deque()
         """Frames that have arrived."""
         self.num_bytes = 0
@@ -120,7 +145,7 @@ class MemoryStream:
     """One end of a stream; a `Stream`."""
 
     def __init__(
-        self, node: MemoryNode, remote: PeerId, protocol: str, inward: Pipe, outward: Pipe
+        self, node: StreamOwner, remote: PeerId, protocol: str, inward: Pipe, outward: Pipe
     ):
         self.remote = remote
         self.protocol = protocol

@@ -316,7 +316,7 @@ def test_a_client_knows_the_present_load_of_servers_that_it_uses() -> None:
     busy: Any = SimpleNamespace(is_up=True, point=lambda: loaded)
     client._servers = [busy, *client._servers[1:]]
     assert hosts(choice(client)) == ["s0"] * 8
-    ring = Ring(Any, b"", world.links, {"s0": 0})  # type: ignore[arg-type]
+    ring = Ring(Any, b"", client.name, client.node, world.links, {"s0": 0})  # type: ignore[arg-type]
     ring.servers = [0]
     client.rings[ring] = None
     assert hosts(choice(client)) == ["s1"] * 8

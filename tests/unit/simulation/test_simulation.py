@@ -84,7 +84,7 @@ def test_every_request_ends_once_with_all_its_tokens_or_counts_as_failed(
             assert record.outcome is Outcome.NO_CHAIN
     for server in simulation.servers:
         assert not server.rings
-        assert server.leases.free_tokens == loaded.scenario.machines.cache_tokens
+        assert server.free_tokens == loaded.scenario.machines.cache_tokens
     if not trouble:
         assert all(record.outcome is Outcome.DONE for record in result.records)
 

@@ -26,13 +26,13 @@ from hivemind.proto import dht_pb2
 
 from planetserve.crypto.identity import is_peer_id
 from planetserve.errors import RemoteProtocolError
+from planetserve.swarm.dht.field_count import check_num_fields
 from planetserve.swarm.dht.search import MAX_NAMED, PeerMemory, place_of
 from planetserve.swarm.dht.storage import MAX_KEYS, BoundedStorage
 from planetserve.swarm.dht.swarm_clock import SwarmClock
-from planetserve.swarm.libp2p.delimited import check_shape
-from planetserve.swarm.libp2p.request_limiter import RequestLimiter
-from planetserve.swarm.libp2p.unary_rpc import Call
+from planetserve.swarm.network import Call
 from planetserve.swarm.records import MAX_RECORD_BYTES, RecordChecker
+from planetserve.swarm.request_limiter import RequestLimiter
 from planetserve.types import PeerId
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class PlanetServeDHT(DHTProtocol):
         async def call(data: bytes, remote: PeerId) -> bytes:
             num_counted = 1 + len(data) // _STORE_BYTES_PER_KEY
             request_limiter.enter(remote, num_counted)
-            check_shape(memoryview(data), most=_MAX_REQUEST_FIELDS)
+            check_num_fields(memoryview(data), _MAX_REQUEST_FIELDS)
             request = handler.request_type.FromString(data)
             num_more = _num_keys(request) - num_counted
             if num_more > 0:
@@ -358,7 +358,7 @@ class _Stub:
     ) -> dht_pb2.FindResponse:
         """Without the neighbours that are none, or cannot be where the peer says."""
         data = await self._call("rpc_find", request, options.get("timeout"))
-        check_shape(memoryview(data), most=MAX_KEYS_PER_REQUEST + 2, most_inside=_MAX_RESULT_FIELDS)
+        check_num_fields(memoryview(data), MAX_KEYS_PER_REQUEST + 2, _MAX_RESULT_FIELDS)
         response = dht_pb2.FindResponse.FromString(data)
         for result in response.results:
             pairs = zip(

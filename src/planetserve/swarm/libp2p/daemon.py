@@ -26,7 +26,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.control import DEFAULT_MAX_MSG_SIZE
@@ -39,17 +39,15 @@ from planetserve.crypto.identity import Identity, peer_id_bytes
 from planetserve.errors import ConfigError, PeerUnreachable, RemoteProtocolError, TransportError
 from planetserve.swarm import multiaddr
 from planetserve.swarm.libp2p.daemon_launch import ContainedP2P
-from planetserve.swarm.libp2p.delimited import varint
+from planetserve.swarm.libp2p.delimited import read_message, with_length
 from planetserve.swarm.libp2p.forks import keep_from_children
-from planetserve.swarm.libp2p.sockets import read_exactly, send_all, stop_serving
+from planetserve.swarm.libp2p.sockets import send_all, stop_serving
+from planetserve.swarm.node_config import NodeConfig
 from planetserve.types import PeerId
-
-if TYPE_CHECKING:
-    from planetserve.swarm.libp2p.node import NodeConfig
 
 logger = logging.getLogger(__name__)
 
-_ERRORS = (P2PDaemonError, P2PHandlerError, OSError, EOFError)
+_ERRORS = (P2PDaemonError, P2PHandlerError, RemoteProtocolError, OSError, EOFError)
 _EXIT_TIMEOUT_S = 5.0
 _SETTLE_ROUNDS = 100
 _RETRY_S = 0.01
@@ -65,6 +63,8 @@ class Daemon:
 
     def __init__(self) -> None:
         self.p2p: P2P | None = None
+        self.resources = contextlib.ExitStack()
+        """Closed once the process has ended."""
         self._incoming: set[asyncio.Task[Any]] = set()
         self._folder, self._lock = _make_folder(_parent())
         keep_from_children(self._lock)
@@ -247,6 +247,7 @@ class Daemon:
             await _settle(p2p, control)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
+        self.resources.close()
 
     async def _told(self, request: p2pd_pb2.Request) -> p2pd_pb2.Response:
         try:
@@ -267,9 +268,9 @@ class Daemon:
         try:
             sock.setblocking(False)
             await _connect_unix(sock, self.p2p._daemon_listen_maddr["unix"])
-            message = request.SerializeToString()
-            await send_all(sock, varint(len(message)) + message)
-            answer = p2pd_pb2.Response.FromString(await _read_message(sock))
+            await send_all(sock, with_length(request))
+            message, _ = await read_message(sock, b"", DEFAULT_MAX_MSG_SIZE)
+            answer = p2pd_pb2.Response.FromString(message)
             if answer.type == p2pd_pb2.Response.ERROR:
                 raise P2PDaemonError(answer.error.msg)
         except BaseException:
@@ -352,19 +353,6 @@ async def _connect_unix(sock: socket.socket, path: str) -> None:
             await asyncio.sleep(_RETRY_S)  # the daemon's queue of connections is full
         else:
             return
-
-
-async def _read_message(sock: socket.socket) -> bytes:
-    size, shift = 0, 0
-    while True:
-        (byte,) = await read_exactly(sock, 1)
-        size |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            break
-    if size > DEFAULT_MAX_MSG_SIZE:
-        raise P2PDaemonError(f"an answer of {size} bytes")
-    return await read_exactly(sock, size)
 
 
 async def _take_socket(

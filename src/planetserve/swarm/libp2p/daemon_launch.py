@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Coroutine
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hivemind import hivemind_cli
 from hivemind.p2p import P2P
@@ -24,9 +24,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from typing_extensions import override
 
 from planetserve.swarm import multiaddr
-
-if TYPE_CHECKING:
-    from planetserve.swarm.libp2p.node import NodeConfig
+from planetserve.swarm.node_config import NodeConfig
 
 _IDLE_TIMEOUT_S = 10
 """A daemon to which nobody has connected ends after this: its parent died while it started."""

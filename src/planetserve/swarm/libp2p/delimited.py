@@ -1,20 +1,24 @@
-"""Messages with their length in front, as protobuf streams have them."""
+"""Protobuf messages with their length in front, as libp2p sends them on its streams."""
 
 from __future__ import annotations
 
+import io
 import socket
-from collections.abc import Iterator
+
+from google.protobuf import proto  # type: ignore[import-untyped]
+from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 from planetserve.errors import RemoteProtocolError
 from planetserve.swarm.libp2p.sockets import read_exactly
 
 _MAX_LENGTH_BYTES = 4
-_MAX_VARINT_BYTES = 10
-_FIXED_BYTES = {1: 8, 5: 4}
 
 
 async def read_message(sock: socket.socket, head: bytes, most: int) -> tuple[bytes, bytes]:
     """Read one message.
+
+    The length is decoded here, because the library's function reads from a buffer that holds the
+    whole message, and this one must refuse a length before it waits for as many bytes.
 
     Args:
         sock: a non-blocking socket.
@@ -45,74 +49,8 @@ async def read_message(sock: socket.socket, head: bytes, most: int) -> tuple[byt
     return message, head[size:]
 
 
-def check_shape(message: memoryview, most: int, most_inside: int | None = None) -> None:
-    """Refuse a protobuf message of more fields than it needs, before anybody decodes it: a field
-    may be two bytes long and take fifty when decoded.
-
-    Args:
-        message: what was received.
-        most: fields that it may have.
-        most_inside: fields that each part of it may have, where these are messages too.
-
-    Raises:
-        RemoteProtocolError: it has more, or is none.
-    """
-    try:
-        for count, (_, value) in enumerate(fields(message)):
-            if count >= most:
-                raise RemoteProtocolError("a message with too many fields")
-            if most_inside is not None and isinstance(value, memoryview):
-                check_shape(value, most_inside)
-    except IndexError:
-        raise RemoteProtocolError("a message is cut short") from None
-
-
-def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Numbers and values of the fields of a protobuf message; fixed-size ones as their bytes.
-
-    Raises:
-        IndexError: the message is cut short.
-        RemoteProtocolError: it is none.
-    """
-    offset = 0
-    while offset < len(message):
-        tag, offset = read_varint(message, offset)
-        kind = tag & 7
-        if kind == 0:
-            number, offset = read_varint(message, offset)
-            yield tag >> 3, number
-            continue
-        if kind == 2:
-            size, offset = read_varint(message, offset)
-        elif kind in _FIXED_BYTES:
-            size = _FIXED_BYTES[kind]
-        else:
-            raise RemoteProtocolError("not a message")
-        if offset + size > len(message):
-            raise IndexError
-        yield tag >> 3, message[offset : offset + size]
-        offset += size
-
-
-def varint(number: int) -> bytes:
-    """A number as protobuf has it."""
-    data = bytearray()
-    while number >= 0x80:
-        data.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*data, number])
-
-
-def read_varint(data: bytes | memoryview, offset: int) -> tuple[int, int]:
-    """A number as protobuf has it, and the offset after it.
-
-    Raises:
-        IndexError: `data` ends before the number does, or the number is too long.
-    """
-    number = 0
-    for position in range(_MAX_VARINT_BYTES):
-        byte = data[offset + position]
-        number |= (byte & 0x7F) << (7 * position)
-        if byte < 0x80:
-            return number, offset + position + 1
-    raise IndexError("too long a number")
+def with_length(message: Message) -> bytes:
+    """A message as `read_message` reads it."""
+    output = io.BytesIO()
+    proto.serialize_length_prefixed(message, output)
+    return output.getvalue()

@@ -15,10 +15,10 @@ import contextlib
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 from hivemind.dht.node import DHTNode
 
@@ -28,7 +28,6 @@ from planetserve.errors import (
     ConfigError,
     PeerUnreachable,
     PlanetServeError,
-    RemoteProtocolError,
     TransportError,
 )
 from planetserve.swarm import multiaddr
@@ -37,76 +36,54 @@ from planetserve.swarm.dht.swarm_clock import SwarmClock
 from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.libp2p import peer_routing, refused_protocols
 from planetserve.swarm.libp2p.daemon import Daemon
+from planetserve.swarm.libp2p.incoming import MAX_STREAMS, IncomingStreams
 from planetserve.swarm.libp2p.peer_routing import PeerRouting
-from planetserve.swarm.libp2p.request_limiter import RequestLimiter
 from planetserve.swarm.libp2p.sockets import raise_file_limit
-from planetserve.swarm.libp2p.streams import (
-    FrameStream,
-    StreamHandler,
-    open_stream,
-    serve_streams,
-    short,
-)
-from planetserve.swarm.libp2p.unary_rpc import Call, Unsent, answer
-from planetserve.swarm.network import FrameTap, Records
+from planetserve.swarm.libp2p.streams import FrameStream, StreamTable, short
+from planetserve.swarm.libp2p.unary_rpc import CallServer
+from planetserve.swarm.network import Call, FrameTap, Records, StreamHandler
 from planetserve.swarm.node_config import NodeConfig
 from planetserve.swarm.rate_limit import TokenBuckets
 from planetserve.swarm.records import RecordChecker
+from planetserve.swarm.request_limiter import RequestLimiter
 from planetserve.types import PeerId
-from planetserve.wire.frame import FrameHeader
 
-__all__ = [
-    "MAX_LARGE_FRAMES_PER_PEER", "MAX_STREAMS", "STREAMS_SHARE_PER_PEER", "NodeConfig", "SwarmNode",
-]  # fmt: skip
+__all__ = ["NodeConfig", "SwarmNode"]
 
 logger = logging.getLogger(__name__)
 
-MAX_STREAMS = 4096
-"""Incoming streams that are held at once; further ones are closed unheard. Fewer where the system
-allows a process few files: a stream is one, and a quarter of them goes to streams."""
-STREAMS_SHARE_PER_PEER = 4
-"""One peer may have one in so many of them."""
-MAX_LARGE_FRAMES_PER_PEER = 8
-"""Frames over 64 KiB that are received from one peer at once; a peer's further ones wait."""
-
 _REJOIN_PERIOD_S = 10.0
-_MAX_MEASURED_PEERS = 64
-
-Serve = Callable[[socket.socket, bytes, PeerId], Coroutine[Any, Any, None]]
-"""Serves an incoming stream: its socket, bytes of it that were read already, who opened it."""
 
 
 class SwarmNode:
     """A running node. Made by `start`; an async context manager that closes itself."""
 
-    def __init__(self, config: NodeConfig, identity: Identity, clock: Clock, daemon: Daemon):
+    def __init__(
+        self,
+        config: NodeConfig,
+        identity: Identity,
+        clock: Clock,
+        daemon: Daemon,
+        max_streams: int = MAX_STREAMS,
+    ):
         self.config = config
         self.identity = identity
-        self.peer_id: PeerId = identity.peer_id
         self.clock = SwarmClock(clock)
         self.records = RecordChecker(self.clock)
         self.refused: Counter[str] = Counter()
         """How often what was turned away: `stream`, one too many; `call`, without a request to the
         directory in time; `lookup`, such a request too many; `route`, a question too many where
         another peer is; `libp2p`, a stream of a protocol that only the daemon would serve."""
-        self.taps: list[FrameTap] = []
-        self.send_rates = PeerEwma(max_peers=_MAX_MEASURED_PEERS, clock=clock)
-        """Bytes per second that peers took from this node, where it had to wait for them."""
-        self.streams: set[FrameStream] = set()
-        self.protocols: dict[str, StreamHandler] = {}
-        self.calls: dict[str, Call] = {}
-        """What others may call, by protocol name: the directory."""
-        self._unsent = Unsent()
         self.stopped = asyncio.Event()
         """Set once the node no longer works: it was closed, or its daemon died."""
         self._daemon = daemon
-        self._resources = contextlib.ExitStack()
         self._dht: DHTNode | None = None
         self._addresses: tuple[str, ...] = ()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._max_streams = MAX_STREAMS
-        self._num_incoming: Counter[PeerId] = Counter()
-        self._large_slots: WeakValueDictionary[PeerId, asyncio.Semaphore] = WeakValueDictionary()
+        self._handlers: dict[str, StreamHandler] = {}
+        self._streams = StreamTable(clock)
+        self._incoming = IncomingStreams(daemon, self.spawn, self.refused, max_streams)
+        self._calls = CallServer(self.refused)
         self._closing: asyncio.Task[None] | None = None
 
     @classmethod
@@ -130,9 +107,8 @@ class SwarmNode:
             max_streams = min(MAX_STREAMS, raise_file_limit() // 4)
         with resources:
             daemon = await Daemon.start(config, identity)
-            node = cls(config, identity, clock or SystemClock(), daemon)
-            node._max_streams = max_streams
-            node._resources = resources.pop_all()
+            daemon.resources = resources.pop_all()
+        node = cls(config, identity, clock or SystemClock(), daemon, max_streams)
         try:
             node.spawn(node._watch(), "p2pd watch")
             await refused_protocols.refuse(daemon, use_relay=config.use_relay, refused=node.refused)
@@ -160,21 +136,34 @@ class SwarmNode:
             raise TransportError("this node is closed")
         return self._dht
 
+    @property
+    def peer_id(self) -> PeerId:
+        """The name of this node."""
+        return self.identity.peer_id
+
+    @property
+    def streams(self) -> set[FrameStream]:
+        """Those that are open."""
+        return self._streams.open
+
+    @property
+    def taps(self) -> list[FrameTap]:
+        """Told of every frame that is sent or received."""
+        return self._streams.taps
+
+    @property
+    def send_rates(self) -> PeerEwma:
+        """Bytes per second that peers took from this node, where it had to wait for them."""
+        return self._streams.send_rates
+
+    @property
+    def calls(self) -> dict[str, Call]:
+        """What others may call, by protocol name: the directory."""
+        return self._calls.calls
+
     def addresses(self) -> tuple[str, ...]:
         """Multiaddresses, with the peer id, at which others reach this node."""
         return self._addresses
-
-    def tap(self, event: str, remote: PeerId, header: FrameHeader) -> None:
-        """Tell every tap of a frame."""
-        for tap in self.taps:
-            tap(event, remote, header)
-
-    def large_slots(self, remote: PeerId) -> asyncio.Semaphore:
-        """What bounds the memory that one peer's half-received frames take."""
-        slots = self._large_slots.get(remote)
-        if slots is None:
-            slots = self._large_slots[remote] = asyncio.Semaphore(MAX_LARGE_FRAMES_PER_PEER)
-        return slots
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run `work` in a task that this node owns and cancels when it closes."""
@@ -215,12 +204,78 @@ class SwarmNode:
     async def open_stream(
         self, peer_id: PeerId, addresses: Sequence[str], protocol: str, timeout_s: float
     ) -> FrameStream:
-        """As `streams.open_stream`."""
-        return await open_stream(self, peer_id, addresses, protocol, timeout_s)
+        """Connect to a peer, unless connected already, and open a stream of `protocol` to it.
+
+        Args:
+            peer_id: who must be at the other end; libp2p's handshake proves it.
+            addresses: where to dial it; malformed ones and ones of other peers are ignored. With
+                none the node asks the peers it knows.
+            protocol: what the peer registered with `serve_streams`.
+            timeout_s: for connecting and opening together.
+
+        Raises:
+            PeerUnreachable: no connection in time, or the peer does not serve the protocol.
+        """
+        if self.stopped.is_set():
+            raise PeerUnreachable("this node is closed")
+        if peer_id == self.peer_id:
+            return self._open_to_self(protocol)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.connect(peer_id, addresses)
+                sock = await self.open_socket(peer_id, protocol)
+        except TimeoutError:
+            raise PeerUnreachable(f"{short(peer_id)} did not answer in {timeout_s:g} s") from None
+        if self.stopped.is_set():
+            sock.close()
+            raise PeerUnreachable("this node was closed meanwhile")
+        return FrameStream(self._streams, sock, peer_id)
+
+    def _open_to_self(self, protocol: str) -> FrameStream:
+        """A socket pair in this process: libp2p does not dial itself."""
+        if protocol not in self._handlers:
+            raise PeerUnreachable(f"this node does not serve {protocol}")
+        near, far = socket.socketpair()
+        self.spawn(self._handle(protocol, far, b"", self.peer_id), f"{protocol} to itself")
+        return FrameStream(self._streams, near, self.peer_id)
 
     async def serve_streams(self, protocol: str, handler: StreamHandler) -> None:
-        """As `streams.serve_streams`."""
-        await serve_streams(self, protocol, handler)
+        """Call `handler` in a task of its own for every stream of `protocol` that a peer opens.
+
+        The node owns these tasks and cancels them when it closes. The stream is closed when the
+        handler returns or fails; a failure is logged by its class name only, since its text may
+        hold what the peer sent.
+
+        Raises:
+            ConfigError: the protocol has a handler already.
+            TransportError: the daemon does not answer.
+        """
+        if protocol in self._handlers:
+            raise ConfigError(f"protocol {protocol} has a handler already")
+        self._handlers[protocol] = handler
+        try:
+            await self._incoming.serve(protocol, partial(self._handle, protocol))
+        except BaseException:
+            del self._handlers[protocol]
+            raise
+
+    async def _handle(
+        self, protocol: str, sock: socket.socket, head: bytes, remote: PeerId
+    ) -> None:
+        stream = FrameStream(self._streams, sock, remote, head)
+        try:
+            await self._handlers[protocol](stream)
+        except PlanetServeError as error:
+            # Strangers can cause these as often as they like.
+            logger.debug("stream of %s from %s ended: %s", protocol, short(remote), error.code)
+        except Exception as error:  # noqa: BLE001  one stream's failure is not the node's
+            failure = type(error).__name__
+            logger.warning("stream of %s from %s failed: %s", protocol, short(remote), failure)
+        finally:
+            try:
+                await stream.close()
+            finally:
+                stream.abort()
 
     async def put_record(
         self, key: bytes, envelope: bytes, expires_at_s: float, timeout_s: float
@@ -231,39 +286,6 @@ class SwarmNode:
     async def get_records(self, keys: Sequence[bytes], timeout_s: float) -> Records:
         """All records under `keys`; as `operations.get`."""
         return await operations.get(self.dht, keys, timeout_s)
-
-    async def add_protocol(self, protocol: str, handler: StreamHandler) -> None:
-        """Run `handler` in a task of this node for each incoming stream of `protocol`.
-
-        Raises:
-            ConfigError: the protocol has a handler already.
-            TransportError: the daemon does not answer.
-        """
-        if protocol in self.protocols:
-            raise ConfigError(f"protocol {protocol} has a handler already")
-        self.protocols[protocol] = handler
-
-        async def serve(sock: socket.socket, head: bytes, remote: PeerId) -> None:
-            stream = FrameStream(self, sock, remote, head)
-            try:
-                await handler(stream)
-            finally:
-                stream.abort()
-
-        try:
-            await self._accept(protocol, serve)
-        except BaseException:
-            del self.protocols[protocol]
-            raise
-
-    async def _serve_call(self, protocol: str) -> None:
-        async def serve(sock: socket.socket, head: bytes, remote: PeerId) -> None:
-            try:
-                await answer(sock, head, remote, self.calls[protocol], self._unsent)
-            except (OSError, EOFError, TimeoutError, RemoteProtocolError):
-                self.refused["call"] += 1
-
-        await self._accept(protocol, serve)
 
     def _request_limiter(self, name: str) -> RequestLimiter:
         buckets = TokenBuckets(
@@ -287,34 +309,7 @@ class SwarmNode:
             with contextlib.suppress(PlanetServeError, OSError, EOFError, TimeoutError):
                 await routing.serve(sock, head, remote)
 
-        await self._accept(peer_routing.PROTOCOL, serve)
-
-    async def _accept(self, protocol: str, serve: Serve) -> None:
-        """Run `serve` in a task of this node for each incoming stream that there is room for."""
-
-        async def counted(sock: socket.socket, head: bytes, remote: PeerId) -> None:
-            try:
-                await serve(sock, head, remote)
-            finally:
-                self._num_incoming[remote] -= 1
-                if not self._num_incoming[remote]:
-                    del self._num_incoming[remote]
-
-        def accept(remote: PeerId, sock: socket.socket, head: bytes) -> None:
-            if not self._may_accept(remote):
-                sock.close()
-                self.refused["stream"] += 1
-                logger.debug("refused a stream from %s: too many, or closing", short(remote))
-                return
-            self._num_incoming[remote] += 1
-            self.spawn(counted(sock, head, remote), f"{protocol} from {short(remote)}")
-
-        await self._daemon.add_protocol(protocol, accept)
-
-    def _may_accept(self, remote: PeerId) -> bool:
-        if self._closing is not None or self._num_incoming.total() >= self._max_streams:
-            return False
-        return self._num_incoming[remote] < max(1, self._max_streams // STREAMS_SHARE_PER_PEER)
+        await self._incoming.serve(peer_routing.PROTOCOL, serve)
 
     async def _watch(self) -> None:
         code = await self._daemon.wait()
@@ -344,7 +339,12 @@ class SwarmNode:
         )  # fmt: skip
         if not self.config.client_mode:
             self.calls.update(self._dht.protocol.served(self._request_limiter("lookup")))
-            await asyncio.gather(*map(self._serve_call, self.calls))
+            await asyncio.gather(
+                *(
+                    self._incoming.serve(name, partial(self._calls.serve, name))
+                    for name in self.calls
+                )
+            )
             await self._serve_peer_routing(self._dht)
         await operations.bootstrap(self._dht, places, required=bool(places))
         if places:
@@ -371,6 +371,7 @@ class SwarmNode:
     async def close(self) -> None:
         """Leave the swarm: end every stream, task and process of this node. Idempotent."""
         if self._closing is None:
+            self._incoming.stop()
             self._closing = asyncio.get_running_loop().create_task(self._close())
         await asyncio.shield(self._closing)
 
@@ -388,4 +389,3 @@ class SwarmNode:
         if self._dht is not None:
             self._dht.is_alive = False
         await self._daemon.close()
-        self._resources.close()

@@ -14,14 +14,17 @@ from __future__ import annotations
 import asyncio
 import heapq
 import socket
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from hashlib import sha256
+
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from planetserve.clock import Clock
 from planetserve.crypto.identity import peer_id_bytes
 from planetserve.errors import PlanetServeError, RemoteProtocolError
 from planetserve.swarm.libp2p.daemon import Daemon
-from planetserve.swarm.libp2p.delimited import fields, read_message, varint
+from planetserve.swarm.libp2p.delimited import read_message, with_length
+from planetserve.swarm.libp2p.kademlia_messages import FIND_NODE, PING, Message
 from planetserve.swarm.libp2p.sockets import send_all
 from planetserve.types import PeerId
 
@@ -34,12 +37,6 @@ _MAX_CLOSER = 20
 _MAX_ADDRESSES = 16
 _CONNECTED_FOR_S = 0.2
 _ADDRESSES_FOR_S = 10.0
-
-_FIND_NODE = 4
-_PING = 5
-# Fields of a message and of the peers in it.
-_TYPE, _KEY, _CLOSER = 1, 2, 8
-_ID, _ADDRESS = 1, 2
 
 Known = Callable[[], Collection[bytes]]
 """Peers that others may be sent to, by their ids as bytes."""
@@ -93,12 +90,12 @@ class PeerRouting:
                     request, head = await read_message(sock, head, MAX_REQUEST_BYTES)
                 self._enter(remote)
                 kind, key = _parse(request)
-                peers = () if kind == _PING else await self._closest(key, asker)
-                answer = _number(_TYPE, kind) + b"".join(
-                    _bytes(_CLOSER, _peer(peer, addresses)) for peer, addresses in peers
-                )
+                answer = Message(type=kind)
+                if kind == FIND_NODE:
+                    for peer, addresses in await self._closest(key, asker):
+                        answer.closer_peers.add(id=peer, addrs=addresses)
                 async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                    await send_all(sock, varint(len(answer)) + answer)
+                    await send_all(sock, with_length(answer))
 
     async def _closest(self, key: bytes, asker: bytes) -> list[tuple[bytes, list[bytes]]]:
         """Peers with their addresses: the one asked for, and those next to it."""
@@ -150,27 +147,10 @@ def _parse(request: bytes) -> tuple[int, bytes]:
     Raises:
         RemoteProtocolError: it is none that is answered here.
     """
-    kind, key = 0, b""
     try:
-        for field, value in fields(memoryview(request)):
-            if field == _TYPE and isinstance(value, int):
-                kind = value
-            elif field == _KEY and isinstance(value, memoryview):
-                key = bytes(value)
-    except IndexError:
+        message = Message.FromString(request)
+    except DecodeError:
         raise RemoteProtocolError("a question of peer routing is cut short") from None
-    if kind not in (_FIND_NODE, _PING):
+    if message.type not in (FIND_NODE, PING):
         raise RemoteProtocolError("a question of peer routing that is not answered")
-    return kind, key
-
-
-def _number(field: int, value: int) -> bytes:
-    return varint(field << 3) + varint(value)
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-    return varint(field << 3 | 2) + varint(len(value)) + value
-
-
-def _peer(peer: bytes, addresses: Iterable[bytes]) -> bytes:
-    return _bytes(_ID, peer) + b"".join(_bytes(_ADDRESS, address) for address in addresses)
+    return message.type, message.key

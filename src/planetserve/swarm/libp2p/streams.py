@@ -16,32 +16,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
-from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from typing_extensions import override
 
-from planetserve.errors import (
-    HopTimeout,
-    LocalProtocolError,
-    PeerUnreachable,
-    PlanetServeError,
-    RemoteProtocolError,
-    StreamClosed,
-)
+from planetserve.clock import Clock
+from planetserve.errors import HopTimeout, LocalProtocolError, RemoteProtocolError, StreamClosed
 from planetserve.swarm.bandwidth import BandwidthMeter
+from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.libp2p.forks import keep_from_children
 from planetserve.swarm.libp2p.sockets import readable, writable
+from planetserve.swarm.network import Buffer, FrameTap
 from planetserve.types import PeerId
 from planetserve.wire.frame import HEADER_BYTES, FrameHeader
 
-if TYPE_CHECKING:
-    from planetserve.swarm.libp2p.node import SwarmNode
-
-logger = logging.getLogger(__name__)
-
+MAX_LARGE_FRAMES_PER_PEER = 8
+"""Frames over 64 KiB that are received from one peer at once; a peer's further ones wait."""
+_MAX_MEASURED_PEERS = 64
 _READ_BYTES = 256 * 1024
 _LARGE_BYTES = 64 * 1024
 _MAX_BUFFERS_PER_CALL = 64
@@ -49,8 +43,75 @@ _FRAMES_PER_TURN = 8
 _LINGER_S = 1.0
 
 T = TypeVar("T")
-Buffer = bytes | bytearray | memoryview
-StreamHandler = Callable[["FrameStream"], Coroutine[Any, Any, None]]
+
+
+class StreamTable:
+    """The open streams of a node, and what they share.
+
+    Args:
+        clock: source of monotonic time.
+    """
+
+    def __init__(self, clock: Clock):
+        self.open: set[FrameStream] = set()
+        self.taps: list[FrameTap] = []
+        self.send_rates = PeerEwma(max_peers=_MAX_MEASURED_PEERS, clock=clock)
+        """Bytes per second that peers took, where this node had to wait for them."""
+        self._large_slots: WeakValueDictionary[PeerId, asyncio.Semaphore] = WeakValueDictionary()
+
+    def tap(self, event: str, remote: PeerId, header: FrameHeader) -> None:
+        """Tell every tap of a frame."""
+        for tap in self.taps:
+            tap(event, remote, header)
+
+    def large_slots(self, remote: PeerId) -> asyncio.Semaphore:
+        """What bounds the memory that one peer's half-received frames take."""
+        slots = self._large_slots.get(remote)
+        if slots is None:
+            slots = self._large_slots[remote] = asyncio.Semaphore(MAX_LARGE_FRAMES_PER_PEER)
+        return slots
+
+
+class _LargeSlot:
+    """A stream's hold of one of its peer's slots for large frames."""
+
+    def __init__(self, slots: asyncio.Semaphore):
+        self.is_held = False
+        self._slots = slots
+        self._request: asyncio.Future[Any] | None = None
+        self._is_given_up = False
+
+    async def take(self) -> None:
+        """Wait for a slot.
+
+        Raises:
+            EOFError: `give_up` was called meanwhile.
+        """
+        if self._slots.locked():
+            self._request = asyncio.ensure_future(self._slots.acquire())
+            try:
+                await self._request
+            except asyncio.CancelledError:
+                if self._is_given_up:
+                    raise EOFError from None
+                raise
+            finally:
+                self._request = None
+        else:
+            await self._slots.acquire()
+        self.is_held = True
+
+    def free(self) -> None:
+        """Leave the slot, if it is held, to others."""
+        if self.is_held:
+            self.is_held = False
+            self._slots.release()
+
+    def give_up(self) -> None:
+        """End the wait for a slot."""
+        self._is_given_up = True
+        if self._request is not None:
+            self._request.cancel()
 
 
 class FrameStream:
@@ -62,19 +123,17 @@ class FrameStream:
     starts; what the peer had sent can still be received.
     """
 
-    def __init__(self, node: SwarmNode, sock: socket.socket, remote: PeerId, head: bytes = b""):
+    def __init__(self, table: StreamTable, sock: socket.socket, remote: PeerId, head: bytes = b""):
         sock.setblocking(False)
         self.remote = remote
-        self._node = node
+        self._table = table
         self._socket = sock
         keep_from_children(sock)
         self._send_lock = asyncio.Lock()
         self._ahead = bytearray(head)
         self._header: FrameHeader | None = None
         self._payload = bytearray()
-        self._large_slots = node.large_slots(remote)
-        self._slot_request: asyncio.Future[Any] | None = None
-        self._holds_slot = False
+        self._large_slot = _LargeSlot(table.large_slots(remote))
         self._num_active = 0
         self._num_unwaited = 0
         self.bytes_received = 0
@@ -82,9 +141,8 @@ class FrameStream:
         self._receiving = False
         self._can_send = True
         self._closed = False
-        self._num_sent_bytes = 0
         self._drain = BandwidthMeter()
-        node.streams.add(self)
+        table.open.add(self)
 
     @property
     def closed(self) -> bool:
@@ -112,7 +170,7 @@ class FrameStream:
         views.insert(0, memoryview(header.pack()))
         async with self._send_lock:
             await self._send_views(views)
-        self._node.tap("sent", self.remote, header)
+        self._table.tap("sent", self.remote, header)
 
     async def _send_views(self, views: list[memoryview]) -> None:
         if self.closed:
@@ -128,7 +186,7 @@ class FrameStream:
                 except BlockingIOError:
                     await self._wait_writable()
                     continue
-                self._num_sent_bytes += count
+                self._drain.sent(count)
                 offset += count
                 while first < len(views) and offset >= views[first].nbytes:
                     offset -= views[first].nbytes
@@ -146,9 +204,9 @@ class FrameStream:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         await writable(self._socket)
-        rate = self._drain.waited(self._num_sent_bytes, began_s, loop.time())
+        rate = self._drain.waited(began_s, loop.time())
         if rate is not None:
-            self._node.send_rates.add(self.remote, rate)
+            self._table.send_rates.add(self.remote, rate)
 
     async def peek(self, timeout_s: float | None = None) -> FrameHeader:
         """The header of the next frame, which `receive` returns with its payload.
@@ -168,7 +226,7 @@ class FrameStream:
             LocalProtocolError: another task is receiving.
         """
         header, payload = await self._reading(self._receive_frame(), timeout_s)
-        self._node.tap("received", self.remote, header)
+        self._table.tap("received", self.remote, header)
         return header, payload
 
     async def _reading(self, work: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
@@ -218,34 +276,13 @@ class FrameStream:
 
     async def _receive_frame(self) -> tuple[FrameHeader, bytearray]:
         header = await self._receive_header()
-        if header.payload_bytes > _LARGE_BYTES and not self._holds_slot:
-            await self._take_slot()
+        if header.payload_bytes > _LARGE_BYTES and not self._large_slot.is_held:
+            await self._large_slot.take()
         while len(self._payload) < header.payload_bytes:
             await self._read_into(self._payload, header.payload_bytes - len(self._payload))
         payload, self._payload, self._header = self._payload, bytearray(), None
-        self._free_slot()
+        self._large_slot.free()
         return header, payload
-
-    async def _take_slot(self) -> None:
-        """Wait for one of the peer's slots for large frames, or for `abort`."""
-        if self._large_slots.locked():
-            self._slot_request = asyncio.ensure_future(self._large_slots.acquire())
-            try:
-                await self._slot_request
-            except asyncio.CancelledError:
-                if self._closed:
-                    raise EOFError from None
-                raise
-            finally:
-                self._slot_request = None
-        else:
-            await self._large_slots.acquire()
-        self._holds_slot = True
-
-    def _free_slot(self) -> None:
-        if self._holds_slot:
-            self._holds_slot = False
-            self._large_slots.release()
 
     async def _read_into(self, buffer: bytearray, limit: int) -> None:
         """Append up to `limit` received bytes to `buffer`.
@@ -303,8 +340,7 @@ class FrameStream:
         self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        if self._slot_request is not None:
-            self._slot_request.cancel()
+        self._large_slot.give_up()
         self._num_active += 1
         self._release()
 
@@ -312,86 +348,15 @@ class FrameStream:
         # The loop may still watch the descriptor while another task waits on it.
         self._num_active -= 1
         if self._closed and not self._num_active:
-            self._free_slot()
+            self._large_slot.free()
             self._socket.close()
-            self._node.streams.discard(self)
+            self._table.open.discard(self)
 
     @override
     def __repr__(self) -> str:
         return f"FrameStream({short(self.remote)}, {'closed' if self.closed else 'open'})"
 
 
-async def open_stream(
-    node: SwarmNode, peer_id: PeerId, addresses: Sequence[str], protocol: str, timeout_s: float
-) -> FrameStream:
-    """Connect to a peer, unless connected already, and open a stream of `protocol` to it.
-
-    Args:
-        node: the running node.
-        peer_id: who must be at the other end; libp2p's handshake proves it.
-        addresses: where to dial it; malformed ones and ones of other peers are ignored. With none
-            the node asks the peers it knows.
-        protocol: what the peer registered with `serve_streams`.
-        timeout_s: for connecting and opening together.
-
-    Raises:
-        PeerUnreachable: no connection in time, or the peer does not serve the protocol.
-    """
-    if node.stopped.is_set():
-        raise PeerUnreachable("this node is closed")
-    if peer_id == node.peer_id:
-        return _open_to_self(node, protocol)
-    try:
-        async with asyncio.timeout(timeout_s):
-            await node.connect(peer_id, addresses)
-            sock = await node.open_socket(peer_id, protocol)
-    except TimeoutError:
-        raise PeerUnreachable(f"{short(peer_id)} did not answer in {timeout_s:g} s") from None
-    if node.stopped.is_set():
-        sock.close()
-        raise PeerUnreachable("this node was closed meanwhile")
-    return FrameStream(node, sock, peer_id)
-
-
-async def serve_streams(node: SwarmNode, protocol: str, handler: StreamHandler) -> None:
-    """Call `handler` in a task of its own for every stream of `protocol` that a peer opens.
-
-    The node owns these tasks and cancels them when it closes. The stream is closed when the handler
-    returns or fails; a failure is logged by its class name only, since its text may hold what the
-    peer sent.
-
-    Raises:
-        TransportError: the daemon does not answer.
-    """
-
-    async def serve(stream: FrameStream) -> None:
-        try:
-            await handler(stream)
-        except PlanetServeError as error:
-            # Strangers can cause these as often as they like.
-            logger.debug(
-                "stream of %s from %s ended: %s", protocol, short(stream.remote), error.code
-            )
-        except Exception as error:  # noqa: BLE001  one stream's failure is not the node's
-            logger.warning(
-                "stream of %s from %s failed: %s",
-                protocol, short(stream.remote), type(error).__name__,
-            )  # fmt: skip
-        finally:
-            await stream.close()
-
-    await node.add_protocol(protocol, serve)
-
-
 def short(peer_id: PeerId) -> str:
     """The end of a peer id, for logs and messages."""
     return f"…{peer_id[-6:]}"
-
-
-def _open_to_self(node: SwarmNode, protocol: str) -> FrameStream:
-    handler = node.protocols.get(protocol)
-    if handler is None:
-        raise PeerUnreachable(f"this node does not serve {protocol}")
-    near, far = socket.socketpair()
-    node.spawn(handler(FrameStream(node, far, node.peer_id)), f"{protocol} to itself")
-    return FrameStream(node, near, node.peer_id)

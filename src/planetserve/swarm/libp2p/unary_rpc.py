@@ -13,14 +13,15 @@ import asyncio
 import contextlib
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from hivemind.proto import p2pd_pb2
 
 from planetserve.errors import PlanetServeError, QueueFull, RemoteProtocolError
-from planetserve.swarm.libp2p.delimited import check_shape, read_message, varint
+from planetserve.swarm.libp2p.delimited import read_message, with_length
 from planetserve.swarm.libp2p.sockets import send_all
+from planetserve.swarm.network import Call
 from planetserve.types import PeerId
 
 MAX_REQUEST_BYTES = 128 * 1024
@@ -32,10 +33,6 @@ MAX_UNSENT_BYTES = 256 << 20
 """Of answers that their askers are slow to take, in all."""
 MAX_UNSENT_BYTES_PER_PEER = 16 << 20
 """Four questions for two full keys each, which one look-up may have under way."""
-_MAX_FIELDS = 8
-
-Call = Callable[[bytes, PeerId], Awaitable[bytes]]
-"""Takes a request and who sent it; of what it raises, the caller is told no more than a code."""
 
 
 class Unsent:
@@ -70,6 +67,27 @@ class Unsent:
                 del self._per_peer[peer]
 
 
+class CallServer:
+    """Answers the calls that others make to a node.
+
+    Args:
+        refused: `refused["call"]` is how many streams brought no request in time.
+    """
+
+    def __init__(self, refused: Counter[str]):
+        self.calls: dict[str, Call] = {}
+        """What may be called, by protocol name."""
+        self.unsent = Unsent()
+        self._refused = refused
+
+    async def serve(self, protocol: str, sock: socket.socket, head: bytes, remote: PeerId) -> None:
+        """Answer the request on a stream of `protocol`, as `answer` does, but raise nothing."""
+        try:
+            await answer(sock, head, remote, self.calls[protocol], self.unsent)
+        except (OSError, EOFError, TimeoutError, RemoteProtocolError):
+            self._refused["call"] += 1
+
+
 async def answer(
     sock: socket.socket, head: bytes, remote: PeerId, call: Call, unsent: Unsent
 ) -> None:
@@ -100,26 +118,21 @@ async def answer(
             except Exception as error:  # noqa: BLE001  the caller is told, whatever it was
                 code = error.code if isinstance(error, PlanetServeError) else "failed"
                 result = p2pd_pb2.CallUnaryResponse(error=code.encode())
-            data = _message(request.callId, result)
-            response, result = b"", None  # one copy is enough to wait with
+            message = p2pd_pb2.PersistentConnectionRequest(
+                callId=request.callId, unaryResponse=result
+            )
+            data = with_length(message)
+            response, result, message = b"", None, None  # one copy is enough to wait with
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                 await send_all(sock, data)
 
 
-def _message(call_id: bytes, result: p2pd_pb2.CallUnaryResponse) -> bytes:
-    data = p2pd_pb2.PersistentConnectionRequest(
-        callId=call_id, unaryResponse=result
-    ).SerializeToString()
-    return varint(len(data)) + bytes(data)
-
-
 async def _read_request(sock: socket.socket, head: bytes) -> p2pd_pb2.PersistentConnectionRequest:
     data, _ = await read_message(sock, head, MAX_REQUEST_BYTES)
-    check_shape(memoryview(data), most=_MAX_FIELDS)
     try:
         request = p2pd_pb2.PersistentConnectionRequest.FromString(data)
     except DecodeError:
         raise RemoteProtocolError("not a call") from None
-    if not request.HasField("callUnary"):
+    if not request.IsInitialized() or not request.HasField("callUnary"):
         raise RemoteProtocolError("not a call")
     return request

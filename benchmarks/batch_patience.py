@@ -73,7 +73,7 @@ async def run(
     runner: SpanRunner, options: argparse.Namespace, patience: float, sessions: int, away_ms: float
 ) -> tuple[float, torch.Tensor]:
     """Steady tokens per second of all sessions, and their outputs."""
-    config = EngineConfig(CACHE_TOKENS, PAGE_SIZE, batch_patience=patience, num_threads=1)
+    config = EngineConfig(CACHE_TOKENS, PAGE_SIZE, batch_delay_factor=patience, num_threads=1)
     engine = Engine(runner, config, SystemClock())
     engine.start()
     try:

@@ -48,10 +48,10 @@ LOADS = {
 swarm can serve."""
 SETTINGS = {
     "as by default": OURS,
-    "doubt 0.25": "shortest_path:doubt=0.25",
-    "doubt 0.5": "shortest_path:doubt=0.5",
-    "spread 0": "shortest_path:spread=0",
-    "spread 5 %": "shortest_path:spread=0.05",
+    "load prior 0.25": "shortest_path:load_prior=0.25",
+    "load prior 0.5": "shortest_path:load_prior=0.5",
+    "jitter 0": "shortest_path:cost_jitter=0",
+    "jitter 5 %": "shortest_path:cost_jitter=0.05",
     "moving": "shortest_path+moves",
     "informed": "shortest_path+informed",
 }

@@ -43,8 +43,8 @@ def main() -> None:
             task["model"],
             initial_peers=task["peers"],
             allowed_servers=allowed,
-            chain_spread=0,
-            chain_doubt=0,
+            chain_cost_jitter=0,
+            chain_load_prior=0,
         ) as model:
             snapshot = model.runtime.snapshot()
             watch = Stopwatch()

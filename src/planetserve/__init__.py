@@ -7,9 +7,11 @@ bring torch, transformers and hivemind with them; the rest costs next to nothing
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from planetserve.config import ClientConfig, ServerConfig
+from planetserve.config.moved_modules import MovedModules
 from planetserve.errors import (
     Blame,
     CacheExhausted,
@@ -138,6 +140,9 @@ _LAZY = {
     "DistributedMixtralModel": "planetserve.client.hf.petals_aliases",
     "InferenceSession": "planetserve.client.session",
 }
+
+
+sys.meta_path.append(MovedModules())
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,14 @@ from typing import Any, NoReturn, TypeVar
 from typing_extensions import override
 
 import planetserve
-from planetserve.config import check_mapping, did_you_mean, field_docs, from_mapping, load_yaml
+from planetserve.config import (
+    check_mapping,
+    did_you_mean,
+    field_docs,
+    from_mapping,
+    load_yaml,
+    old_names_of,
+)
 from planetserve.errors import ConfigError, PlanetServeError, printable
 
 logger = logging.getLogger(__name__)
@@ -140,6 +147,12 @@ def add_fields(
             if default not in (None, (), "", False, 0, dataclasses.MISSING):
                 text += f" (default: {default:g})" if _is_number(default) else f" ({default})"
             group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **options)
+    old_names = old_names_of(cls)
+    for old in (*old_names.renamed, *old_names.unused):
+        options = _argument(old, hints.get(old_names.renamed.get(old, ""), float))
+        parser.add_argument(
+            f"--{old}", help=argparse.SUPPRESS, default=argparse.SUPPRESS, **options
+        )
     parser.add_argument(
         "-c", "--config", metavar="FILE", help="YAML file of settings, named like the flags"
     )
@@ -167,11 +180,13 @@ def parse_config(
     """
     given = vars(parser.parse_args(argv))
     path = given.pop("config", None)
+    given = old_names_of(cls).current(given, "--")
     if adjust is not None:
         adjust(given)
     from_file = load_yaml(path) if path else {}
     if adjust is not None:
         adjust(from_file)
+    from_file = old_names_of(cls).current(from_file, f"{path}: ")
     check_mapping(cls, from_file, source=path or "")
     for pair in exclusive:
         if any(name in given for name in pair):

@@ -94,7 +94,10 @@ class Registry(Generic[T]):
                     f"{self._kind} {text[:80]!r}: write options as in {name}:option=value,..."
                 )
             options[key.strip()] = _value(value.strip())
-        known, takes_any = _parameters(self.factory(name))
+        factory = self.factory(name)
+        if (old_names := getattr(factory, "__old_names__", None)) is not None:
+            options = old_names.current(options, f"{name}:")
+        known, takes_any = _parameters(factory)
         for key, value in options.items():
             if key not in known and not takes_any:
                 has = f"its options are {', '.join(known)}" if known else "it has no options"

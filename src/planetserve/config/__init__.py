@@ -4,9 +4,11 @@ A value comes from a keyword argument, a command-line flag or a YAML file; all t
 field's name, and `from_mapping` turns any of them into a checked configuration. Names that people
 know from Petals keep their spelling and their unit, which each field states: times are in seconds.
 
-`client.py` and `server.py` hold the settings, `checks.py` what both check alike, and `mapping.py`
-reads them. Nothing here touches the network, the disk (but for the YAML file named by the caller)
-or torch; addresses, devices and names of strategies are checked by whoever uses them.
+`client.py` and `server.py` hold the settings, `checks.py` the checks that both share, and
+`mapping.py` reads them; `old_names.py` keeps old names working, as `moved_modules.py` does
+for paths of modules. Nothing here touches the network,
+the disk (except for a YAML file that the caller names) or torch. Addresses, devices and names of
+algorithms are checked by the code that uses them.
 """
 
 from planetserve.config.checks import LOG_LEVELS, TORCH_DTYPES
@@ -18,6 +20,7 @@ from planetserve.config.mapping import (
     from_mapping,
     load_yaml,
 )
+from planetserve.config.old_names import current_options, old_names_of
 from planetserve.config.server import MAX_RECORD_LIFETIME_S, ServerConfig
 
 __all__ = [
@@ -27,8 +30,10 @@ __all__ = [
     "ClientConfig",
     "ServerConfig",
     "check_mapping",
+    "current_options",
     "did_you_mean",
     "field_docs",
     "from_mapping",
     "load_yaml",
+    "old_names_of",
 ]

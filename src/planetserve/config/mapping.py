@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from planetserve.config.old_names import old_names_of
 from planetserve.errors import ConfigError
 from planetserve.types import BlockSpan
 
@@ -49,10 +50,13 @@ def from_mapping(cls: type[C], values: Mapping[str, object], source: str = "") -
 def check_mapping(cls: type, values: Mapping[str, object], source: str = "") -> dict[str, Any]:
     """Check names and types of `values` against the fields of `cls`, and convert them.
 
+    Old names become current ones.
+
     Raises:
         ConfigError: an unknown name or a value of the wrong type.
     """
     prefix = f"{source}: " if source else ""
+    values = old_names_of(cls).current(values, prefix)
     hints = typing.get_type_hints(cls)
     checked = {}
     for name, value in values.items():

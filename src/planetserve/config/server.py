@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planetserve.config.checks import LOG_LEVELS, TORCH_DTYPES, check_prefix, require_positive
+from planetserve.config.old_names import SERVER, accepts_old_names
 from planetserve.errors import ConfigError
 from planetserve.types import BlockSpan
 
@@ -19,6 +20,7 @@ MAX_CACHE_TOKENS = 100_000_000
 QUANT_TYPES = ("none", "int8", "nf4")
 
 
+@accepts_old_names(SERVER)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """What a server serves, where it listens and how much it takes on.
@@ -31,7 +33,7 @@ class ServerConfig:
     """
 
     model: str
-    """Folder or Hugging Face repository of the model; "demo" is the small one in this package."""
+    """Folder or Hugging Face repository of the model; "demo" is the small model in this package."""
     revision: str | None = None
     """Branch, tag or commit of the model's repository."""
     token: str | None = dataclasses.field(default=None, repr=False)
@@ -39,106 +41,112 @@ class ServerConfig:
     cache_dir: str | None = None
     """Folder for downloaded weights; by default Hugging Face's own cache."""
     block_indices: BlockSpan | None = None
-    """Serve blocks START:END, END not included."""
+    """Blocks to serve, as START:END; END is not included."""
     num_blocks: int | None = None
-    """Serve this many blocks, the ones that the swarm needs most."""
+    """Number of blocks to serve; the server picks those that the swarm needs most."""
     torch_dtype: str = "auto"
-    """Data type of weights and activations; auto takes the checkpoint's own."""
+    """Data type of weights and activations; auto uses the checkpoint's."""
     quant_type: str = "none"
-    """Fewer bits per weight: int8 or nf4 (4 bits) hold more blocks in the same memory, at some cost
-    in quality. Needs the extra `quant`. Clients take such servers only if there are no others."""
+    """Quantisation of the weights: none, int8 or nf4 (4 bits). Fewer bits hold more blocks in the
+    same memory, at some cost in quality. Needs the extra `quant`. Clients use such servers only if
+    there are no others."""
     device: str = "auto"
-    """Torch device; auto takes cuda, then mps, then cpu."""
+    """Torch device; auto uses cuda, then mps, then cpu."""
 
     initial_peers: tuple[str, ...] = ()
     """Multiaddresses of peers to join the swarm through, each ending in /p2p/PEER_ID."""
     new_swarm: bool = False
-    """Start a swarm of its own instead of joining one."""
+    """Start a new swarm instead of joining one."""
     dht_prefix: str | None = None
-    """Directory prefix of the model; by default it is derived from the model's name."""
+    """Prefix of the model's keys in the directory; derived from the model's name by default."""
     host_maddrs: tuple[str, ...] = ()
-    """Multiaddresses to listen on; by default the TCP port of --port on every interface."""
+    """Multiaddresses to listen on; by default TCP --port on every interface."""
     announce_maddrs: tuple[str, ...] = ()
-    """Multiaddresses that other peers are told to dial, if not the ones it listens on. Give IP
-    addresses: servers with a public one dial no names that clients give them."""
+    """Multiaddresses that other peers dial, if they differ from those listened on. Give IP
+    addresses: servers with a public address do not dial host names that clients give them."""
     port: int = 0
-    """TCP port to listen on, on every interface; 0 takes a free one."""
+    """TCP port to listen on, on every interface; 0 picks a free one."""
     public_ip: str | None = None
-    """Announce this IP address with --port, for a forwarded port."""
+    """IP address to announce together with --port, for a forwarded port."""
     identity_path: str | None = None
-    """File of the private key that makes the peer id; created if absent. By default a new key."""
+    """File of the private key that determines the peer id; created if absent. By default every
+    start makes a new key."""
     daemon_startup_timeout: float = 60.0
-    """Seconds to wait for the local libp2p daemon."""
+    """Seconds to wait until the local libp2p daemon has started."""
     public_name: str = ""
     """Name shown to users of the swarm."""
 
     attn_cache_tokens: int | None = None
-    """Tokens of KV cache for all sessions; by default 16384, or 4096 without shared KV heads."""
+    """Number of tokens in the KV cache, for all sessions together; by default 16384, or 4096 for
+    models without shared KV heads."""
     inference_max_length: int | None = None
-    """Longest sequence of a session in tokens; by default 8192, or 2048 without shared KV heads."""
+    """Maximum tokens in one sequence of a session; by default 8192, or 2048 for models without
+    shared KV heads."""
     max_batch_size: int = 512
-    """Most tokens, of all sessions together, in one forward pass."""
+    """Maximum tokens in one forward pass, over all sessions."""
     prefill_slowdown: float = 1.7
-    """How much longer a forward pass may take for the sake of somebody's prompt than one for tokens
-    that are being generated. Higher: prompts are done sooner; lower: texts flow more evenly."""
-    batch_patience: float = 0.5
-    """How long tokens that are being generated wait for those of other sessions, to share a forward
-    pass: while that takes less than this many times what it saves; 0: never."""
+    """Maximum factor by which tokens of prompts may lengthen a forward pass that also decodes.
+    Higher values finish prompts sooner; lower values decode more evenly."""
+    batch_delay_factor: float = 0.5
+    """Maximum wait of decode steps for those of other sessions, so that they share a forward pass,
+    as a multiple of the time that sharing saves; 0 never waits."""
     page_size: int = 16
-    """Tokens in one page of the KV cache; rounded up to what the attention backend needs."""
+    """Number of tokens in one page of the KV cache; rounded up to what the attention backend
+    needs."""
     attention_backend: str = "auto"
-    """How attention is computed: auto, native (CPU), varlen (CUDA) or sdpa."""
+    """Backend that computes attention: auto, native (CPU), varlen (CUDA) or sdpa."""
     linear_backend: str = "auto"
-    """How linear layers are stored and multiplied on a CPU: auto, native, packed or plain."""
+    """Backend that stores and multiplies linear layers on a CPU: auto, native, packed or plain."""
     num_threads: int | None = None
-    """CPU threads for torch; by default torch's own choice."""
+    """Number of CPU threads for torch; by default torch's own choice."""
     throughput: float | Literal["auto"] = "auto"
     """Tokens per second through one block; auto measures it."""
     network_mbps: float | None = None
-    """Mbit/s this server can send, announced instead of what it measures; by default 100 until
-    large pushes have shown the rate."""
+    """Upload rate in Mbit/s to announce instead of the measured one. Without it, 100 is announced
+    until large transfers have shown the rate."""
 
     max_sessions: int = 1024
-    """Open sessions, of all peers together."""
+    """Maximum open sessions, over all peers."""
     max_peer_sessions: int = 256
-    """Open sessions of one peer."""
+    """Maximum open sessions of one peer."""
     max_peer_opens: float = 1200.0
-    """Sessions that one peer may open per minute in the long run."""
+    """Sessions that one peer may open per minute on average."""
     peer_open_burst: int = 200
-    """Sessions that a peer which has been quiet may open at once."""
+    """Sessions that a peer may open at once after it has been idle."""
     max_peer_lookups: float = 1200.0
-    """Keys of the directory that one peer may look up or store here per minute in the long run."""
+    """Directory keys that one peer may look up or store here per minute on average."""
     peer_lookup_burst: int = 600
-    """Keys that a peer which has been quiet may look up or store at once."""
+    """Directory keys that a peer may look up or store at once after it has been idle."""
     max_queued_mib: int = 512
-    """MiB of activations of all peers that are being received or wait to be computed or sent on."""
+    """Maximum MiB of activations that are being received or wait to be computed or sent, over all
+    peers."""
     max_peer_queued_mib: int = 64
-    """MiB of such activations of one client's sessions; past it, its servers upstream wait."""
+    """Maximum MiB of such activations for the sessions of one client; beyond it, the servers
+    upstream wait."""
     max_peer_kv_share: float = 0.25
-    """Share of the KV cache that one peer may hold while others hold some. A peer that is alone may
-    hold it all, until others need their share: then its newest sessions have to move. 1 sets no
-    limit, for swarms whose users are all known."""
+    """Maximum share in (0, 1] of the KV cache that one peer may hold while other peers need some. A
+    peer that is alone may hold all of it; when others come, its newest sessions have to move. 1
+    sets no limit, for swarms whose users are all known."""
     kv_overcommit: float = 2.0
-    """How many times the KV cache is promised to sessions, most of which never use all that they
-    ask for. When too many do, the newest lose memory, wait, and are computed again. 1 promises
-    only what there is. Above it the inputs of open sessions are kept in memory, one hidden state
-    for each promised token."""
+    """Factor by which the KV cache is promised to sessions beyond its size, since most sessions
+    never use all that they reserve. When it runs out, the newest sessions lose pages, wait, and are
+    recomputed. 1 promises only what there is. Above 1 the server keeps the inputs of open sessions
+    in memory: one hidden state for each promised token."""
 
     update_period: float = 60.0
     """Seconds between announcements to the directory."""
     expiration: float | None = None
-    """Seconds an announcement stays valid; by default twice --update_period, at least 60."""
-    request_timeout: float = 180.0
-    """Seconds a directory look-up or a whole-sequence forward pass may take."""
+    """Seconds for which an announcement stays valid; by default twice --update_period, at least
+    60."""
     session_timeout: float = 1800.0
-    """Longest life of a session, in seconds."""
+    """Maximum seconds that a session may stay open."""
     step_timeout: float = 300.0
     """Seconds without a step after which a session is closed."""
 
     ready_file: str | None = None
     """File to write, as JSON, once the server answers: peer id, addresses and process id."""
     log_level: str = "info"
-    """How much to log."""
+    """Lowest level to log: debug, info, warning or error."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -146,7 +154,7 @@ class ServerConfig:
         self._check_choices()
         require_positive(
             self, "daemon_startup_timeout", "max_batch_size", "page_size", "update_period",
-            "request_timeout", "session_timeout", "step_timeout", "max_sessions",
+            "session_timeout", "step_timeout", "max_sessions",
             "max_peer_sessions", "max_peer_opens", "peer_open_burst", "max_peer_lookups",
             "peer_lookup_burst", "max_queued_mib", "max_peer_queued_mib", "max_peer_kv_share",
             "prefill_slowdown",
@@ -156,9 +164,9 @@ class ServerConfig:
                 f"max_peer_kv_share={self.max_peer_kv_share:g} is more than the whole cache; "
                 "give a share in (0, 1]"
             )
-        if not self.batch_patience >= 0:
+        if not self.batch_delay_factor >= 0:
             raise ConfigError(
-                f"batch_patience={self.batch_patience:g} is negative; 0 turns waiting off"
+                f"batch_delay_factor={self.batch_delay_factor:g} is negative; 0 turns waiting off"
             )
         optional = (
             "num_blocks", "attn_cache_tokens", "inference_max_length", "num_threads",

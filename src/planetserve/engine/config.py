@@ -17,8 +17,9 @@ class EngineConfig:
         max_batch_tokens: token budget of one forward pass.
         prefill_slowdown: how much longer than decode steps alone a batch may take that computes
             a chunk of a prompt as well; see `scheduler/prefill_budget.py`.
-        batch_patience: decode steps wait for others that are about to come back while that takes
-            less than this many times what a shared pass saves; see `scheduler/batch_delay.py`.
+        batch_delay_factor: decode steps wait for others that are about to come back while that
+            takes less than this many times what a shared pass saves; see
+            `scheduler/batch_delay.py`.
         inference_max_length: longest row a session may have.
         attention_backend: name in `planetserve.engine.attention.BACKENDS`.
         scheduling_policy: name in `planetserve.scheduler.policies.POLICIES`.
@@ -35,7 +36,7 @@ class EngineConfig:
     page_size: int = 16
     max_batch_tokens: int = 512
     prefill_slowdown: float = 1.7
-    batch_patience: float = 0.5
+    batch_delay_factor: float = 0.5
     inference_max_length: int = 2048
     attention_backend: str = "auto"
     scheduling_policy: str = "deficit_round_robin"
@@ -54,9 +55,9 @@ class EngineConfig:
             )
         if not self.kv_overcommit >= 1 or not self.max_page_wait_s > 0:
             raise ConfigError("kv_overcommit must be at least 1 and max_page_wait_s above 0")
-        if not self.batch_patience >= 0:
+        if not self.batch_delay_factor >= 0:
             raise ConfigError(
-                f"batch_patience={self.batch_patience:g} is negative; 0 turns waiting off"
+                f"batch_delay_factor={self.batch_delay_factor:g} is negative; 0 turns waiting off"
             )
         num_threads = 1 if self.num_threads is None else self.num_threads
         if min(self.inference_max_length, self.max_queued_steps, num_threads) < 1:

@@ -120,7 +120,7 @@ class Worker:
         self._is_stuck = False
         """Whether all steps wait for pages that only a command can free."""
         self._prefill_budget = PrefillBudget(config.max_batch_tokens, config.prefill_slowdown)
-        self._batch_delay = BatchDelay(config.batch_patience if runner.is_paged else 0.0)
+        self._batch_delay = BatchDelay(config.batch_delay_factor if runner.is_paged else 0.0)
         self._gather_s = 0.0
         """How long the next pass waits for decode steps that are about to come."""
         self._has_waited = False

@@ -94,7 +94,7 @@ def engine_config_of(config: ServerConfig, checkpoint: Checkpoint) -> EngineConf
         page_size=config.page_size,
         max_batch_tokens=config.max_batch_size,
         prefill_slowdown=config.prefill_slowdown,
-        batch_patience=config.batch_patience,
+        batch_delay_factor=config.batch_delay_factor,
         inference_max_length=config.session_tokens(shares_kv_heads=shares),
         attention_backend=config.attention_backend,
         num_threads=config.num_threads,

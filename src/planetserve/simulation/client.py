@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from planetserve.config import ClientConfig
+from planetserve.config import ClientConfig, current_options
 from planetserve.errors import ConfigError, NoChainAvailable
 from planetserve.routing.arrays import FloatArray
-from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
+from planetserve.routing.optimizers import ChainOptimizer, create_optimizer
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.round_trips import RttMatrix
 from planetserve.routing.shortlist import best_holders
@@ -61,6 +61,7 @@ class Policy:
     worth."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "optimizer", current_options(self.optimizer))
         self.create(0)  # a mistyped name should fail here
 
     @classmethod
@@ -87,8 +88,12 @@ class Policy:
 
     def create(self, seed: int) -> ChainOptimizer:
         """The optimizer, made as `ChainPlanner` makes it."""
-        spread, doubt = CLIENT_CONFIG.chain_spread, CLIENT_CONFIG.chain_doubt
-        return OPTIMIZERS.create_from(self.optimizer, spread=spread, doubt=doubt, seed=seed)
+        return create_optimizer(
+            self.optimizer,
+            cost_jitter=CLIENT_CONFIG.chain_cost_jitter,
+            load_prior=CLIENT_CONFIG.chain_load_prior,
+            seed=seed,
+        )
 
 
 class Directory:

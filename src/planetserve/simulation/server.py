@@ -50,7 +50,7 @@ class _Life:
             cache_tokens // _CONFIG.page_size, _CONFIG.page_size, clock, _CONFIG.max_peer_kv_share
         )
         self.prefill_budget = PrefillBudget(_CONFIG.max_batch_size, _CONFIG.prefill_slowdown)
-        self.batch_delay = BatchDelay(_CONFIG.batch_patience)
+        self.batch_delay = BatchDelay(_CONFIG.batch_delay_factor)
         self.load = StepLatency(StepCost(0.0, decode_ms_per_block), clock.monotonic())
         self.heads: dict[Ring, Step] = {}
         """The oldest waiting step of each session."""

@@ -41,7 +41,7 @@ def board() -> Board:
 
 @pytest.fixture
 async def manager(clock: ManualClock, board: Board) -> ChainManager:
-    manager = ChainManager(ClientConfig(chain_spread=0.0), FACTS, clock)
+    manager = ChainManager(ClientConfig(chain_cost_jitter=0.0), FACTS, clock)
     manager.view._directory = board  # type: ignore[assignment]
     await manager.view.look_again()
     return manager

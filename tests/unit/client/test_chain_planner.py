@@ -46,7 +46,7 @@ def test_missing_blocks_and_full_caches_are_reported_by_true_numbers() -> None:
 
 def test_trusted_blocks_are_cut_to_the_remote_ones() -> None:
     trusted = {"trusted_servers": ("a",), "trusted_blocks": "0:2,-2:,7:8"}
-    made = planner(local_blocks="0:1,7:8", chain_doubt=0.0, **trusted)
+    made = planner(local_blocks="0:1,7:8", chain_load_prior=0.0, **trusted)
     assert made.trusted == {BlockSpan(1, 2): {"a"}, BlockSpan(6, 7): {"a"}}
     chain = made.plan(
         inputs([server("a", 0, 8, decode_ms_per_block=50.0), server("b", 0, 8)]), 1, 1, 0
@@ -118,18 +118,19 @@ NEARLY_EQUAL = [
 ]
 
 
-@pytest.mark.parametrize(("spread", "most", "least"), [(0.1, 0.4, 0.0), (0.0, 1.0, 1.0)])
+@pytest.mark.parametrize(("jitter", "most", "least"), [(0.1, 0.4, 0.0), (0.0, 1.0, 1.0)])
 def test_clients_that_plan_at_once_take_different_chains(
-    spread: float, most: float, least: float
+    jitter: float, most: float, least: float
 ) -> None:
     chains = [
-        planner(chain_spread=spread).plan(inputs(NEARLY_EQUAL), 1, 10, seed) for seed in range(200)
+        planner(chain_cost_jitter=jitter).plan(inputs(NEARLY_EQUAL), 1, 10, seed)
+        for seed in range(200)
     ]
     load = Counter(hop.peer_id for chain in chains for hop in chain)
     busiest = max(load.values()) / len(chains)
     assert least <= busiest <= most
     best = min(chain.latency_ms for chain in chains)
-    assert max(chain.latency_ms for chain in chains) <= (1 + spread) * best
+    assert max(chain.latency_ms for chain in chains) <= (1 + jitter) * best
 
 
 def test_sessions_of_one_client_spread_as_well() -> None:
@@ -147,9 +148,9 @@ def test_a_load_that_may_pass_counts_half() -> None:
         server("crowded", 0, 8, decode_ms_per_block=80.0, alone_ms_per_block=40.0),
     ]
 
-    def chosen(doubt: float) -> str:
+    def chosen(weight: float) -> str:
         return (
-            planner(chain_spread=0.0, chain_doubt=doubt)
+            planner(chain_cost_jitter=0.0, chain_load_prior=weight)
             .plan(inputs(servers), 1, 1, 0)
             .hops[0]
             .peer_id
@@ -158,8 +159,10 @@ def test_a_load_that_may_pass_counts_half() -> None:
     assert (chosen(0.0), chosen(0.5)) == ("idle", "busy")
 
 
-def test_spread_is_offered_only_to_optimizers_that_know_it() -> None:
-    chain = planner(chain_optimizer="greedy", chain_spread=0.5).plan(inputs(NEARLY_EQUAL), 1, 10, 0)
+def test_cost_jitter_is_offered_only_to_optimizers_that_know_it() -> None:
+    chain = planner(chain_optimizer="greedy", chain_cost_jitter=0.5).plan(
+        inputs(NEARLY_EQUAL), 1, 10, 0
+    )
     assert len(chain) == 2
 
 

@@ -79,7 +79,7 @@ def swarm(rng: random.Random, num_liars: int) -> tuple[list[ServerInfo], set[str
 
 
 async def client_of(servers: list[ServerInfo], monkeypatch: pytest.MonkeyPatch) -> ChainManager:
-    manager = ChainManager(ClientConfig(chain_spread=0.0), FACTS, ManualClock())
+    manager = ChainManager(ClientConfig(chain_cost_jitter=0.0), FACTS, ManualClock())
 
     async def silent(_peers: object) -> list[str]:
         return []

@@ -33,7 +33,7 @@ def chosen(
     num_rows: int = 1,
     gap: Gap | None = None,
 ) -> list[str]:
-    planner = ChainPlanner(ClientConfig(chain_spread=0.0), FACTS)
+    planner = ChainPlanner(ClientConfig(chain_cost_jitter=0.0), FACTS)
     chain = planner.plan(inputs(infos, **pings_ms), num_rows, 100, seed=0, gap=gap)
     return [hop.peer_id for hop in chain]
 

@@ -70,10 +70,12 @@ def test_same_snapshot_same_chain() -> None:
     assert len(chains) == 1
 
 
-def test_spread_gives_different_chains_within_its_bound() -> None:
+def test_cost_jitter_gives_different_chains_within_its_bound() -> None:
     snapshot = random_snapshot(np.random.default_rng(3), num_servers=60, num_blocks=24, scale=0.05)
     best = ShortestPath().plan(snapshot, ChainRequest()).latency_ms
-    chains = [ShortestPath(spread=0.2, seed=s).plan(snapshot, ChainRequest()) for s in range(40)]
+    chains = [
+        ShortestPath(cost_jitter=0.2, seed=s).plan(snapshot, ChainRequest()) for s in range(40)
+    ]
     assert len({chain.hops for chain in chains}) > 5
     for chain in chains:
         check_chain(snapshot, chain)
@@ -84,7 +86,7 @@ def test_a_preference_outlives_others_coming_and_going() -> None:
     servers = [ServerPoint(f"s{n}", 0, 4, 1.0, 1e3, 1e8, 1000) for n in range(20)]
     moved = 0
     for seed in range(20):
-        optimizer = ShortestPath(spread=0.2, seed=seed)
+        optimizer = ShortestPath(cost_jitter=0.2, seed=seed)
         (chosen,) = optimizer.plan(of_equals(servers), ChainRequest()).hops
         left = [server for server in servers if server.id != f"s{seed}"]
         (again,) = optimizer.plan(of_equals(left), ChainRequest()).hops
@@ -97,12 +99,12 @@ def of_equals(servers: list[ServerPoint]) -> SwarmSnapshot:
     return SwarmSnapshot(4, 1024.0, 1.0, 10.0, tuple(servers))
 
 
-def test_spread_must_be_a_fraction() -> None:
-    with pytest.raises(ConfigError, match="spread"):
-        ShortestPath(spread=1.5)
+def test_cost_jitter_must_be_a_fraction() -> None:
+    with pytest.raises(ConfigError, match="cost_jitter"):
+        ShortestPath(cost_jitter=1.5)
 
 
-def doubting(doubt: float, **waits_ms: float) -> tuple[str, float]:
+def with_prior(weight: float, **waits_ms: float) -> tuple[str, float]:
     """The server chosen for all blocks, and what the snapshot says of its chain."""
     blocks_ms = {"busy": 10.0, "idle": 12.0, "crowded": 40.0}
     snapshot = SwarmSnapshot(
@@ -115,28 +117,28 @@ def doubting(doubt: float, **waits_ms: float) -> tuple[str, float]:
             for name, ms in blocks_ms.items()
         ),
     )
-    chain = ShortestPath(doubt=doubt).plan(snapshot, ChainRequest())
+    chain = ShortestPath(load_prior=weight).plan(snapshot, ChainRequest())
     return chain.hops[0].peer_id, chain.latency_ms
 
 
-def test_doubt_believes_half_of_a_load_in_a_crowd() -> None:
-    assert doubting(0.0, busy=20.0, crowded=160.0) == ("idle", 48.0)
+def test_a_load_prior_of_half_counts_half_of_a_load_in_a_crowd() -> None:
+    assert with_prior(0.0, busy=20.0, crowded=160.0) == ("idle", 48.0)
     # expected 40 + 10 + 20 and 48 + 24
-    assert doubting(0.5, busy=20.0, crowded=200.0) == ("busy", 60.0)
+    assert with_prior(0.5, busy=20.0, crowded=200.0) == ("busy", 60.0)
     # expected 40 + 15 + 20 and 48 + 24
-    assert doubting(0.5, busy=30.0, crowded=200.0) == ("idle", 48.0)
+    assert with_prior(0.5, busy=30.0, crowded=200.0) == ("idle", 48.0)
 
 
-def test_doubt_shrinks_with_the_crowd() -> None:
+def test_the_load_prior_shrinks_with_the_crowd() -> None:
     # A quarter of it is left: expected 40 + 8.75 + 5 and 48 + 6.
-    assert doubting(0.5, busy=10.0) == ("busy", 50.0)
-    assert doubting(0.5, busy=11.0) == ("idle", 48.0)
+    assert with_prior(0.5, busy=10.0) == ("busy", 50.0)
+    assert with_prior(0.5, busy=11.0) == ("idle", 48.0)
 
 
-def test_an_idle_swarm_is_not_doubted() -> None:
+def test_an_idle_swarm_gets_no_load_prior() -> None:
     """A server is not avoided for what it could do besides, and the chain is the optimum."""
     large = ServerPoint("large", 0, 40, 10.0, 1e3, 1e6, 10)
     head = ServerPoint("head", 0, 20, 9.0, 1e3, 1e6, 10)
     snapshot = SwarmSnapshot(40, 0.0, 0.0, 0.0, (large, head))
-    hops = ShortestPath(doubt=1.0).plan(snapshot, ChainRequest()).hops
+    hops = ShortestPath(load_prior=1.0).plan(snapshot, ChainRequest()).hops
     assert [hop.peer_id for hop in hops] == ["head", "large"]

@@ -32,7 +32,7 @@ from planetserve.simulation.world import Links, Request, World
 from planetserve.testing.brute_force import all_chains
 from planetserve.types import BlockSpan, Chain
 
-BEST = "shortest_path:spread=0,doubt=0"
+BEST = "shortest_path:cost_jitter=0,load_prior=0"
 WORLDS = range(25)
 
 

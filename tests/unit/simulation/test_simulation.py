@@ -55,7 +55,7 @@ def test_a_session_alone_takes_what_the_planner_predicts() -> None:
     chain = OPTIMIZERS.create("shortest_path").plan(snapshot, ChainRequest())
     client_sends_ms = 1000.0 * 1000.0 / (1000.0 * 125_000)
     expected_ms = latency_ms(snapshot, chain) + client_sends_ms
-    result = Simulation(world, Policy.parse("shortest_path:spread=0")).run()
+    result = Simulation(world, Policy.parse("shortest_path:cost_jitter=0")).run()
     gaps_ms = [gap for record in result.records for gap in record.gaps_ms]
     assert len(gaps_ms) > 20
     assert gaps_ms == pytest.approx([expected_ms] * len(gaps_ms), rel=1e-9)
@@ -139,8 +139,8 @@ def test_tokens_share_a_pass_where_their_spans_overlap() -> None:
 
 
 def test_policies_are_read_from_text() -> None:
-    assert Policy.parse("shortest_path:spread=0.2+moves") == Policy(
-        "shortest_path:spread=0.2", True
+    assert Policy.parse("shortest_path:cost_jitter=0.2+moves") == Policy(
+        "shortest_path:cost_jitter=0.2", True
     )
     assert str(Policy.parse("petals_min_latency+folded")) == "petals_min_latency+folded"
     with pytest.raises(ConfigError, match="choose one of"):

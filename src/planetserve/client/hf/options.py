@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-from planetserve.config import ClientConfig
+from planetserve.config import ClientConfig, old_names_of
 from planetserve.errors import ConfigError
 from planetserve.model.checkpoint import Checkpoint
 
@@ -169,9 +169,11 @@ class OwnSettings:
         own = checkpoint.config.to_dict()
         passed = {} if config is None else config.to_dict()
         # Petals' configurations hold the client's options too.
-        for field in dataclasses.fields(ClientConfig):
-            if field.name in passed and field.name not in own:
-                options.setdefault(field.name, passed.pop(field.name))
+        old_names = old_names_of(ClientConfig)
+        fields = [field.name for field in dataclasses.fields(ClientConfig)]
+        for name in (*fields, *old_names.renamed, *old_names.unused):
+            if name in passed and name not in own:
+                options.setdefault(name, passed.pop(name))
         asked = {name: options.pop(name) for name in [*options] if name in {*own, *_CLIENTS_OWN}}
         changed = {
             name: value

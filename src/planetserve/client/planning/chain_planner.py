@@ -31,7 +31,7 @@ from planetserve.errors import (
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.routing.cost import latency_ms
 from planetserve.routing.migration import move_ms, new_hops
-from planetserve.routing.optimizers import OPTIMIZERS, ChainOptimizer
+from planetserve.routing.optimizers import ChainOptimizer, create_optimizer
 from planetserve.routing.problem import RoutingProblem
 from planetserve.routing.request import ChainRequest
 from planetserve.routing.server_points import usable_point
@@ -256,8 +256,12 @@ class ChainPlanner:
     def _make_optimizer(self, seed: int) -> ChainOptimizer:
         """The optimizer of the settings; those that draw among equals draw by `seed`."""
         config = self._config
-        offered = {"spread": config.chain_spread, "doubt": config.chain_doubt, "seed": seed}
-        return OPTIMIZERS.create_from(config.chain_optimizer, **offered)
+        return create_optimizer(
+            config.chain_optimizer,
+            cost_jitter=config.chain_cost_jitter,
+            load_prior=config.chain_load_prior,
+            seed=seed,
+        )
 
     def _optimize(self, snapshot: SwarmSnapshot, tokens: int, seed: int, gap: Gap | None) -> Chain:
         blocks = self.remote if gap is None else gap.span

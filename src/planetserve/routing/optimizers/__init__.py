@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planetserve.config.old_names import SHORTEST_PATH
 from planetserve.registry import Registry
 from planetserve.routing.optimizers.base import ChainOptimizer, FrontOptimizer
 
@@ -22,4 +23,14 @@ OPTIMIZERS: Registry[ChainOptimizer] = Registry(
     },
 )
 
-__all__ = ["OPTIMIZERS", "ChainOptimizer", "FrontOptimizer"]
+
+def create_optimizer(
+    text: str, *, cost_jitter: float, load_prior: float, seed: int
+) -> ChainOptimizer:
+    """The optimizer that a client's `chain_optimizer` names. It gets these options if it has them
+    and `text` does not set them."""
+    offered = {"cost_jitter": cost_jitter, "load_prior": load_prior, "seed": seed}
+    return OPTIMIZERS.create_from(text, **SHORTEST_PATH.with_old(offered))
+
+
+__all__ = ["OPTIMIZERS", "ChainOptimizer", "FrontOptimizer", "create_optimizer"]

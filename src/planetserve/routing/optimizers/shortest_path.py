@@ -8,7 +8,7 @@ their spans and visited again, so this is the whole space of chains: `num_blocks
 
 Clients in a crowd do not want quite that chain. What servers announce of their load is some seconds
 old, and the session will run for a minute: the good server that looks idle now is where everybody
-goes who plans now. `spread` and `doubt` allow for it.
+goes who plans now. `cost_jitter` and `load_prior` allow for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import secrets
 
 import numpy as np
 
+from planetserve.config.old_names import SHORTEST_PATH, accepts_old_names
 from planetserve.errors import ConfigError
 from planetserve.routing.arrays import FloatArray
 from planetserve.routing.optimizers.base import checked_seed
@@ -28,51 +29,51 @@ from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.types import Chain
 
 
+@accepts_old_names(SHORTEST_PATH)
 class ShortestPath:
     """Least latency per token.
 
     Args:
-        spread: 0 gives the optimum. Otherwise every server's and link's cost is first raised by a
-            random factor of up to `1 + spread`, so that many clients planning on one snapshot take
-            different chains. Without doubt the chain found is at most `1 + spread` times as slow
-            as the optimum.
-        seed: of those random factors; None draws a fresh one for every plan. With one seed a
+        cost_jitter: share in [0, 1] by which the cost of a server and of the links into it is
+            raised at most, at random, so that many clients that plan on one snapshot take
+            different chains. 0 gives the optimum. With a load prior of 0 the chain found is at
+            most `1 + cost_jitter` times as slow as the optimum.
+        seed: of these random factors; None draws a fresh one for every plan. With one seed a
             server keeps its factor whoever else is there, so that others' coming and going
             changes no preference.
-        doubt: 0 believes that steps will wait at servers as long as they do now. Otherwise this
-            part of the expected wait is one pass of the server through all its blocks, which is
-            what a step waits for at a server that has always something to do, idle as it may look.
-            Without any crowd there is nothing to doubt: the part shrinks with the load of the
-            busiest server, to nothing where no step waits anywhere.
+        load_prior: weight in [0, 1] of a prior estimate of the wait at a server against the wait
+            that it announces. The prior is one pass through all blocks of the server: the wait
+            for a step at a server that always has something to do. The weight shrinks with the
+            load of the busiest server, down to 0 where no step waits anywhere.
     """
 
-    def __init__(self, spread: float = 0.0, seed: int | None = None, doubt: float = 0.0):
-        for name, value in (("spread", spread), ("doubt", doubt)):
+    def __init__(self, cost_jitter: float = 0.0, seed: int | None = None, load_prior: float = 0.0):
+        for name, value in (("cost_jitter", cost_jitter), ("load_prior", load_prior)):
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} must be between 0 and 1, not {value!r}")
-        self._spread = spread
-        self._doubt = doubt
+        self._cost_jitter = cost_jitter
+        self._load_prior = load_prior
         self._seed = checked_seed(seed)
 
     def plan(self, snapshot: SwarmSnapshot, request: ChainRequest) -> Chain:
         problem = RoutingProblem.build(snapshot, request)
-        if self._doubt:
-            problem = _doubted(problem, self._doubt)
-        if not self._spread:
+        if self._load_prior:
+            problem = _with_prior_waits(problem, self._load_prior)
+        if not self._cost_jitter:
             return problem.chain(least_latency_hosts(problem))
         seed = secrets.randbits(32) if self._seed is None else self._seed
         ids = [problem.snapshot.servers[position].id for position in problem.members]
-        factors = 1 + self._spread * np.array([_draw(seed, server_id) for server_id in ids])
+        factors = 1 + self._cost_jitter * np.array([_draw(seed, server_id) for server_id in ids])
         return problem.chain(least_latency_hosts(problem, factors))
 
 
-def _doubted(problem: RoutingProblem, doubt: float) -> RoutingProblem:
+def _with_prior_waits(problem: RoutingProblem, weight: float) -> RoutingProblem:
     """The problem with other waits in its visits. Chains are still priced as the snapshot says."""
     servers = [problem.snapshot.servers[position] for position in problem.members]
     pass_ms = np.array([len(server.span) * server.decode_ms_per_block for server in servers])
     wait_ms = np.array([server.wait_ms for server in servers])
-    doubt *= min(1.0, float(np.max(wait_ms / np.maximum(pass_ms, 1e-9))))
-    return dataclasses.replace(problem, hop_ms=problem.hop_ms + doubt * (pass_ms - wait_ms))
+    weight *= min(1.0, float(np.max(wait_ms / np.maximum(pass_ms, 1e-9))))
+    return dataclasses.replace(problem, hop_ms=problem.hop_ms + weight * (pass_ms - wait_ms))
 
 
 def _draw(seed: int, server_id: str) -> float:

@@ -161,6 +161,8 @@ def test_the_models_own_configuration_may_be_passed(llama: Path) -> None:
     config = AutoDistributedConfig.from_pretrained(llama, initial_peers=["x"])
     assert own(llama, config, hidden_size=config.hidden_size)[1] == {"initial_peers": ["x"]}
     assert own(llama, config, initial_peers=["y"])[1] == {"initial_peers": ["y"]}
+    config.chain_spread, config.request_timeout = 0.2, 9.0  # old names of options
+    assert own(llama, config)[1].keys() == {"initial_peers", "chain_spread", "request_timeout"}
     config.pad_token_id = 9
     half = Half(llama)
     own(llama, config)[0].apply(half)
@@ -197,6 +199,7 @@ def test_a_configuration_takes_what_the_model_takes(llama: Path) -> None:
     assert config.num_hidden_layers == 4
     named = AutoDistributedConfig.from_pretrained(pretrained_model_name_or_path=str(llama))
     assert named.to_dict() == config.to_dict()
+    assert AutoDistributedConfig.from_pretrained(llama, chain_spread=0.2).chain_cost_jitter == 0.2
     for options in ({"initial_peer": "x"}, {"hidden_size": 5}, {"load_in_4bit": True}):
         with pytest.raises(ConfigError):
             AutoDistributedConfig.from_pretrained(llama, **options)

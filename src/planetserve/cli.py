@@ -35,14 +35,8 @@ from typing import Any, NoReturn, TypeVar
 from typing_extensions import override
 
 import planetserve
-from planetserve.config import (
-    check_mapping,
-    did_you_mean,
-    field_docs,
-    from_mapping,
-    load_yaml,
-    old_names_of,
-)
+from planetserve.config import check_mapping, did_you_mean, field_docs, from_mapping, load_yaml
+from planetserve.config.old_names import old_names_of
 from planetserve.errors import ConfigError, PlanetServeError, printable
 
 logger = logging.getLogger(__name__)
@@ -147,11 +141,9 @@ def add_fields(
             if default not in (None, (), "", False, 0, dataclasses.MISSING):
                 text += f" (default: {default:g})" if _is_number(default) else f" ({default})"
             group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **options)
-    old_names = old_names_of(cls)
-    for old in (*old_names.renamed, *old_names.unused):
-        options = _argument(old, hints.get(old_names.renamed.get(old, ""), float))
+    for old in old_names_of(cls):
         parser.add_argument(
-            f"--{old}", help=argparse.SUPPRESS, default=argparse.SUPPRESS, **options
+            f"--{old}", type=_number_or_word, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
     parser.add_argument(
         "-c", "--config", metavar="FILE", help="YAML file of settings, named like the flags"

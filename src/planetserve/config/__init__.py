@@ -20,7 +20,7 @@ from planetserve.config.mapping import (
     from_mapping,
     load_yaml,
 )
-from planetserve.config.old_names import current_options, old_names_of
+from planetserve.config.old_names import current_options
 from planetserve.config.server import MAX_RECORD_LIFETIME_S, ServerConfig
 
 __all__ = [
@@ -35,5 +35,4 @@ __all__ = [
     "field_docs",
     "from_mapping",
     "load_yaml",
-    "old_names_of",
 ]

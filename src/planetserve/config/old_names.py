@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,6 +30,9 @@ class OldNames:
     """Old name -> new name."""
     unused: Mapping[str, object] = field(default_factory=dict)
     """Names that have no effect any more -> the default that they had."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.renamed, *self.unused))
 
     def current(self, given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         """The arguments under their current names, without those that have no effect.
@@ -114,7 +117,7 @@ def current_options(text: str) -> str:
     names = OPTIONS.get(name, OldNames())
     pairs = [part.partition("=") for part in listed.split(",")]
     given = {key.strip(): value for key, _, value in pairs}
-    if not given.keys() & {*names.renamed, *names.unused}:
+    if not given.keys() & set(names):
         return text  # also where the list is malformed: whoever makes the optimizer says so
     options = names.current(given, f"{name}:")
     return f"{name}:" + ",".join(f"{key}={value}" for key, value in options.items())

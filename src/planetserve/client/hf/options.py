@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-from planetserve.config import ClientConfig, old_names_of
+from planetserve.config import ClientConfig
+from planetserve.config.old_names import old_names_of
 from planetserve.errors import ConfigError
 from planetserve.model.checkpoint import Checkpoint
 
@@ -169,9 +170,8 @@ class OwnSettings:
         own = checkpoint.config.to_dict()
         passed = {} if config is None else config.to_dict()
         # Petals' configurations hold the client's options too.
-        old_names = old_names_of(ClientConfig)
         fields = [field.name for field in dataclasses.fields(ClientConfig)]
-        for name in (*fields, *old_names.renamed, *old_names.unused):
+        for name in (*fields, *old_names_of(ClientConfig)):
             if name in passed and name not in own:
                 options.setdefault(name, passed.pop(name))
         asked = {name: options.pop(name) for name in [*options] if name in {*own, *_CLIENTS_OWN}}

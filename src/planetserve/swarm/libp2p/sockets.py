@@ -38,22 +38,24 @@ async def readable(sock: socket.socket) -> None:
     """Wait until a read would not block."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
-    loop.add_reader(sock, _resolve, ready)
+    number = sock.fileno()  # given a socket, asyncio describes it in an error that it then ignores
+    loop.add_reader(number, _resolve, ready)
     try:
         await ready
     finally:
-        loop.remove_reader(sock)
+        loop.remove_reader(number)
 
 
 async def writable(sock: socket.socket) -> None:
     """Wait until a write would not block."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
-    loop.add_writer(sock, _resolve, ready)
+    number = sock.fileno()
+    loop.add_writer(number, _resolve, ready)
     try:
         await ready
     finally:
-        loop.remove_writer(sock)
+        loop.remove_writer(number)
 
 
 async def send_all(sock: socket.socket, data: bytes) -> None:

@@ -198,3 +198,17 @@ def test_no_class_has_too_many_attributes() -> None:
     }
     assert large - set(LARGE_CLASSES) == set(), "split these, or say in LARGE_CLASSES why not"
     assert set(LARGE_CLASSES) - large == set(), "these are small now; LARGE_CLASSES has them still"
+
+
+ONE_DOOR = ("routing.exact", "routing.evolution")
+
+
+def test_packages_with_one_door_are_entered_by_it() -> None:
+    inner = {module_name(path) for path in MODULES if module_name(path).startswith(ONE_DOOR)}
+    inner -= set(ONE_DOOR)
+    for path in MODULES:
+        for line, name in imported_names(path):
+            owner = name.removeprefix("planetserve.")
+            owner = owner if owner in inner else owner.rpartition(".")[0]
+            door = owner.rpartition(".")[0]
+            assert owner not in inner or module_name(path).startswith(door), f"{path}:{line}"

@@ -28,7 +28,7 @@ from chain.output import markdown, new_figure, say
 from chain.swarms import SWARMS
 from planetserve.plan import main as plan_command
 from planetserve.routing.cost import price, reputation
-from planetserve.routing.exact.sweep import DEFAULT_EFFORT
+from planetserve.routing.exact import DEFAULT_EFFORT
 from planetserve.routing.front import hypervolume, pick_chain
 from planetserve.routing.optimizers import OPTIMIZERS
 from planetserve.routing.optimizers.nsga2 import Nsga2

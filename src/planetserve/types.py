@@ -53,6 +53,10 @@ class BlockSpan:
         """Whether every block of `other` is in this span."""
         return self.start <= other.start and other.end <= self.end
 
+    def overlap(self, other: BlockSpan) -> range:
+        """The blocks that are in both spans; an empty range where there are none."""
+        return range(max(self.start, other.start), min(self.end, other.end))
+
     @classmethod
     def parse(cls, text: str) -> BlockSpan:
         """Read `"a:b"`.

@@ -70,7 +70,7 @@ class ClientConfig:
     """Seconds to wait for the answer to a ping."""
     chain_optimizer: str = "shortest_path"
     """Name of the algorithm that picks the chain of servers, with its options after a colon, as in
-    nsga2:objectives=4."""
+    nsga2:population=100."""
     chain_cost_jitter: float = 0.1
     """Maximum share in [0, 1] by which a server's cost is raised at random before planning, so that
     clients that plan at the same time pick different chains. The chain may be slower than the best

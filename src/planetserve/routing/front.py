@@ -6,7 +6,7 @@ minimised in every coordinate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,15 +14,6 @@ from planetserve.errors import ConfigError
 from planetserve.routing.arrays import BoolArray, FloatArray, IntArray
 from planetserve.routing.request import ChainRequest
 from planetserve.types import Chain
-
-
-def non_dominated(chains: Iterable[Chain]) -> tuple[Chain, ...]:
-    """The front of `chains`; of equal ones the first."""
-    front: list[Chain] = []
-    for chain in sorted(chains, key=lambda c: (c.latency_ms, -c.throughput_tokens_per_s)):
-        if not front or chain.throughput_tokens_per_s > front[-1].throughput_tokens_per_s:
-            front.append(chain)
-    return tuple(front)
 
 
 def undominated_rows(objectives: FloatArray) -> IntArray:
@@ -75,7 +66,7 @@ def pick_chain(front: Sequence[Chain], request: ChainRequest) -> Chain:
         return max(front, key=lambda chain: chain.throughput_tokens_per_s)
     if request.pick == "request":
         return min(front, key=lambda chain: request_ms(chain, request))
-    return _knee(front)
+    return _knee_point(front)
 
 
 def request_ms(chain: Chain, request: ChainRequest) -> float:
@@ -84,7 +75,7 @@ def request_ms(chain: Chain, request: ChainRequest) -> float:
     return prompt_ms + request.output_tokens * chain.latency_ms
 
 
-def _knee(front: Sequence[Chain]) -> Chain:
+def _knee_point(front: Sequence[Chain]) -> Chain:
     latency = _unit_scale(np.array([chain.latency_ms for chain in front]))
     throughput = _unit_scale(np.array([chain.throughput_tokens_per_s for chain in front]))
     return front[int(np.argmax(throughput - latency))]

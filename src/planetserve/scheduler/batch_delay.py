@@ -187,13 +187,9 @@ class BatchDelay:
         latest_s, num_together, most_s = now_s, len(ready), math.inf
         for session_id, late_s in self._away.items():
             session = self._sessions[session_id]
-            saved_s = self._saved_s * max(_overlap(session.span, span) for span in spans)
+            saved_s = self._saved_s * max(len(session.span.overlap(span)) for span in spans)
             if session_id not in ready and session.way_back.mean_s < saved_s:
                 latest_s = max(latest_s, late_s)
                 num_together += 1
                 most_s = min(most_s, saved_s)
         return latest_s - now_s if self._return_times.at(num_together) < most_s else 0.0
-
-
-def _overlap(one: BlockSpan, other: BlockSpan) -> int:
-    return min(one.end, other.end) - max(one.start, other.start)

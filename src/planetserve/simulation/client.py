@@ -228,10 +228,11 @@ class SimClient:
         """
         members, points = [], []
         for number, point in self._usable(now_s, None, 0):
-            start, end = max(point.start, span.start), min(point.end, span.end)
-            if number not in without and start < end:
+            shared = span.overlap(point.span)
+            if number not in without and shared:
+                start, end = shared.start - span.start, shared.stop - span.start
                 members.append(number)
-                points.append(replace(point, start=start - span.start, end=end - span.start))
+                points.append(replace(point, start=start, end=end))
         links = self._world.links
         half = links.matrix([*members, self.node])
         before, after = (self.node if side is None else side for side in sides)

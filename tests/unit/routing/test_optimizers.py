@@ -9,7 +9,7 @@ import pytest
 
 from planetserve.errors import MissingBlocksError, NoChainAvailable
 from planetserve.routing.cost import check_chain, latency_ms, throughput_tokens_per_s
-from planetserve.routing.exact.sweep import gap_of, sweep
+from planetserve.routing.exact import gap_of, sweep
 from planetserve.routing.optimizers import OPTIMIZERS
 from planetserve.routing.optimizers.nsga2 import Nsga2
 from planetserve.routing.optimizers.pareto_exact import ParetoExact

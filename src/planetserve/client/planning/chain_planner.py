@@ -80,9 +80,9 @@ class ChainPlanner:
         self.remote = split_blocks(config, facts.num_blocks).remote
         """The blocks that the swarm runs."""
         self.trusted = {
-            inside: names
+            BlockSpan(inside.start, inside.stop): names
             for span, names in trusted_spans(config, facts.num_blocks).items()
-            if (inside := _overlap(span, self.remote)) is not None
+            if (inside := span.overlap(self.remote))
         }
         """Remote blocks that only some servers may run, by their true numbers."""
         self._config = config
@@ -154,11 +154,11 @@ class ChainPlanner:
         """
         allowed, room = np.zeros((2, len(self.remote)), dtype=np.int64)
         for info in servers:
-            inside = _overlap(info.span, self.remote)
-            if inside is None:
+            inside = info.span.overlap(self.remote)
+            if not inside:
                 continue
             blocks = np.zeros(len(self.remote), dtype=bool)
-            blocks[inside.start - self.remote.start : inside.end - self.remote.start] = True
+            blocks[inside.start - self.remote.start : inside.stop - self.remote.start] = True
             for span, names in self.trusted.items():
                 if info.peer_id not in names:
                     blocks[span.start - self.remote.start : span.end - self.remote.start] = False
@@ -246,12 +246,12 @@ class ChainPlanner:
 
     def _point(self, info: ServerInfo, blocks: BlockSpan) -> ServerPoint | None:
         """The planner's view of a server, its span cut to `blocks` and counted there."""
-        inside = _overlap(info.span, blocks)
+        inside = info.span.overlap(blocks)
         point = usable_point(info, self._facts.num_blocks)
-        if inside is None or point is None:
+        if not inside or point is None:
             return None
         first = blocks.start
-        return dataclasses.replace(point, start=inside.start - first, end=inside.end - first)
+        return dataclasses.replace(point, start=inside.start - first, end=inside.stop - first)
 
     def _make_optimizer(self, seed: int) -> ChainOptimizer:
         """The optimizer of the settings; those that draw among equals draw by `seed`."""
@@ -285,9 +285,9 @@ class ChainPlanner:
     def _request(self, tokens: int, gap: Gap | None) -> ChainRequest:
         blocks = self.remote if gap is None else gap.span
         trusted = {
-            BlockSpan(inside.start - blocks.start, inside.end - blocks.start): names
+            BlockSpan(inside.start - blocks.start, inside.stop - blocks.start): names
             for span, names in self.trusted.items()
-            if (inside := _overlap(span, blocks)) is not None
+            if (inside := span.overlap(blocks))
         }
         return ChainRequest(tokens=tokens, trusted=trusted)
 
@@ -374,11 +374,6 @@ def _hop_overhead_ms(servers: Sequence[ServerInfo]) -> float:
 def spans_text(missing: Sequence[tuple[int, int]]) -> str:
     """Spans of blocks in words."""
     return "blocks " + ", ".join(f"{start}:{end}" for start, end in missing)
-
-
-def _overlap(one: BlockSpan, other: BlockSpan) -> BlockSpan | None:
-    start, end = max(one.start, other.start), min(one.end, other.end)
-    return BlockSpan(start, end) if start < end else None
 
 
 def _clipped(missing: Iterable[tuple[int, int]], span: BlockSpan) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ import numpy as np
 from planetserve.routing.arrays import IntArray
 from planetserve.routing.evolution.label_front import walk_front
 from planetserve.routing.evolution.objectives import log_mistrust, prices
-from planetserve.routing.exact.sweep import DEFAULT_EFFORT, sweep
+from planetserve.routing.exact import DEFAULT_EFFORT, sweep
 from planetserve.routing.optimizers.greedy import greedy_chain
 from planetserve.routing.optimizers.shortest_path import least_latency_hosts
 from planetserve.routing.problem import RoutingProblem

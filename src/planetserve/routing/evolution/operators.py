@@ -8,8 +8,8 @@ import numpy as np
 
 from planetserve.routing.arrays import IntArray
 from planetserve.routing.evolution.objectives import evaluate, run_starts
-from planetserve.routing.exact.bounds import Limits, RunGraph, between, cheapest_runs, usage
 from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.run_graph import Limits, RunGraph, between, cheapest_runs, usage
 
 Rng = np.random.Generator
 

@@ -5,12 +5,17 @@ A floor of `r` tokens per second allows server `s` at most `block_rate[s] / r` b
 with one block per server it is a travelling salesman's problem. So it is solved in three steps,
 each used only where the one before leaves a gap:
 
-- `bounds.py`: limit every run on its own and forget earlier visits. A dynamic programme; a lower
+- `run_graph.py`: limit every run on its own and forget earlier visits. A dynamic programme; a lower
   bound always, and the answer whenever its chain keeps the limits anyway.
 - `lagrangian.py`: price the limits that were broken, which raises the bound.
 - `label_setting.py`: count the broken limits exactly, searching only what the bound leaves.
 
 `large_neighbourhood_search.py` changes parts of good chains, which finds chains where proofs are
 out of reach. `sweep.py` puts floor after floor, and `search_budget.py` bounds the effort of all of
-it together.
+it together. docs/exact_and_evolution.md explains the method. Others import `sweep` from here, and
+nothing from the files inside.
 """
+
+from planetserve.routing.exact.sweep import DEFAULT_EFFORT, Swept, gap_of, sweep
+
+__all__ = ["DEFAULT_EFFORT", "Swept", "gap_of", "sweep"]

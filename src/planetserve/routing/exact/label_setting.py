@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from planetserve.routing.arrays import BoolArray, FloatArray, IntArray
-from planetserve.routing.exact.bounds import Limits, RunGraph, Stretch, whole_chain
 from planetserve.routing.exact.lagrangian import Priced
 from planetserve.routing.exact.packed_counts import PackedCounts, Used
+from planetserve.routing.run_graph import Limits, RunGraph, Stretch, whole_chain
 
 _PAIRWISE = 96
 """Up to this many labels, all pairs are compared at once; above, server by server."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planetserve.routing.arrays import FloatArray
-from planetserve.routing.exact.bounds import Bounds, Limits, RunGraph, lower_bounds, usage
+from planetserve.routing.run_graph import Bounds, Limits, RunGraph, lower_bounds, usage
 
 _SHRINK = 0.9
 """Factor on the step length whenever a step did not raise the bound."""

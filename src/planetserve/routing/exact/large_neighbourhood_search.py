@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from planetserve.routing.exact.bounds import (
+from planetserve.routing.exact.label_setting import LabelSearch
+from planetserve.routing.exact.lagrangian import Priced
+from planetserve.routing.exact.packed_counts import PackedCounts
+from planetserve.routing.exact.search_budget import Hosts, SearchBudget
+from planetserve.routing.run_graph import (
     Limits,
     RunGraph,
     Stretch,
@@ -17,10 +21,6 @@ from planetserve.routing.exact.bounds import (
     cheapest_runs,
     usage,
 )
-from planetserve.routing.exact.label_setting import LabelSearch
-from planetserve.routing.exact.lagrangian import Priced
-from planetserve.routing.exact.packed_counts import PackedCounts
-from planetserve.routing.exact.search_budget import Hosts, SearchBudget
 
 _WINDOW = 20
 _BEAM = 24

@@ -5,10 +5,10 @@ Ignores costs and the limits on visits, so "no" is a proof and "yes" comes with 
 
 from __future__ import annotations
 
-from planetserve.routing.exact.bounds import Limits, RunGraph
+from planetserve.routing.run_graph import Limits, RunGraph
 
 
-def deal_out(graph: RunGraph, limits: Limits) -> tuple[int, ...] | None:
+def assign_blocks(graph: RunGraph, limits: Limits) -> tuple[int, ...] | None:
     """A host per block that keeps the limits on blocks; None proves that there is none."""
     load: list[list[int]] = [[] for _ in limits.blocks]
     host: dict[int, int] = {}

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planetserve.routing.arrays import BoolArray, IntArray
-from planetserve.routing.exact.bounds import Counts, Limits
+from planetserve.routing.run_graph import Counts, Limits
 
 Used = NDArray[np.uint64]
 """`[paths, words]`: what each path has used of everything that is counted."""

@@ -6,8 +6,8 @@ import math
 import time
 from bisect import bisect_left
 
-from planetserve.routing.exact.bounds import RunGraph
 from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.run_graph import RunGraph
 from planetserve.types import Chain
 
 TOLERANCE = 1e-9

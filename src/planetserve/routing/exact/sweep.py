@@ -15,13 +15,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from planetserve.routing.exact.bounds import Limits
 from planetserve.routing.exact.label_setting import beam_effort
 from planetserve.routing.exact.large_neighbourhood_search import LargeNeighbourhoodSearch
-from planetserve.routing.exact.matching import deal_out
+from planetserve.routing.exact.matching import assign_blocks
 from planetserve.routing.exact.search_budget import TOLERANCE, SearchBudget
 from planetserve.routing.exact.throughput_constraint import ThroughputConstraint
 from planetserve.routing.problem import RoutingProblem
+from planetserve.routing.run_graph import Limits
 from planetserve.types import Chain
 
 DEFAULT_EFFORT = 200_000
@@ -137,7 +137,7 @@ def _top_rate(work: SearchBudget) -> float:
     while low < 0.99 * high:
         middle = math.sqrt(low * high)
         work.spend_passes(1)
-        if deal_out(work.graph, Limits.at_rate(problem, middle)) is None:
+        if assign_blocks(work.graph, Limits.at_rate(problem, middle)) is None:
             high = middle
         else:
             low = middle

@@ -10,13 +10,13 @@ import math
 
 import numpy as np
 
-from planetserve.routing.exact.bounds import Limits, usage
 from planetserve.routing.exact.label_setting import LabelSearch
 from planetserve.routing.exact.lagrangian import Priced, ascend, unpriced
 from planetserve.routing.exact.large_neighbourhood_search import LargeNeighbourhoodSearch
-from planetserve.routing.exact.matching import deal_out
+from planetserve.routing.exact.matching import assign_blocks
 from planetserve.routing.exact.packed_counts import PackedCounts
 from planetserve.routing.exact.search_budget import TOLERANCE, Hosts, SearchBudget
+from planetserve.routing.run_graph import Limits, usage
 from planetserve.types import Chain
 
 _DUAL_STEPS = 12
@@ -115,7 +115,7 @@ class ThroughputConstraint:
             if effort > 0 and self._best_ms(rate) <= lower * (1 + _PROVABLE):
                 lower, _ = self._search(rate, limits, priced, lower, effort)
         if work.best(rate) is None:
-            dealt = deal_out(work.graph, limits)
+            dealt = assign_blocks(work.graph, limits)
             if dealt is None:
                 return math.inf
             self._neighbourhood.improve(dealt, limits)

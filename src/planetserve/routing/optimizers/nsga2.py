@@ -39,7 +39,8 @@ class Nsga2:
             one is done before. 0 sets no limit.
 
     Raises:
-        ConfigError: an argument is out of range, or pymoo is not installed.
+        ConfigError: an argument is out of range, or pymoo is not installed. When planning: more
+            than two objectives, and a snapshot without reputations and prices.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Nsga2:
             raise ConfigError(f"time_limit_s must not be negative, not {time_limit_s!r}")
         if importlib.util.find_spec("pymoo") is None:
             raise ConfigError("nsga2 needs pymoo: pip install 'planetserve[nsga2]'")
-        importlib.import_module("planetserve.routing.evolution.loop")
+        importlib.import_module("planetserve.routing.evolution")
         self._objectives = objectives
         self._population = population
         self._generations = generations
@@ -71,8 +72,9 @@ class Nsga2:
         return pick_chain(self.front(snapshot, request), request)
 
     def front(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[Chain, ...]:
-        from planetserve.routing.evolution.loop import Settings, evolve
+        from planetserve.routing.evolution import Settings, evolve
 
+        self._check_objectives(snapshot)
         problem = RoutingProblem.build(snapshot, request)
         settings = Settings(
             objectives=self._objectives,
@@ -87,6 +89,15 @@ class Nsga2:
         # Costs added up in another order differ in the last digit, which decides between equals.
         exact = np.array([self._costs(snapshot, chain) for chain in found])
         return tuple(found[i] for i in undominated_rows(exact))
+
+    def _check_objectives(self, snapshot: SwarmSnapshot) -> None:
+        servers = snapshot.servers
+        if self._objectives > 2 and all(s.reputation == 1 and s.price == 0 for s in servers):
+            raise ConfigError(
+                f"nsga2:objectives={self._objectives} needs servers' reputations or prices, which "
+                "no live swarm announces yet; use objectives=2, or planetserve plan --snapshot "
+                "with a file that has them"
+            )
 
     def _costs(self, snapshot: SwarmSnapshot, chain: Chain) -> list[float]:
         costs = [chain.latency_ms, -chain.throughput_tokens_per_s]

@@ -9,7 +9,7 @@ by how much it might be beaten. `front` and `plan` take them as they are.
 from __future__ import annotations
 
 from planetserve.errors import ConfigError
-from planetserve.routing.exact.sweep import DEFAULT_EFFORT, sweep
+from planetserve.routing.exact import DEFAULT_EFFORT, sweep
 from planetserve.routing.front import pick_chain
 from planetserve.routing.optimizers.base import ProvenFront
 from planetserve.routing.problem import RoutingProblem

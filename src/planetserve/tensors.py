@@ -11,15 +11,12 @@ import math
 import torch
 
 from planetserve.errors import ConfigError, RemoteProtocolError
+from planetserve.types import DTYPE_NAMES
 from planetserve.wire.frame import WireDtype
 
-_TO_WIRE = {
-    torch.float32: WireDtype.FLOAT32,
-    torch.float16: WireDtype.FLOAT16,
-    torch.bfloat16: WireDtype.BFLOAT16,
-}
+_BY_NAME: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+_TO_WIRE = {dtype: WireDtype[name.upper()] for name, dtype in _BY_NAME.items()}
 _FROM_WIRE = {wire: dtype for dtype, wire in _TO_WIRE.items()}
-_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -28,7 +25,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     Raises:
         ConfigError: activations of this dtype cannot travel.
     """
-    for name, known in _NAMES.items():
+    for name, known in _BY_NAME.items():
         if known == dtype:
             return name
     raise ConfigError(f"dtype {dtype} cannot be served; use float32, bfloat16 or float16")
@@ -36,7 +33,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def named_dtype(name: str) -> torch.dtype:
     """The inverse of `dtype_name`."""
-    return _NAMES[name]
+    return _BY_NAME[name]
 
 
 def wire_dtype(dtype: torch.dtype) -> WireDtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from typing_extensions import override
 
@@ -16,6 +17,11 @@ from planetserve.errors import ConfigError
 
 PeerId = str
 """A libp2p peer id in base58; for the Ed25519 keys used here it contains the public key."""
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+DTYPE_NAMES: tuple[DtypeName, ...] = get_args(DtypeName)
+"""What weights and activations may be, as torch and settings name it. `wire/frame.py` numbers them,
+`tensors.py` and `model/checkpoint.py` have torch's own."""
 
 CLIENT = "client"
 """The name of the client's end of the ring wherever a peer id could stand."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from planetserve.errors import ConfigError
+from planetserve.types import DTYPE_NAMES
 
-TORCH_DTYPES = ("auto", "float32", "bfloat16", "float16")
+TORCH_DTYPES = ("auto", *DTYPE_NAMES)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 

@@ -25,15 +25,12 @@ from planetserve.model.file_sources import CONFIG_FILE, FileSource, open_source
 from planetserve.model.json_files import read_json_object
 from planetserve.model.shards import TensorEntry, read_header, read_samples, read_tensor
 from planetserve.model.weight_files import locate, weight_files, why_no_config
+from planetserve.types import DTYPE_NAMES
 
 GENERATION_FILE = "generation_config.json"
 SAMPLE_BYTES = 64
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 _VOLATILE_KEYS = frozenset(
     {"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "use_cache"}

@@ -26,7 +26,7 @@ from planetserve.clock import Clock
 from planetserve.config import MAX_RECORD_LIFETIME_S
 from planetserve.crypto.identity import SIGNATURE_BYTES, Identity, verify
 from planetserve.errors import ConfigError, LocalProtocolError, RemoteProtocolError
-from planetserve.types import BlockSpan, PeerId, ServerInfo, ServerState
+from planetserve.types import BlockSpan, DtypeName, PeerId, ServerInfo, ServerState
 
 MAX_RECORD_BYTES = 4096
 MAX_CLOCK_SKEW_S = 30.0
@@ -51,7 +51,6 @@ Milliseconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
 UnixTime = Annotated[float, Field(gt=0, le=1e11, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Block = Annotated[int, Field(ge=0, le=65535)]
-Dtype = Literal["float32", "float16", "bfloat16"]
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -90,7 +89,7 @@ class ServerBody(Body):
     start: Block
     end: Block
     state: Literal["joining", "online", "draining", "offline"]
-    dtype: Dtype
+    dtype: DtypeName
     addresses: Annotated[list[Text], Field(max_length=MAX_ADDRESSES)]
     decode_ms_per_block: Positive
     alone_ms_per_block: Milliseconds
@@ -131,7 +130,7 @@ class ModelBody(Body):
     """That a model is served in this swarm; made by a few of its servers, not by all."""
 
     kind: Literal["model"] = "model"
-    dtype: Dtype
+    dtype: DtypeName
 
     @override
     def dht_key(self) -> bytes:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planetserve.errors import CapacityError, PlanetServeError, RemoteProtocolError
+from planetserve.types import DtypeName
 from planetserve.wire.frame import MAX_EDGE
 from planetserve.wire.step import MAX_POSITION, MAX_ROWS
 
@@ -85,7 +86,7 @@ class OpenSession(Message):
 
     model: ShortText
     fingerprint: ShortText
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: DtypeName
     start: Block
     end: Block
     num_rows: Annotated[int, Field(ge=1, le=MAX_ROWS)]

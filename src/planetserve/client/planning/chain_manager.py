@@ -40,7 +40,7 @@ from planetserve.routing.migration import Offer
 from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.swarm.libp2p.node import SwarmNode
 from planetserve.swarm.network import Join
-from planetserve.tensors import dtype_name
+from planetserve.tensors import dtype_name, named_dtype
 from planetserve.types import Chain, PeerId, ServerInfo
 from planetserve.wire.frame import SESSION_BYTES
 
@@ -53,7 +53,6 @@ _PROMPT_RETRIES = 2
 """Servers that fail together are found one by one: the first retries do not wait."""
 _MAX_WISH = 8.0
 """Times the client's own back-off that a server which asks for it is given at most."""
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class ChainManager:
@@ -338,4 +337,4 @@ def _check_peer_ids(config: ClientConfig) -> None:
 def _wire_dtype(servers: Iterable[ServerInfo]) -> torch.dtype:
     """The servers' own dtype, so that nothing wider than they compute in travels."""
     names = {info.dtype for info in servers}
-    return _DTYPES[names.pop()] if len(names) == 1 else torch.float32
+    return named_dtype(names.pop()) if len(names) == 1 else torch.float32

@@ -11,9 +11,9 @@ each used only where the one before leaves a gap:
 - `label_setting.py`: count the broken limits exactly, searching only what the bound leaves.
 
 `large_neighbourhood_search.py` changes parts of good chains, which finds chains where proofs are
-out of reach. `epsilon_constraint.py` puts floor after floor, and `search_budget.py` bounds the effort of all of
-it together. docs/exact_and_evolution.md explains the method. Others import `sweep` from here, and
-nothing from the files inside.
+out of reach. `epsilon_constraint.py` puts floor after floor, and `search_budget.py` bounds the
+effort of all of it together. docs/exact_and_evolution.md explains the method. Others import `sweep`
+from here, and nothing from the files inside.
 """
 
 from planetserve.routing.exact.epsilon_constraint import DEFAULT_EFFORT, Swept, gap_of, sweep

@@ -150,7 +150,11 @@ class Engine:
         return self._reservations.leased_tokens(session_id)
 
     def submit(
-        self, session_id: bytes, table: StepTable, hidden_TD: torch.Tensor
+        self,
+        session_id: bytes,
+        table: StepTable,
+        hidden_TD: torch.Tensor,
+        output: asyncio.Future[torch.Tensor] | None = None,
     ) -> asyncio.Future[torch.Tensor]:
         """Queue a step behind the session's earlier ones.
 
@@ -159,6 +163,7 @@ class Engine:
             table: which tokens of which rows.
             hidden_TD: `[table.num_tokens, hidden]`; must never be changed: it may be kept for as
                 long as the session, in case its KV cache has to be computed again.
+            output: a future of the caller's that is returned; by default a new one.
 
         Returns:
             A future of the span's output in the same layout, on the CPU in the span's dtype. It may
@@ -192,15 +197,19 @@ class Engine:
         most = 2 * self._reservations.leased_tokens(session_id)
         if len(pending) >= self.config.max_queued_steps or (queued and queued + num_tokens > most):
             raise QueueFull("the session has too many unfinished steps; wait for their results")
-        future: asyncio.Future[torch.Tensor] = asyncio.get_running_loop().create_future()
+        future = output or asyncio.get_running_loop().create_future()
         pending[future] = num_tokens
-        future.add_done_callback(pending.pop)
         item = StepRequest(self._num_items, session_id, table.rows, table.reorder)
         self._num_items += 1
         job = Job(item, table.positions, hidden_TD, future, self._clock.monotonic())
-        if table.is_decode:
-            num_blocks = self._num_blocks[session_id]
-            future.add_done_callback(lambda done: self._on_decoded(job, num_blocks, done))
+        num_blocks = self._num_blocks[session_id] if table.is_decode else 0
+
+        def on_done(done: asyncio.Future[torch.Tensor]) -> None:
+            del pending[done]
+            if num_blocks:
+                self._on_decoded(job, num_blocks, done)
+
+        future.add_done_callback(on_done)
         self._worker.post(functools.partial(self._worker.accept, job))
         return future
 

@@ -114,6 +114,7 @@ class FusedLayers:
     ) -> torch.Tensor:
         layer, kernels = self._layers[index], self._kernels
         num_tokens, width = len(hidden_TD), layer.head_width
+        rotated = rotation[0].shape[-1]
         normed_TD = torch.empty_like(hidden_TD)
         kernels.rms_norm(hidden_TD, *layer.entry, normed_TD)
         query_THD, key_TKD, value_TKD = (
@@ -125,7 +126,7 @@ class FusedLayers:
                 rows = x.view(-1, len(norm[0]))
                 kernels.rms_norm(rows, *norm, rows)
             # Some families rotate only the first part of a head.
-            kernels.rotate(x[..., : rotation[0].shape[-1]], *rotation)
+            kernels.rotate(x if rotated == width else x[..., :rotated], *rotation)
         pages = cache.layer(index, key_TKD, value_TKD)
         kernels.store(key_TKD, batch.slots_T, pages.keys_PSKD)
         kernels.store(value_TKD, batch.slots_T, pages.values_PSKD)

@@ -205,16 +205,22 @@ class Kernels:
             ValueError: a table has another size or layout; the kernel would read past it.
         """
         num_tokens, num_heads, width = x_THD.shape
-        for table in (cos_TD, sin_TD):
-            fits = table.shape == (num_tokens, width) and table.dtype == x_THD.dtype
-            if width % 2 or not fits or not table.is_contiguous():
-                raise ValueError(f"a rotary table {tuple(table.shape)} for {tuple(x_THD.shape)}")
-        if x_THD.stride(1) != width:  # parts of heads: each is a token of one head to the kernel
+        dtype, size = x_THD.dtype, (num_tokens, width)
+        if (
+            width % 2
+            or not cos_TD.shape == sin_TD.shape == size
+            or not (cos_TD.dtype is sin_TD.dtype is dtype)
+            or not (cos_TD.is_contiguous() and sin_TD.is_contiguous())
+        ):
+            raise ValueError(
+                f"rotary tables {tuple(cos_TD.shape)} and {tuple(sin_TD.shape)} "
+                f"for {tuple(x_THD.shape)}"
+            )
+        stride, head_stride, _ = x_THD.stride()
+        if head_stride != width:  # parts of heads: each is a token of one head to the kernel
             cos_TD, sin_TD = (x.repeat_interleave(num_heads, 0) for x in (cos_TD, sin_TD))
-            num_tokens, num_heads, stride = num_tokens * num_heads, 1, x_THD.stride(1)
-        else:
-            stride = x_THD.stride(0)
-        self._rotate[x_THD.dtype](
+            num_tokens, num_heads, stride = num_tokens * num_heads, 1, head_stride
+        self._rotate[dtype](
             self._level, x_THD.data_ptr(), stride, num_tokens, num_heads, width,
             cos_TD.data_ptr(), sin_TD.data_ptr(),
         )  # fmt: skip

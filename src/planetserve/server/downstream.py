@@ -248,7 +248,8 @@ class Downstream:
         if sealer is None or self._target is not target:
             raise StreamClosed("this hop has another next one now")
         received, output_TD = chunk.header, chunk.hidden_TD
-        if following is None and received.flags & FLAG_KEEP_LAST:
+        keeps_last = following is None and received.flags & FLAG_KEEP_LAST
+        if keeps_last and not chunk.table.is_decode:
             output_TD = output_TD[chunk.table.last_tokens()]
         header = FrameHeader(
             FrameType.STEP,

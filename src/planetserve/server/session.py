@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -134,7 +135,10 @@ class ServerSession:
         self._engine = engine = shared.engine
         self._share = PeerBackpressure(shared.gate, control.remote)
         self._control = control
-        self._queue: asyncio.Queue[_Pending] = asyncio.Queue(MAX_STEPS_IN_FLIGHT)
+        self._slots = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
+        self._running: deque[_Pending] = deque()
+        self._awaited: asyncio.Future[torch.Tensor] | None = None
+        """What the next step's output will be put into, while no step is running."""
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._channel = channel
         self._upstream = Upstream(
@@ -166,7 +170,6 @@ class ServerSession:
         self._dealt = asyncio.Event()
         self._num_rewires = 0
         self._ingesting: set[asyncio.Task[None]] = set()
-        self._num_running = 0
         self._next_answer_s = 0.0
 
     @property
@@ -301,10 +304,11 @@ class ServerSession:
         arrived = await self._upstream.take(stream, header)
         if arrived is None:
             return
-        future = self._engine.submit(self.key, arrived.table, arrived.hidden_TD)
-        self._num_running += 1
+        await self._slots.acquire()
+        awaited, self._awaited = self._awaited, None
+        output = self._engine.submit(self.key, arrived.table, arrived.hidden_TD, awaited)
         entering_s = asyncio.get_running_loop().time() - arrived.arrived_s
-        await self._queue.put(_Pending(arrived, future, entering_s))
+        self._running.append(_Pending(arrived, output, entering_s))
 
     async def _is_given_up(self) -> bool:
         """Whether CLOSE comes instead of EDGE_KEYS, as when another hop of the ring refuses."""
@@ -381,7 +385,7 @@ class ServerSession:
             frames_received=self._upstream.frames_received,
             frames_sent=self._downstream.frames_sent,
             bytes_received=self._upstream.bytes_received(),
-            steps_running=self._num_running,
+            steps_running=len(self._running),
         )
         header = FrameHeader(FrameType.STATUS, session=self.session_id, edge=self.open.edge)
         await self._control.send(header, progress.encode())
@@ -402,23 +406,29 @@ class ServerSession:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                pending = await self._queue.get()
+                # Where no step is running, its future is made before it comes: one wake-up a step.
+                if not self._running:
+                    self._awaited = loop.create_future()
+                output_TD = await (self._awaited or self._running[0].output)
+                pending = self._running.popleft()
                 arrived = pending.arrived
-                output_TD = await pending.output
                 done_s = loop.time()
-                self._num_running -= 1
                 if not is_finite(output_TD):
                     # The next one would take it for this hop's fault.
                     raise RemoteProtocolError("what came in makes numbers that are not finite")
-                offset = 0
-                for header, table in arrived.chunks:
-                    end = offset + table.num_tokens
-                    await self._downstream.push(header, table, output_TD[offset:end])
-                    offset = end
+                if len(arrived.chunks) == 1:
+                    await self._downstream.push(*arrived.chunks[0], output_TD)
+                else:
+                    offset = 0
+                    for header, table in arrived.chunks:
+                        end = offset + table.num_tokens
+                        await self._downstream.push(header, table, output_TD[offset:end])
+                        offset = end
                 if arrived.table.is_decode:
                     handling_s = pending.entering_s + loop.time() - done_s
                     self._engine.count_handling(1000 * handling_s)
                 self._upstream.leave(arrived)
+                self._slots.release()
         except PlanetServeError as error:
             # The engine refused what the upstream hop computed, or was handed.
             self.blame_upstream(error, self._upstream.previous)

@@ -268,14 +268,20 @@ def _padded(packed: bytes) -> bytes:
 
 
 def _check(table: StepTable, num_rows: int, num_tokens: int) -> None:
-    if not table.rows:
+    rows = table.rows
+    if not rows:
         raise RemoteProtocolError("bad step: no rows")
-    seen = {piece.row for piece in table.rows}
-    if len(seen) != len(table.rows) or any(row >= num_rows for row in seen):
-        raise RemoteProtocolError("bad step: a row is unknown or named twice")
-    if any(not 0 < piece.num_tokens <= piece.end <= MAX_POSITION for piece in table.rows):
-        raise RemoteProtocolError("bad step: an empty row, or one past the largest position")
-    if table.num_tokens != num_tokens:
+    if len(rows) > 1 and len({piece.row for piece in rows}) != len(rows):
+        raise RemoteProtocolError("bad step: a row is named twice")
+    total = 0
+    for piece in rows:
+        count = piece.num_tokens
+        if piece.row >= num_rows:
+            raise RemoteProtocolError("bad step: an unknown row")
+        if not 0 < count <= piece.start + count <= MAX_POSITION:
+            raise RemoteProtocolError("bad step: an empty row, or one past the largest position")
+        total += count
+    if total != num_tokens:
         raise RemoteProtocolError("bad step: rows and header disagree on the number of tokens")
     if table.reorder is not None and any(row >= num_rows for row in table.reorder):
         raise RemoteProtocolError("bad step: reorder names an unknown row")

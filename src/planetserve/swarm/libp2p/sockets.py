@@ -34,6 +34,78 @@ def raise_file_limit() -> int:
     return now if 0 <= now < most else most
 
 
+class SocketReader:
+    """Reads a non-blocking socket, for one reader at a time.
+
+    The event loop goes on watching the socket from one read to the next: most streams are read
+    again before anything comes, and asking the system anew takes longer than the read.
+    """
+
+    def __init__(self, sock: socket.socket):
+        self.num_bytes = 0
+        """Bytes read so far."""
+        self._socket = sock
+        self._waiting: tuple[bytearray, int, asyncio.Future[None]] | None = None
+        self._watched_by: asyncio.AbstractEventLoop | None = None
+
+    async def read_into(self, buffer: bytearray, limit: int) -> None:
+        """Append up to `limit` received bytes to `buffer`.
+
+        What was read is in the buffer before the caller goes on, so a cancellation loses nothing.
+
+        Raises:
+            OSError: the connection broke.
+            EOFError: it ended.
+        """
+        try:
+            self._read(buffer, limit)
+        except BlockingIOError:
+            await self._wait(buffer, limit)
+        else:
+            # A peer that sends faster than this node reads must not keep the event loop to itself.
+            await asyncio.sleep(0)
+
+    def unwatch(self) -> None:
+        """Have the loop forget the socket; to be called before it is closed."""
+        loop, self._watched_by = self._watched_by, None
+        if loop is not None and not loop.is_closed():
+            loop.remove_reader(self._socket.fileno())
+
+    def _read(self, buffer: bytearray, limit: int) -> None:
+        piece = self._socket.recv(limit)
+        if not piece:
+            raise EOFError
+        buffer += piece
+        self.num_bytes += len(piece)
+
+    async def _wait(self, buffer: bytearray, limit: int) -> None:
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        self._waiting = buffer, limit, done
+        if self._watched_by is None:
+            loop.add_reader(self._socket.fileno(), self._on_readable)
+            self._watched_by = loop
+        try:
+            await done
+        finally:
+            self._waiting = None
+
+    def _on_readable(self) -> None:
+        if self._waiting is None or self._waiting[2].done():
+            # Nobody reads, so a full socket is to stop the peer.
+            self.unwatch()
+            return
+        buffer, limit, done = self._waiting
+        try:
+            self._read(buffer, limit)
+        except BlockingIOError:
+            return
+        except (OSError, EOFError) as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+
 async def readable(sock: socket.socket) -> None:
     """Wait until a read would not block."""
     loop = asyncio.get_running_loop()

@@ -28,7 +28,7 @@ from planetserve.errors import HopTimeout, LocalProtocolError, RemoteProtocolErr
 from planetserve.swarm.bandwidth import BandwidthMeter
 from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.libp2p.forks import keep_from_children
-from planetserve.swarm.libp2p.sockets import readable, writable
+from planetserve.swarm.libp2p.sockets import SocketReader, writable
 from planetserve.swarm.network import Buffer, FrameTap
 from planetserve.types import PeerId
 from planetserve.wire.frame import HEADER_BYTES, FrameHeader
@@ -136,13 +136,17 @@ class FrameStream:
         self._large_slot = _LargeSlot(table.large_slots(remote))
         self._num_active = 0
         self._num_unwaited = 0
-        self.bytes_received = 0
-        """Bytes read so far, those of a frame that is still under way included."""
+        self._reader = SocketReader(sock)
         self._receiving = False
         self._can_send = True
         self._closed = False
         self._drain = BandwidthMeter()
         table.open.add(self)
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes read so far, those of a frame that is still under way included."""
+        return self._reader.num_bytes
 
     @property
     def closed(self) -> bool:
@@ -163,11 +167,16 @@ class FrameStream:
         """
         if isinstance(payload, bytes | bytearray | memoryview):
             payload = (payload,)
-        views = [memoryview(part).cast("B") for part in payload if memoryview(part).nbytes]
-        num_bytes = sum(view.nbytes for view in views)
+        views = [memoryview(b"")]
+        num_bytes = 0
+        for part in payload:
+            view = memoryview(part)
+            if view.nbytes:
+                num_bytes += view.nbytes
+                views.append(view.cast("B"))
         if header.payload_bytes != num_bytes:
             header = header.numbered(header.sequence, num_bytes)
-        views.insert(0, memoryview(header.pack()))
+        views[0] = memoryview(header.pack())
         async with self._send_lock:
             await self._send_views(views)
         self._table.tap("sent", self.remote, header)
@@ -225,7 +234,11 @@ class FrameStream:
             RemoteProtocolError: a bad header; the stream is closed.
             LocalProtocolError: another task is receiving.
         """
-        header, payload = await self._reading(self._receive_frame(), timeout_s)
+        known, is_free = self._header, not (self._closed or self._receiving)
+        if known is not None and len(self._payload) == known.payload_bytes and is_free:
+            header, payload = known, self._take_payload()  # nothing to wait for
+        else:
+            header, payload = await self._reading(self._receive_frame(), timeout_s)
         self._table.tap("received", self.remote, header)
         return header, payload
 
@@ -266,7 +279,7 @@ class FrameStream:
             await asyncio.sleep(0)
         self._num_unwaited += 1
         while len(self._ahead) < HEADER_BYTES:
-            await self._read_into(self._ahead, _LARGE_BYTES)
+            await self._reader.read_into(self._ahead, _LARGE_BYTES)
         header = FrameHeader.unpack(memoryview(self._ahead)[:HEADER_BYTES])
         end = HEADER_BYTES + header.payload_bytes
         self._payload = self._ahead[HEADER_BYTES:end]
@@ -279,31 +292,14 @@ class FrameStream:
         if header.payload_bytes > _LARGE_BYTES and not self._large_slot.is_held:
             await self._large_slot.take()
         while len(self._payload) < header.payload_bytes:
-            await self._read_into(self._payload, header.payload_bytes - len(self._payload))
+            missing = header.payload_bytes - len(self._payload)
+            await self._reader.read_into(self._payload, min(missing, _READ_BYTES))
+        return header, self._take_payload()
+
+    def _take_payload(self) -> bytearray:
         payload, self._payload, self._header = self._payload, bytearray(), None
         self._large_slot.free()
-        return header, payload
-
-    async def _read_into(self, buffer: bytearray, limit: int) -> None:
-        """Append up to `limit` received bytes to `buffer`.
-
-        Waiting and reading are separate steps, so that a cancellation never loses what was read.
-        """
-        waited = False
-        while True:
-            try:
-                piece = self._socket.recv(min(limit, _READ_BYTES))
-                break
-            except BlockingIOError:
-                await readable(self._socket)
-                waited = True
-        if not piece:
-            raise EOFError
-        buffer += piece
-        self.bytes_received += len(piece)
-        if not waited:
-            # A peer that sends faster than this node reads must not keep the event loop to itself.
-            await asyncio.sleep(0)
+        return payload
 
     async def close(self) -> None:
         """Close this end; frames already sent still arrive. Idempotent, never raises."""
@@ -324,7 +320,7 @@ class FrameStream:
         try:
             async with asyncio.timeout(_LINGER_S):
                 while True:
-                    await self._read_into(bytearray(), _READ_BYTES)
+                    await self._reader.read_into(bytearray(), _READ_BYTES)
         except (OSError, EOFError):
             pass
         finally:
@@ -349,6 +345,7 @@ class FrameStream:
         self._num_active -= 1
         if self._closed and not self._num_active:
             self._large_slot.free()
+            self._reader.unwatch()
             self._socket.close()
             self._table.open.discard(self)
 

@@ -58,7 +58,7 @@ class AttentionBackend(Protocol):
     """Pages hold a multiple of so many tokens."""
 
     def max_grouped_context(self, device: torch.device, key_bytes: int) -> int:
-        """Longest context, in tokens, worth batch delay to serve several sequences in one call.
+        """Longest context, in tokens, worth gathering to serve several sequences in one call.
 
         `key_bytes` is what one token's keys take in the widest layer.
         """

@@ -1,7 +1,7 @@
 """Attention of decode steps with this project's kernels, of everything else with PyTorch's.
 
 A step of one or a few tokens reads its keys and values straight from the pages, once and in the
-order in which they lie, without batch delay them and without a mask. Windows, chunks, soft-caps,
+order in which they lie, without gathering them and without a mask. Windows, chunks, soft-caps,
 sinks and grouped-query heads are the kernel's own. Longer chunks, and layers that the kernel does
 not fit, go to `SdpaBackend`.
 """

@@ -120,7 +120,7 @@ class RaggedBatch:
         device: torch.device,
     ):
         """Args:
-        max_grouped_context: contexts of more tokens are not grouped, because batch delay them
+        max_grouped_context: contexts of more tokens are not grouped, because gathering them
             costs more than separate calls.
         """
         self._chunks = chunks

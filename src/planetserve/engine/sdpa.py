@@ -20,7 +20,7 @@ from planetserve.engine.kv_cache import LayerPages
 from planetserve.engine.ragged import Group, RaggedBatch
 
 _CPU_GROUPED_KEY_BYTES = 64 * 1024
-"""On a CPU, reading in place beats batch delay once a sequence's keys pass this size (measured)."""
+"""On a CPU, reading in place beats gathering once a sequence's keys pass this size (measured)."""
 _FEW_QUERIES = 8
 """On a CPU, half-precision attention of at most this many queries per key head is quicker, and more
 exact, after widening keys and values to float32 (measured: 4 to 6 times for one query)."""

@@ -46,6 +46,7 @@ def convert_span(blocks: SpanBlocks, backend_name: str) -> Counter[str]:
         return all_plain
     run = _trial(blocks)
     read = _read_outside(layers, run)
+    layers.sort(key=lambda layer: -layer.weight.numel())
     became = Counter(PLAIN if layer in read else backend.convert(layer) for layer in layers)
     became.update(experts.convert(mixture, backend.convert, PLAIN) for mixture in mixtures)
     try:

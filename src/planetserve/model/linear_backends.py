@@ -41,8 +41,9 @@ TIMED_ROWS = (1, 4, 16, 64)
 _TIMED_ROUNDS = 3
 _TIMING_LIMIT_S = 0.3
 _LEAST_TIMED_ELEMENTS = 1 << 16
-"""Smaller weights get the native layout untimed: their products differ by microseconds, and a
-decode pass is one call only where all of a layer's products are native."""
+"""Smaller weights are not timed: they stay plain, since calling an operator costs more than it
+saves, unless larger ones have become native. A decode pass is one call only where all products of
+its layers are native."""
 _LEAST_GAIN = 1.05
 _TIMED_ELEMENTS = 1 << 22
 """Of larger weights only this part is timed."""
@@ -53,7 +54,10 @@ class LinearBackend(Protocol):
     """Changes layers in place."""
 
     def convert(self, layer: nn.Module) -> str:
-        """Change one layer of a type in `LAYER_TYPES`; returns the name of what it is now."""
+        """Change one layer of a type in `LAYER_TYPES`; returns the name of what it is now.
+
+        The largest layers of a span come first.
+        """
         ...
 
     def reasons(self) -> str:
@@ -132,13 +136,13 @@ class Auto:
     def __init__(self) -> None:
         self._chosen: dict[tuple[object, ...], LinearBackend] = {}
         self._reasons: list[str] = []
-        self._untimed = Native()
 
     def convert(self, layer: nn.Module) -> str:
         if why_not_convertible(layer):
             return PLAIN
         if layer.weight.numel() < _LEAST_TIMED_ELEMENTS:
-            return self._untimed.convert(layer)
+            natives = [b for b in self._chosen.values() if isinstance(b, Native)]
+            return natives[0].convert(layer) if natives else PLAIN
         key = (type(layer), layer.weight.shape, layer.weight.dtype)
         if key not in self._chosen:
             with memory.apart():

@@ -39,9 +39,15 @@ _STORE = [_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER]
 _LAYERS = [_INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER]
 
 
-class AttentionShape(ctypes.Structure):
+class _Struct(ctypes.Structure):
+    # Without this a misspelt field would become an attribute, and the real one stay zero.
+    __slots__ = ()
+
+
+class AttentionShape(_Struct):
     """`attention_shape` of kernels.c; strides count elements, 0 is for no window, chunk or cap."""
 
+    __slots__ = ()
     _fields_ = [
         *((name, ctypes.c_long) for name in (
             "query_token", "query_head", "output_token", "output_head", "heads", "kv_heads",
@@ -52,21 +58,24 @@ class AttentionShape(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Product(ctypes.Structure):
+class Product(_Struct):
     """`product` of kernels.c: a packed weight."""
 
+    __slots__ = ()
     _fields_ = [("packed", _POINTER), ("bias", _POINTER), ("width", _LONG), ("outs", _LONG)]
 
 
-class Norm(ctypes.Structure):
+class Norm(_Struct):
     """`norm` of kernels.c: an RMS norm, or none if it has no weight."""
 
+    __slots__ = ()
     _fields_ = [("weight", _POINTER), ("width", _LONG), ("epsilon", ctypes.c_float)]
 
 
-class Layer(ctypes.Structure):
+class Layer(_Struct):
     """`layer` of kernels.c."""
 
+    __slots__ = ()
     _fields_ = [
         *((name, Norm) for name in ("entry", "query_norm", "key_norm", "middle")),
         *((name, Product) for name in (
@@ -77,12 +86,13 @@ class Layer(ctypes.Structure):
     ]  # fmt: skip
 
 
-class Pass(ctypes.Structure):
+class Pass(_Struct):
     """`pass` of kernels.c: the tokens that go through layers."""
 
+    __slots__ = ()
     _fields_ = [
-        ("tokens", _LONG), ("num_pieces", _LONG),
-        *((name, _POINTER) for name in ("cos", "sin", "slots", "pieces", "tables", "scratch")),
+        ("tokens", _LONG), ("num_chunks", _LONG),
+        *((name, _POINTER) for name in ("cos", "sin", "slots", "chunks", "tables", "scratch")),
     ]  # fmt: skip
 
 

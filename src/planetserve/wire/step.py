@@ -272,12 +272,12 @@ def _check(table: StepTable, num_rows: int, num_tokens: int) -> None:
     if not rows:
         raise RemoteProtocolError("bad step: no rows")
     if len(rows) > 1 and len({piece.row for piece in rows}) != len(rows):
-        raise RemoteProtocolError("bad step: a row is named twice")
+        raise RemoteProtocolError("bad step: a row is unknown or named twice")
     total = 0
     for piece in rows:
         count = piece.num_tokens
         if piece.row >= num_rows:
-            raise RemoteProtocolError("bad step: an unknown row")
+            raise RemoteProtocolError("bad step: a row is unknown or named twice")
         if not 0 < count <= piece.start + count <= MAX_POSITION:
             raise RemoteProtocolError("bad step: an empty row, or one past the largest position")
         total += count

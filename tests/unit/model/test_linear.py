@@ -201,6 +201,13 @@ def test_auto_times_a_shape_once_and_leaves_small_layers_alone() -> None:
     assert auto.reasons().count("256x512") == 1
 
 
+@needs_kernels
+def test_auto_makes_small_layers_native_beside_native_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Auto, "_choose", lambda *_: Native())
+    auto = Auto()
+    assert [auto.convert(make_layer(*size)) for size in ((512, 256), (64, 32))] == ["native"] * 2
+
+
 def test_an_unknown_backend_is_refused(llama: Path) -> None:
     blocks = SpanBlocks.load(Checkpoint.open(str(llama)), BlockSpan(0, 1), torch.float32)
     with pytest.raises(ConfigError, match="auto, native, packed, plain"):

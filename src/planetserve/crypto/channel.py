@@ -42,7 +42,6 @@ MAX_AGE_S = 3600.0
 MAX_PLAINTEXT_BYTES = MAX_STEP_BYTES - TAG_BYTES
 """Longest plaintext of a STEP frame: its cap counts the tag."""
 
-_REKEY_AT = 0.9
 _EDGE_INFO = b"planetserve/1 edge"
 _DIGEST_CONTEXT = b"planetserve/1 plaintext"
 _EDGE = struct.Struct(">16sHIB")
@@ -57,8 +56,6 @@ class Sealer(Protocol):
     def seal(
         self, header: FrameHeader, parts: Sequence[Buffer], now_s: float
     ) -> tuple[FrameHeader, Buffer | Sequence[Buffer]]: ...
-
-    def needs_rekey(self, now_s: float) -> bool: ...
 
     def erase(self) -> None: ...
 
@@ -134,14 +131,6 @@ class EdgeSealer:
         self._num_bytes += num_bytes
         nonce = self._salt + sequence.to_bytes(8, "big")
         return header, self._aead.encrypt(nonce, plaintext, associated)
-
-    def needs_rekey(self, now_s: float) -> bool:
-        """Whether a tenth or less is left of what the key may protect, or of its time."""
-        return (
-            self._sequence >= MAX_FRAMES * _REKEY_AT
-            or self._num_bytes >= MAX_BYTES * _REKEY_AT
-            or now_s - self._since_s >= MAX_AGE_S * _REKEY_AT
-        )
 
     def erase(self) -> None:
         """Drop the key. Idempotent; nothing can be sealed any more."""

@@ -46,10 +46,6 @@ class PlainSealer:
         self._sequence += 1
         return header, parts
 
-    def needs_rekey(self, now_s: float) -> bool:
-        """Never."""
-        return False
-
     def erase(self) -> None:
         """There is nothing to erase."""
 

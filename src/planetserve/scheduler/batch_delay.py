@@ -36,8 +36,8 @@ _SLOPE_WEIGHT = 0.25
 """How firmly a line's slope is believed to be the likely one, as a variance of its numbers."""
 
 
-class _Habit:
-    """Mean and mean deviation of a time, as TCP learns its round-trip times."""
+class _AwayTime:
+    """Mean and deviation of the time from a result to the next step (estimated as in RFC 6298)."""
 
     def __init__(self) -> None:
         self.mean_s = math.inf
@@ -46,7 +46,7 @@ class _Habit:
 
     @property
     def late_s(self) -> float:
-        """What more than that is late."""
+        """Seconds after which the next step is late."""
         return self.mean_s + _DEVIATIONS * self._deviation_s
 
     def add(self, sample_s: float) -> None:
@@ -61,7 +61,7 @@ class _Habit:
 
 
 class _Cohort:
-    """Sessions near by that were answered together."""
+    """Sessions with short round trips that one batch has answered."""
 
     def __init__(self, members: Collection[bytes], answered_s: float):
         self.size = len(members)
@@ -72,14 +72,13 @@ class _Cohort:
 class _Session:
     def __init__(self, span: BlockSpan):
         self.span = span
-        self.way_back = _Habit()
-        """From a result to the next step."""
+        self.away_time = _AwayTime()
         self.answered_s: float | None = None
         self.cohort: _Cohort | None = None
 
 
-class Line:
-    """A time that grows with a number, as a straight line through what was measured lately."""
+class LineFit:
+    """A linear fit of a time against a number, by exponentially weighted least squares."""
 
     def __init__(self) -> None:
         self._weight = 0.0
@@ -117,9 +116,9 @@ class BatchDelay:
 
     def __init__(self, patience: float):
         self._patience = patience
-        self._block_times = Line()
+        self._block_times = LineFit()
         """Of passes of decode steps, by tokens."""
-        self._return_times = Line()
+        self._return_times = LineFit()
         """Until the last of those who were answered together is back, by how many they are."""
         self._saved_s = 0.0
         """What a shared pass saves for each block, times `patience`."""
@@ -156,8 +155,8 @@ class BatchDelay:
                 continue
             session.answered_s, session.cohort = now_s, None
             most_s = self._saved_s * len(session.span)
-            if session.way_back.mean_s < most_s:
-                self._away[session_id] = now_s + min(session.way_back.late_s, most_s)
+            if session.away_time.mean_s < most_s:
+                self._away[session_id] = now_s + min(session.away_time.late_s, most_s)
                 near.append(session_id)
         cohort = _Cohort(near, now_s)
         for session_id in near:
@@ -169,7 +168,7 @@ class BatchDelay:
         session = self._sessions.get(session_id)
         if session is None or session.answered_s is None:
             return
-        session.way_back.add(max(0.0, now_s - session.answered_s))
+        session.away_time.add(max(0.0, now_s - session.answered_s))
         cohort, session.answered_s, session.cohort = session.cohort, None, None
         if cohort is not None:
             cohort.away.discard(session_id)
@@ -188,7 +187,7 @@ class BatchDelay:
         for session_id, late_s in self._away.items():
             session = self._sessions[session_id]
             saved_s = self._saved_s * max(len(session.span.overlap(span)) for span in spans)
-            if session_id not in ready and session.way_back.mean_s < saved_s:
+            if session_id not in ready and session.away_time.mean_s < saved_s:
                 latest_s = max(latest_s, late_s)
                 num_together += 1
                 most_s = min(most_s, saved_s)

@@ -267,7 +267,6 @@ def test_a_tensor_may_start_at_any_multiple_of_eight(size: int) -> None:
 def test_a_key_serves_a_bounded_number_of_frames() -> None:
     end = sealer()
     end._sequence = MAX_FRAMES - 1
-    assert end.needs_rekey(0.0)
     assert end.seal(HEADER, [PLAINTEXT], 0.0)[0].sequence == MAX_FRAMES - 1
     with pytest.raises(RekeyNeeded) as caught:
         end.seal(HEADER, [PLAINTEXT], 0.0)
@@ -288,20 +287,6 @@ def test_a_key_serves_a_bounded_time() -> None:
     end.seal(HEADER, [PLAINTEXT], 1000.0 + MAX_AGE_S - 1.0)
     with pytest.raises(RekeyNeeded):
         end.seal(HEADER, [PLAINTEXT], 1000.0 + MAX_AGE_S)
-
-
-def test_a_new_key_is_asked_for_before_the_old_one_is_used_up() -> None:
-    end = sealer()
-    assert not end.needs_rekey(0.0)
-    assert not end.needs_rekey(MAX_AGE_S * 0.8)
-    assert end.needs_rekey(MAX_AGE_S * 0.95)
-    end._sequence = int(MAX_FRAMES * 0.95)
-    assert end.needs_rekey(0.0)
-    end.seal(HEADER, [PLAINTEXT], 0.0)
-    end = sealer()
-    end._num_bytes = int(MAX_BYTES * 0.95)
-    assert end.needs_rekey(0.0)
-    end.seal(HEADER, [PLAINTEXT], 0.0)
 
 
 def test_the_limits_keep_the_margin_that_they_are_chosen_for() -> None:
@@ -387,7 +372,6 @@ def test_plain_edges_have_the_interface_of_real_ones() -> None:
             body = payload if isinstance(payload, bytes) else b"".join(payload)
             assert (header.sequence, header.payload_bytes) == (sequence, len(body))
             assert other.open(header, bytearray(body)) == PLAINTEXT
-        assert not end.needs_rekey(0.0)
         end.erase()
         other.erase()
         with pytest.raises(DecryptionFailed):

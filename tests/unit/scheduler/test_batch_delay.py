@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planetserve.scheduler.batch_delay import BatchDelay, Line
+from planetserve.scheduler.batch_delay import BatchDelay, LineFit
 from planetserve.types import BlockSpan
 
 ALL = BlockSpan(0, 10)
@@ -122,7 +122,7 @@ def test_does_not_wait_where_being_answered_together_makes_the_way_back_long():
 
 @pytest.mark.parametrize("slope_s", [0.0, 0.0001, 0.001])
 def test_a_line_shows_what_does_not_depend_on_the_number(slope_s):
-    line = Line()
+    line = LineFit()
     for turn in range(200):
         number = 1 + turn % 12
         line.record(number, 0.002 + slope_s * number)
@@ -131,7 +131,7 @@ def test_a_line_shows_what_does_not_depend_on_the_number(slope_s):
 
 
 def test_measurements_of_one_number_leave_the_slope_to_what_is_likely():
-    line = Line()
+    line = LineFit()
     assert line.at(0, 0.001) == 0
     for _ in range(10):
         line.record(4, 0.010)

@@ -7,7 +7,6 @@ import numpy as np
 from planetserve.routing.arrays import BoolArray, FloatArray, IntArray
 from planetserve.routing.problem import RoutingProblem
 
-OBJECTIVES = ("latency", "throughput", "reputation", "price")
 """In the order of the columns; a mode of `k` objectives uses the first `k`."""
 
 

@@ -48,41 +48,53 @@ Ask = Callable[[bytes, Sequence[int], bool], Awaitable[Mapping[int, Collection[b
 peers that it names for each, or None if it did not answer."""
 
 
-class PeerMemory:
-    """Who did not answer of late, and who has named too many such; a bounded number of them."""
+class _RecentPeers:
+    """Peers that something happened with lately, `_MAX_REMEMBERED` at most."""
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock: Clock, for_s: float):
         self._clock = clock
-        self._until_s: OrderedDict[tuple[str, bytes], float] = OrderedDict()
+        self._for_s = for_s
+        self._until_s: OrderedDict[bytes, float] = OrderedDict()
 
-    def note_silent(self, peer: bytes) -> None:
-        """It did not answer."""
-        self._note("silent", peer, _FAILED_FOR_S)
-
-    def note_misleading(self, peer: bytes) -> None:
-        """It named too many that did not answer."""
-        self._note("misleading", peer, _MISLED_FOR_S)
-
-    def note_answer(self, peer: bytes) -> None:
-        """It answered after all."""
-        self._until_s.pop(("silent", peer), None)
-
-    def is_silent(self, peer: bytes) -> bool:
-        """Whether it did not answer lately."""
-        return self._is("silent", peer)
-
-    def is_misleading(self, peer: bytes) -> bool:
-        """Whether it lately named too many that did not answer."""
-        return self._is("misleading", peer)
-
-    def _note(self, what: str, peer: bytes, for_s: float) -> None:
-        self._until_s[what, peer] = self._clock.monotonic() + for_s
-        self._until_s.move_to_end((what, peer))
+    def add(self, peer: bytes) -> None:
+        self._until_s[peer] = self._clock.monotonic() + self._for_s
+        self._until_s.move_to_end(peer)
         if len(self._until_s) > _MAX_REMEMBERED:
             self._until_s.popitem(last=False)
 
-    def _is(self, what: str, peer: bytes) -> bool:
-        return self._until_s.get((what, peer), 0.0) > self._clock.monotonic()
+    def remove(self, peer: bytes) -> None:
+        self._until_s.pop(peer, None)
+
+    def __contains__(self, peer: bytes) -> bool:
+        return self._until_s.get(peer, 0.0) > self._clock.monotonic()
+
+
+class PeerMemory:
+    """Which peers did not answer lately, and which named too many that did not."""
+
+    def __init__(self, clock: Clock):
+        self._silent = _RecentPeers(clock, _FAILED_FOR_S)
+        self._misleading = _RecentPeers(clock, _MISLED_FOR_S)
+
+    def note_silent(self, peer: bytes) -> None:
+        """It did not answer."""
+        self._silent.add(peer)
+
+    def note_misleading(self, peer: bytes) -> None:
+        """It named too many that did not answer."""
+        self._misleading.add(peer)
+
+    def note_answer(self, peer: bytes) -> None:
+        """It answered after all."""
+        self._silent.remove(peer)
+
+    def is_silent(self, peer: bytes) -> bool:
+        """Whether it did not answer lately."""
+        return peer in self._silent
+
+    def is_misleading(self, peer: bytes) -> bool:
+        """Whether it lately named too many that did not answer."""
+        return peer in self._misleading
 
 
 class Search:

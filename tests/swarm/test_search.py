@@ -196,7 +196,7 @@ def test_what_is_remembered_is_bounded_and_passes() -> None:
     memory = PeerMemory(clock)
     for peer in new_ids(random.Random(6), searching._MAX_REMEMBERED + 100):
         memory.note_silent(peer)
-    assert len(memory._until_s) == searching._MAX_REMEMBERED
+    assert len(memory._silent._until_s) == searching._MAX_REMEMBERED
     memory.note_misleading(b"liar")
     assert memory.is_misleading(b"liar")
     assert not memory.is_silent(b"liar")

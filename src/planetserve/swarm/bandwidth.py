@@ -12,9 +12,9 @@ Pure: byte counts and monotonic times in, rates out.
 from __future__ import annotations
 
 _LEAST_WAIT_S = 0.005
-"""A shorter wait may be the daemon's next read, with room behind it."""
+"""Minimum wait in seconds that shows full buffers; a shorter one may be the daemon's next read."""
 _LONGEST_PAUSE_S = 0.02
-"""A sender that paused for longer may have let the buffers run empty."""
+"""Maximum pause in seconds between frames; after a longer one the buffers may have run empty."""
 _LEAST_BYTES = 512 * 1024
 
 

@@ -8,7 +8,7 @@ from planetserve.clock import Clock
 from planetserve.types import PeerId
 
 MAX_BUCKETS = 4096
-"""Peers that are remembered; the one seen longest ago is forgotten first."""
+"""Maximum number of peers with a bucket; the least recently seen is dropped first."""
 
 
 class TokenBuckets:

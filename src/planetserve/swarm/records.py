@@ -33,9 +33,9 @@ MAX_CLOCK_SKEW_S = 30.0
 MAX_ADDRESSES = 8
 MAX_NEXT_RTTS = 32
 KEY_BYTES = 20
-"""Of a DHT key as it appears on the wire."""
+"""Size of a DHT key on the wire, in bytes."""
 NUM_SHARDS = 8
-"""Keys over which the servers of one model are spread, so that one answer holds a shard."""
+"""Number of keys that share the servers of one model, so that one answer holds all of a key."""
 
 _CONTEXT = b"directory record 1"
 _NUM_REMEMBERED = 8192

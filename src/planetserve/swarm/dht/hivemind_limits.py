@@ -23,7 +23,7 @@ from planetserve.wire.frame import HEADER_BYTES, MAX_STEP_BYTES
 MAX_DEPTH = 16
 MAX_ITEMS = 16 * 1024
 MAX_DECODED_BYTES = 1280 * 1024
-"""A whole DHT dictionary (256 records of 4 KB) fits."""
+"""Maximum size of a decoded value in bytes: a whole DHT dictionary (256 records of 4 KB) fits."""
 MAX_RECORDS_PER_KEY = 256
 MAX_STREAM_MESSAGE_BYTES = MAX_STEP_BYTES + HEADER_BYTES
 MAX_PEER_ID_BYTES = 64

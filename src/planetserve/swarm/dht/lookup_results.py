@@ -15,7 +15,7 @@ from planetserve.swarm.dht.hivemind_limits import MAX_RECORDS_PER_KEY
 from planetserve.types import PeerId
 
 MORE_PER_ANSWER = 16
-"""Owners that an answer may add to a key that is full."""
+"""Maximum number of owners that an answer may add to a full key."""
 MAX_PER_KEY = 4 * MAX_RECORDS_PER_KEY
 
 Records = Mapping[PeerId, tuple[bytes, float]]

@@ -38,12 +38,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _DIAL_TIMEOUT_S = 2.0
-"""For an answer of a peer that is known by name only."""
+"""Seconds to wait for the answer of a peer without known address."""
 _ENOUGH_S = 5.0
-"""A search that has found somebody by then ends."""
+"""Seconds after which a search that has found a peer ends."""
 _NUM_REPLICAS = 5
 _GREETINGS = 3
-"""So often are initial peers asked that are connected and say nothing in time."""
+"""Maximum number of attempts to greet an initial peer that is connected but does not answer in
+time."""
 _MAX_PARALLEL_RPC = 128
 _MAX_INITIAL_PEERS = 32
 

@@ -44,18 +44,19 @@ RPC_TIMEOUT_S = 3.0
 _KEYS_AT_ONCE = 16
 _BYTES_AT_ONCE = 64 * 1024
 _STORE_BYTES_PER_KEY = 16 * 1024
-"""A request counts as so many keys as it has pieces of this size."""
+"""Bytes of a request that count as one key for the rate limit."""
 _KEYS_PER_VALIDATION = 10
-"""A ping that asks for a ping back holds one of the few calls that this node may have under way."""
+"""Keys that a ping counts as if it asks for a ping back, which takes one of this node's calls."""
 _MAX_REQUEST_FIELDS = 512
 _MAX_ANSWER_BYTES = 3 * 1024 * 1024
 _ANSWERS_AT_ONCE = 8
 _MAX_SHORT_ANSWER_BYTES = 4096
 _MAX_RESULT_FIELDS = 64
 _MAX_BAD_RECORDS = 16
-"""An answer with more of them is not read on: whoever keeps records checks them first."""
+"""Maximum number of invalid records in an answer before the rest is ignored; an honest peer checks
+records before it stores them."""
 _MAX_REPLACEMENTS = 20
-"""Peers that wait for a place in one bucket of the routing table."""
+"""Maximum number of peers waiting for a place in one bucket of the routing table."""
 _BIN8, _BIN16, _STR8 = 0xC4, 0xC5, 0xD9
 
 Choose = Callable[[Mapping[PeerId, float]], Collection[PeerId]]

@@ -27,18 +27,19 @@ from planetserve.clock import Clock
 logger = logging.getLogger(__name__)
 
 NUM_NEAREST = 20
-"""Peers that are asked for each key, if so many answer."""
+"""Number of nearest peers that must answer for each key, if there are as many."""
 MAX_NAMED = 20
-"""Peers that one answer may name for a key."""
+"""Maximum number of peers that one answer may name for a key."""
 _MAX_KNOWN = 1024
 _KEYS_PER_CALL = 2
-"""A key's answer may have a megabyte."""
+"""Keys per call; the answer for one key may have a megabyte."""
 _PARALLEL = 32
 _PARALLEL_PER_NAMER = 4
 _DEAD_PER_NAMER = 4
-"""So many more than answer may a peer name that do not."""
+"""Maximum by which the peers that one peer names and that do not answer may outnumber those that
+do."""
 _LAST_CHANCE_S = 1.0
-"""For initial peers that did not answer the last time, once others have."""
+"""Seconds to wait, once others have answered, for initial peers that did not answer last time."""
 _MAX_REMEMBERED = 4096
 _FAILED_FOR_S = 15.0
 _MISLED_FOR_S = 120.0

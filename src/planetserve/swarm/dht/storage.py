@@ -23,12 +23,12 @@ MAX_KEYS = 1024
 MAX_RECORDS_PER_OWNER = 16
 MAX_RECORDS = 16 * 1024
 MAX_FOREIGN_PER_KEY = 4
-"""Records of others that one peer may store under a key."""
+"""Maximum number of records of others that one peer may store under a key."""
 MAX_FOREIGN_PER_PEER = 16
 MAX_FOREIGN = 1024
-"""Such records of all peers."""
+"""Maximum number of such records from all peers together."""
 _ORDINARY_NUM_RECORDS = 4
-"""A server has two records, its own and perhaps its model's."""
+"""Number of records of an ordinary owner: a server has its own and perhaps its model's."""
 
 Unix = Callable[[], float]
 

@@ -17,9 +17,9 @@ from planetserve.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 MAX_OFFSET_S = 900.0
-"""A clock that is further off is not corrected for: it should be set."""
+"""Maximum clock error in seconds that is corrected; a clock with a larger one should be set."""
 _UNNOTICED_S = 3.0
-"""So much is within what records tolerate, and is not corrected."""
+"""Clock error in seconds that records tolerate and that is not corrected."""
 
 
 class SwarmClock:

@@ -52,7 +52,7 @@ _EXIT_TIMEOUT_S = 5.0
 _SETTLE_ROUNDS = 100
 _RETRY_S = 0.01
 _MAX_WAITING = 4096
-"""Streams that may wait until they are looked at; the daemon drops further ones, whose ever."""
+"""Maximum number of streams waiting to be accepted; the daemon drops further ones of any peer."""
 
 Accept = Callable[[PeerId, socket.socket, bytes], None]
 """Takes over an incoming stream: who opened it, its socket, bytes that were read already."""

@@ -27,7 +27,7 @@ from planetserve.swarm import multiaddr
 from planetserve.swarm.node_config import NodeConfig
 
 _IDLE_TIMEOUT_S = 10
-"""A daemon to which nobody has connected ends after this: its parent died while it started."""
+"""Seconds after which a daemon without a connection ends: its parent died while it started."""
 _CORES_PER_DAEMON_THREAD = 4
 
 

@@ -15,10 +15,10 @@ from planetserve.types import PeerId
 logger = logging.getLogger(__name__)
 
 MAX_STREAMS = 4096
-"""Incoming streams that are held at once; further ones are closed unheard. Fewer where the system
-allows a process few files: a stream is one, and a quarter of them goes to streams."""
+"""Maximum number of incoming streams; further ones are closed unread. It is a quarter of the open
+files that the system allows this process, if that is fewer."""
 STREAMS_SHARE_PER_PEER = 4
-"""One peer may have one in so many of them."""
+"""Maximum share of these streams that one peer may hold, as a divisor."""
 
 Serve = Callable[[socket.socket, bytes, PeerId], Coroutine[Any, Any, None]]
 """Serves an incoming stream: its socket, bytes of it that were read already, who opened it."""

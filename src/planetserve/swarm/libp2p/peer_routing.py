@@ -31,7 +31,7 @@ from planetserve.types import PeerId
 PROTOCOL = "/ipfs/kad/1.0.0"
 MAX_REQUEST_BYTES = 1024
 IDLE_TIMEOUT_S = 5.0
-"""Without a whole request; daemons keep their streams and open new ones when these have ended."""
+"""Maximum seconds between requests on a stream; daemons open a new stream after it has ended."""
 _ANSWER_TIMEOUT_S = 10.0
 _MAX_CLOSER = 20
 _MAX_ADDRESSES = 16
@@ -39,7 +39,7 @@ _CONNECTED_FOR_S = 0.2
 _ADDRESSES_FOR_S = 10.0
 
 Known = Callable[[], Collection[bytes]]
-"""Peers that others may be sent to, by their ids as bytes."""
+"""Returns the peers, as binary ids, whose addresses others may be told."""
 Enter = Callable[[PeerId], None]
 """Counts a request of a peer; raises if it has asked for too much."""
 

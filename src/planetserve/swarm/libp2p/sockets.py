@@ -13,7 +13,7 @@ import resource
 import socket
 
 _MAX_FILES = 65_536
-"""Some systems say that there is no limit and mean less than they could count."""
+"""Maximum number of open files to ask for; some systems report no limit but have one."""
 
 _READ_BYTES = 64 * 1024
 

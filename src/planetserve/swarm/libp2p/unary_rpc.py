@@ -25,14 +25,15 @@ from planetserve.swarm.network import Call
 from planetserve.types import PeerId
 
 MAX_REQUEST_BYTES = 128 * 1024
-"""Thirty records of 4 KB; nothing that is asked of the directory needs more."""
+"""Maximum size of a request in bytes: thirty records of 4 KB, the most that any call needs."""
 REQUEST_TIMEOUT_S = 5.0
-"""For a whole request; hivemind's callers wait three seconds for the answer."""
+"""Seconds to wait for a whole request; hivemind's callers wait three for the answer."""
 _ANSWER_TIMEOUT_S = 10.0
 MAX_UNSENT_BYTES = 256 << 20
-"""Of answers that their askers are slow to take, in all."""
+"""Maximum bytes of answers being sent, of all peers."""
 MAX_UNSENT_BYTES_PER_PEER = 16 << 20
-"""Four questions for two full keys each, which one look-up may have under way."""
+"""Maximum bytes of answers being sent to one peer: a look-up may have four requests for two full
+keys each under way."""
 
 
 class Unsent:

@@ -50,7 +50,7 @@ $(READY): setup.py constraints.txt
 	@echo "installing PlanetServe and what it needs into $(VENV); the first time this takes minutes"
 	@$(BIN)/python scripts/quietly.py $(INSTALL_LOG) -- \
 	  $(BIN)/python -m pip install --no-compile --progress-bar off --constraint constraints.txt \
-	  --editable '.[dev,nsga2,plot,quant,simulation]'
+	  --editable '.[dev,gateway,nsga2,plot,quant,simulation]'
 	@touch $@
 
 clean:

@@ -49,6 +49,7 @@ setup(
         "typing_extensions>=4.6",  # `override`, which Python has from 3.12
     ],
     extras_require={
+        "gateway": ["fastapi>=0.139", "prometheus-client>=0.21", "uvicorn>=0.34"],
         "nsga2": ["pymoo>=0.6.1"],
         "plot": ["matplotlib>=3.8"],
         "simulation": ["simpy>=4.1"],
@@ -56,6 +57,7 @@ setup(
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.15",
+            "openai>=2",  # the client that tests of the gateway use
             "psutil>=5.9",
             "pytest>=8.2",
             "pytest-asyncio>=1.0",

@@ -50,6 +50,7 @@ _LAST_S = 0.8
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("planetserve.run_server", "serve some blocks of a model"),
     "dht": ("planetserve.run_dht", "run a peer that others join the swarm through"),
+    "gateway": ("planetserve.run_gateway", "answer OpenAI's API over HTTP with a swarm's model"),
     "plan": ("planetserve.plan", "show which chain a request would get, and how fast it would be"),
     "simulate": ("planetserve.simulation", "show what users would see, in simulated time"),
     "demo": ("planetserve.demo", "a private swarm on this machine that completes a prompt"),
@@ -221,8 +222,17 @@ def write_ready_file(
     Raises:
         ConfigError: the file cannot be written.
     """
-    target = Path(path)
     record = {"pid": os.getpid(), "peer_id": peer_id, "addresses": list(addresses), **details}
+    write_json_file(path, record)
+
+
+def write_json_file(path: str | os.PathLike[str], record: Mapping[str, object]) -> None:
+    """Write the file that --ready_file names, whole at once.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    target = Path(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:

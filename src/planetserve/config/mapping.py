@@ -100,7 +100,16 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstrings under the fields of `cls`, read from its source: flag name -> help text."""
+    """The docstrings under the fields of `cls` and of the dataclasses that it extends, read from
+    their source: flag name -> help text."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     tree = ast.parse(inspect.cleandoc(inspect.getsource(cls)))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     docs = {}

@@ -1,0 +1,292 @@
+"""The endpoints. What they have in common is in `responding.py`, limits in `requests.py`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+import planetserve
+from planetserve.errors import PlanetServeError
+from planetserve.gateway.answers import ChatStyle, CompletionStyle, Prompt
+from planetserve.gateway.errors import RequestError, body_of, error_body, headers_of, status_of
+from planetserve.gateway.metrics import Metrics
+from planetserve.gateway.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ErrorResponse,
+    SamplingRequest,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from planetserve.gateway.requests import Limits, sampling_params, text_request
+from planetserve.gateway.responding import Responder
+from planetserve.gateway.text import PromptLogprobs
+from planetserve.gateway.text_engine import TextEngine
+from planetserve.gateway.texts import Texts
+
+logger = logging.getLogger(__name__)
+
+_MAX_SHOWN_CHARS = 200
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 413, 429, 500, 503)
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What the endpoints work with."""
+
+    names: Sequence[str]
+    """What the model is called; the first one is in responses."""
+    limits: Limits
+    texts: Texts
+    engine: TextEngine
+    metrics: Metrics
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with.
+
+        Raises:
+            RequestError: another model was asked for.
+        """
+        if name is None or name == "":
+            return self.names[0]
+        if name not in self.names:
+            shown = name[:_MAX_SHOWN_CHARS]
+            raise RequestError(f"the model {shown!r} does not exist here", "model", 404)
+        return name
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """An entry of /v1/models."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created_s,
+            "owned_by": "planetserve",
+            "root": self.names[0],
+            "parent": None,
+            "max_model_len": self.limits.max_model_len,
+        }
+
+    def room(self, n: int, prompt_ids: Sequence[int]) -> int:
+        """Tokens that an answer without a limit of its own may have."""
+        held = self.engine.room(n, len(prompt_ids)) or self.limits.max_model_len
+        return max(1, min(held, self.limits.max_model_len) - len(prompt_ids))
+
+    def spell(self, body: SamplingRequest) -> Callable[[int], str]:
+        """How log-probabilities of this request name tokens."""
+        if body.return_tokens_as_token_ids:
+            return lambda token: f"token_id:{token}"
+        return lambda token: self.texts.decode([token])
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application, without the guard in front of it."""
+    # Its pages of documentation would load scripts from other hosts.
+    app = FastAPI(
+        title="PlanetServe gateway", version=planetserve.__version__, docs_url=None, redoc_url=None,
+        responses=_ERRORS,
+    )  # fmt: skip
+    _handle_errors(app)
+    _add_information(app, service)
+    _add_tokenizer(app, service)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answer the messages of a chat."""
+        return await _chat(service, body, request)
+
+    @app.post("/v1/completions", response_model=None)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Go on with one text or several."""
+        return await _complete(service, body, request)
+
+    return app
+
+
+async def _chat(service: Service, body: ChatRequest, request: Request) -> Response:
+    model, limits = service.check_model(body.model), service.limits
+    body.check_supported()
+    limits.check_texts(1, body.n)
+    limits.check_logprobs(body.top_logprobs, "top_logprobs")
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs=true", "top_logprobs")
+    prompt_ids = await service.texts.encode_chat(
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=body.add_special_tokens,
+        template_kwargs=body.chat_template_kwargs,
+    )
+    limits.check_prompt(prompt_ids, "messages")
+    logprobs = body.top_logprobs or 0 if body.logprobs else None
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    if max_tokens is None:
+        max_tokens = service.room(body.n, prompt_ids)
+    sampling = sampling_params(body, limits, logprobs)
+    text = text_request(body, limits, sampling, prompt_ids, max_tokens)
+    style = ChatStyle(model, service.spell(body), logprobs is not None)
+    return await _respond(Responder(service.engine, [text], style), body, request)
+
+
+async def _complete(service: Service, body: CompletionRequest, request: Request) -> Response:
+    model, limits = service.check_model(body.model), service.limits
+    body.check_supported()
+    limits.check_logprobs(body.logprobs, "logprobs")
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError("max_tokens must be at least 1 without echo", "max_tokens")
+    given = _prompts(body)
+    limits.check_texts(len(given), body.n)
+    sampling = sampling_params(body, limits, body.logprobs)
+    style = CompletionStyle(model, service.spell(body), body.logprobs is not None)
+    shown, texts = [], []
+    for prompt in given:
+        if isinstance(prompt, str):
+            ids = await service.texts.encode(
+                prompt, add_special_tokens=body.add_special_tokens, param="prompt"
+            )
+        else:
+            ids = prompt
+        limits.check_prompt(ids, "prompt")
+        max_tokens = body.max_tokens
+        if max_tokens is None:
+            max_tokens = service.room(body.n, ids)
+        asked = body.logprobs if body.echo else None
+        texts.append(text_request(body, limits, sampling, ids, max_tokens or 1, asked))
+        shown.append(prompt if isinstance(prompt, str) else service.texts.decode(ids))
+
+    def show(number: int, prompt: Prompt) -> None:
+        first = number * body.n
+        style.prompts |= dict.fromkeys(range(first, first + body.n), prompt)
+
+    def see_prompt(found: PromptLogprobs) -> None:
+        tokens = texts[found.prompt].prompt_ids
+        show(found.prompt, Prompt(shown[found.prompt], tokens, found.logprobs))
+
+    if body.echo:
+        for number, prompt_text in enumerate(shown):
+            show(number, Prompt(prompt_text))
+    responder = Responder(service.engine, texts, style, see_prompt)
+    if body.max_tokens == 0:
+        responder.drop_answers()
+    return await _respond(responder, body, request)
+
+
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [one for one in prompt if isinstance(one, int)]
+    return [ids] if ids else [one for one in prompt if not isinstance(one, int)]
+
+
+async def _respond(responder: Responder, body: SamplingRequest, request: Request) -> Response:
+    if not body.stream:
+        return await responder.whole(request)
+    options = body.stream_options
+    return await responder.stream(
+        include_usage=options is not None and options.include_usage,
+        always_usage=options is not None and options.continuous_usage_stats,
+    )
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model, by each of its names."""
+        return {"object": "list", "data": [service.describe(name) for name in service.names]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        """One of them."""
+        return service.describe(service.check_model(model))
+
+    @app.get("/health", response_class=PlainTextResponse)
+    async def health() -> str:
+        """Whether the gateway answers."""
+        return ""
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of PlanetServe."""
+        return {"version": planetserve.__version__}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_tokenizer(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", response_model_exclude_none=True)
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        """The tokens of a prompt or of a chat."""
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("give either prompt or messages", "prompt")
+        if body.prompt is not None:
+            add = True if body.add_special_tokens is None else body.add_special_tokens
+            tokens = await service.texts.encode(body.prompt, add_special_tokens=add, param="prompt")
+        else:
+            tokens = await service.texts.encode_chat(
+                body.messages or [],
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                add_special_tokens=bool(body.add_special_tokens),
+                template_kwargs=body.chat_template_kwargs,
+            )
+        strings = service.texts.token_strings(tokens) if body.return_token_strs else None
+        return TokenizeResponse(
+            count=len(tokens),
+            max_model_len=service.limits.max_model_len,
+            tokens=tokens,
+            token_strs=strings,
+        )
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        """The text of some tokens."""
+        service.check_model(body.model)
+        if body.tokens:
+            service.limits.check_prompt(body.tokens, "tokens")
+        return DetokenizeResponse(prompt=service.texts.decode(body.tokens))
+
+
+def _handle_errors(app: FastAPI) -> None:
+    async def known(_: Request, error: Exception) -> Response:
+        return JSONResponse(body_of(error), status_of(error), headers_of(error))
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        found = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+        # Not the input itself: an error must not be larger than what caused it.
+        place = [str(part) for part in found.get("loc", ()) if part != "body"][:4]
+        message = str(found.get("msg", "the body is not valid"))[:_MAX_SHOWN_CHARS]
+        param = ".".join(place)[:_MAX_SHOWN_CHARS] or None
+        if param is not None:
+            message = f"{param}: {message}"
+        return JSONResponse(error_body(400, message, param), 400)
+
+    async def other(_: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            return JSONResponse(body_of(error), 500)
+        return JSONResponse(
+            error_body(error.status_code, str(error.detail)), error.status_code, error.headers
+        )
+
+    app.add_exception_handler(RequestError, known)
+    app.add_exception_handler(PlanetServeError, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, other)
+    app.add_exception_handler(Exception, other)

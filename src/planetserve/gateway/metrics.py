@@ -1,0 +1,118 @@
+"""What Prometheus reads at /metrics: vLLM's names for what means the same here."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from planetserve.gateway.text import TextRequest, TextTimes
+
+_SHORT_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+_LONG_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_LABELS = ("model_name", "engine")
+
+
+class Metrics:
+    """The metrics of one gateway, in a registry of its own.
+
+    Args:
+        model: value of the label `model_name`.
+    """
+
+    def __init__(self, model: str):
+        self._registry = CollectorRegistry()
+        self._label = model, "0"
+        self._running = self._gauge("num_requests_running", "Texts that are generated.")
+        self._waiting = self._gauge("num_requests_waiting", "Prompts that wait for others.")
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._generated = self._counter("generation_tokens", "Tokens generated.")
+        self._ended = Counter(
+            "vllm:request_success", "Texts by how they ended.", (*_LABELS, "finished_reason"),
+            registry=self._registry,
+        )  # fmt: skip
+        self._first_token_s = self._histogram(
+            "time_to_first_token_seconds", "From request to first token.", _LONG_S[:-2]
+        )
+        self._between_s = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a text.", _SHORT_S
+        )
+        self._whole_s = self._histogram(
+            "e2e_request_latency_seconds", "From request to last token.", _LONG_S
+        )
+        self._queue_s = self._histogram(
+            "request_queue_time_seconds", "Waiting for other texts.", _LONG_S
+        )
+        self._prompt_sizes = self._histogram("request_prompt_tokens", "Prompt sizes.", _TOKENS)
+        self._http = Counter(
+            "http_requests", "HTTP requests.", ("handler", "method", "status"),
+            registry=self._registry,
+        )  # fmt: skip
+        self._http_s = Histogram(
+            "http_request_duration_seconds", "Until the response ended.", ("handler", "method"),
+            registry=self._registry, buckets=_LONG_S,
+        )  # fmt: skip
+
+    def watch_waiting(self, count: Callable[[], int]) -> None:
+        """Ask `count` for the prompts that wait."""
+        self._waiting.set_function(count)
+
+    @contextlib.contextmanager
+    def running(self, num_texts: int) -> Iterator[None]:
+        """So many texts are generated in this block."""
+        self._running.inc(num_texts)
+        try:
+            yield
+        finally:
+            self._running.dec(num_texts)
+
+    def prompt_done(self, num_tokens: int) -> None:
+        """A prompt has gone through the chain."""
+        self._prompt_tokens.inc(num_tokens)
+        self._prompt_sizes.observe(num_tokens)
+
+    def tokens_done(self, num_tokens: int, times: TextTimes) -> None:
+        """The rows of one text have got a token each."""
+        now_s = time.monotonic()
+        if times.first_token_s:
+            self._between_s.observe(now_s - times.last_token_s)
+        else:
+            times.first_token_s = now_s
+            self._first_token_s.observe(now_s - times.asked_s)
+        times.last_token_s = now_s
+        self._generated.inc(num_tokens)
+
+    def text_ended(self, request: TextRequest, times: TextTimes, reasons: Sequence[str]) -> None:
+        """One prompt's answers have ended, each for a reason."""
+        for reason in reasons:
+            self._ended.labels(*self._label, reason).inc()
+        if times.started_s:
+            self._queue_s.observe(times.started_s - times.asked_s)
+        if len(reasons) == request.n and not {"abort", "error"} & {*reasons}:
+            self._whole_s.observe(time.monotonic() - times.asked_s)
+
+    def http_ended(self, handler: str, method: str, status: int, elapsed_s: float) -> None:
+        """A response has been sent."""
+        self._http.labels(handler, method, str(status)).inc()
+        self._http_s.labels(handler, method).observe(elapsed_s)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        gauge = Gauge(f"vllm:{name}", text, _LABELS, registry=self._registry)
+        return gauge.labels(*self._label)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        counter = Counter(f"vllm:{name}", text, _LABELS, registry=self._registry)
+        return counter.labels(*self._label)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        made = Histogram(
+            f"vllm:{name}", text, _LABELS, registry=self._registry, buckets=tuple(buckets)
+        )
+        return made.labels(*self._label)

@@ -1,0 +1,193 @@
+"""The bodies of requests, as OpenAI and vLLM define them.
+
+Parameters that are neither here nor in `UNSUPPORTED` are ignored, as vLLM does. Those that would
+change the answer and cannot be obeyed are refused, unless they ask for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from planetserve.gateway.errors import RequestError
+
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "tools": (),
+    "tool_choice": ("none", "auto"),
+    "functions": (),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "use_beam_search": (),
+    "best_of": (1,),
+    "suffix": ("",),
+    "length_penalty": (1,),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": (),
+    "bad_words": (),
+    "logits_processors": (),
+    "documents": (),
+    "chat_template": (),
+    "thinking_token_budget": (),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+    "return_token_ids": (),
+    "priority": (0,),
+}
+"""Parameters that are refused, and the values that ask for nothing, besides null, false and
+empty ones."""
+
+_Unbounded = Annotated[float, Field(allow_inf_nan=False)]
+_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Ids = Annotated[list[int], Field(min_length=1)]
+_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream contains besides the answer."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class SamplingRequest(BaseModel):
+    """What chats and completions have in common. None takes the default."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1)
+    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: _Share | None = None
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    presence_penalty: _Penalty | None = 0.0
+    frequency_penalty: _Penalty | None = 0.0
+    logit_bias: dict[str, _Unbounded] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0)
+    skip_special_tokens: bool = True
+    return_tokens_as_token_ids: bool = False
+
+    def check_supported(self) -> None:
+        """Refuse what would be half obeyed.
+
+        Raises:
+            RequestError: a parameter asks for what the gateway does not do.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value and value not in UNSUPPORTED[name]:
+                raise RequestError(f"{name} is not supported; leave it out", name)
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true", "stream_options")
+
+
+class ContentPart(BaseModel):
+    """One part of a message; only text is taken."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    """One message of a chat."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[ContentPart] | None = None
+
+
+class ChatRequest(SamplingRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(SamplingRequest):
+    """POST /v1/completions."""
+
+    prompt: str | _Ids | Annotated[list[str] | list[_Ids], Field(min_length=1)]
+    max_tokens: int | None = Field(16, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0)
+    add_special_tokens: bool = True
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: a prompt, or the messages of a chat."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class TokenizeResponse(BaseModel):
+    """The tokens of a text."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(BaseModel):
+    """The text of some tokens."""
+
+    prompt: str
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is none."""
+
+    error: ErrorDetail

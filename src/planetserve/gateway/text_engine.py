@@ -1,0 +1,238 @@
+"""Generates many texts at once on one event loop: the client core of the gateway.
+
+Each prompt is one session on a chain of servers (`client/session_core.py`), whose rows are its
+answers; the prompt is computed once. Between two steps of a session its rows go through `turns.py`,
+together with those of all others that have come back. A text that is cancelled closes its session
+on every hop at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+import torch
+from tokenizers import Tokenizer
+
+from planetserve.client.planning.chain_manager import ChainManager
+from planetserve.client.session_core import SessionCore
+from planetserve.errors import QueueFull
+from planetserve.gateway.metrics import Metrics
+from planetserve.gateway.text import (
+    Failed,
+    Outputs,
+    PromptLogprobs,
+    Row,
+    TextRequest,
+    TextTimes,
+)
+from planetserve.gateway.turns import Turns
+from planetserve.wire.step import RowSlice, StepTable
+
+_LEAST_ROOM = 256
+"""Tokens of an answer for which room is waited for, when servers have less at the moment."""
+_FULL_RETRY_S = 2.0
+
+
+class TextSlots:
+    """Room for so many texts at once; the others wait in the order in which they came.
+
+    Args:
+        num_texts: that run at once.
+        max_waiting: prompts that wait.
+    """
+
+    def __init__(self, num_texts: int, max_waiting: int):
+        self.num_free = num_texts
+        self._max_waiting = max_waiting
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def check_room(self, num_prompts: int, num_texts: int) -> None:
+        """Refuse a request that would neither start nor fit among those that wait.
+
+        Raises:
+            QueueFull: it would not.
+        """
+        starts = not self._waiting and num_texts <= self.num_free
+        if not starts and self.num_waiting + num_prompts > self._max_waiting:
+            raise QueueFull(
+                f"{self.num_waiting} prompts wait already; try again later", _FULL_RETRY_S
+            )
+
+    @contextlib.asynccontextmanager
+    async def take(self, num_texts: int) -> AsyncIterator[None]:
+        """Hold room for so many texts."""
+        if self._waiting or num_texts > self.num_free:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append((num_texts, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._give_back(num_texts)
+                else:
+                    with contextlib.suppress(ValueError):  # passed over meanwhile
+                        self._waiting.remove((num_texts, turn))
+                    self._give_back(0)
+                raise
+        else:
+            self.num_free -= num_texts
+        try:
+            yield
+        finally:
+            self._give_back(num_texts)
+
+    def _give_back(self, num_texts: int) -> None:
+        self.num_free += num_texts
+        while self._waiting and self._waiting[0][0] <= self.num_free:
+            wanted, turn = self._waiting.popleft()
+            if not turn.done():
+                self.num_free -= wanted
+                turn.set_result(None)
+
+
+class TextEngine:
+    """Runs texts. On the event loop of `manager`.
+
+    Args:
+        manager: finds chains.
+        turns: embeds, and chooses tokens.
+        tokenizer: decodes; nobody else may change its settings.
+        slots: how many texts run at once.
+        metrics: counts.
+    """
+
+    def __init__(
+        self,
+        manager: ChainManager,
+        turns: Turns,
+        tokenizer: Tokenizer,
+        slots: TextSlots,
+        metrics: Metrics,
+    ):
+        self.slots = slots
+        self._manager = manager
+        self._turns = turns
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        metrics.watch_waiting(lambda: slots.num_waiting)
+
+    def room(self, num_rows: int, num_prompt_tokens: int) -> int | None:
+        """Tokens of prompt and answer for which servers have room now; None if there is no
+        chain."""
+        return self._manager.longest_session(num_rows, num_prompt_tokens + _LEAST_ROOM)
+
+    @contextlib.asynccontextmanager
+    async def run(self, requests: Sequence[TextRequest]) -> AsyncIterator[Outputs]:
+        """Generate the answers to some prompts; those that are not done at the end of the block
+        are cancelled. Answer `i` of prompt `p` has the index `p * n + i`.
+
+        Raises:
+            QueueFull: too many wait.
+        """
+        self.slots.check_room(len(requests), sum(request.n for request in requests))
+        outputs = Outputs()
+        tasks = []
+        first = 0
+        for number, request in enumerate(requests):
+            tasks.append(asyncio.create_task(self._run_text(number, first, request, outputs)))
+            first += request.n
+        try:
+            yield outputs
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run_text(
+        self, number: int, first: int, request: TextRequest, outputs: Outputs
+    ) -> None:
+        times = TextTimes()
+        reasons: list[str] = []
+        try:
+            async with self.slots.take(request.n):
+                times.started_s = time.monotonic()
+                with self._metrics.running(request.n):
+                    await self._generate(number, first, request, outputs, times, reasons)
+        except Exception as error:  # noqa: BLE001 - whoever asked gets it
+            reasons += ["error"] * (request.n - len(reasons))
+            outputs.put(Failed(error))
+        except asyncio.CancelledError:
+            reasons += ["abort"] * (request.n - len(reasons))
+            raise
+        finally:
+            self._metrics.text_ended(request, times, reasons)
+
+    async def _generate(
+        self,
+        number: int,
+        first: int,
+        request: TextRequest,
+        outputs: Outputs,
+        times: TextTimes,
+        reasons: list[str],
+    ) -> None:
+        ids = request.prompt_ids
+        rows = [Row(row, first + row, request, self._tokenizer) for row in range(request.n)]
+        session = SessionCore(self._manager, lease_tokens=len(ids) + request.max_tokens)
+        try:
+            hidden_TD = await self._turns.embed(ids)
+            table = StepTable((RowSlice(0, 0, len(ids)),))
+            keep_last = request.prompt_logprobs is None
+            session.begin(request.n, table, hidden_TD)
+            output_TD = await session.run(request.n, table, hidden_TD, keep_last=keep_last)
+            self._metrics.prompt_done(len(ids))
+            if request.prompt_logprobs is not None:
+                found = await self._turns.prompt_logprobs(output_TD, ids, request.prompt_logprobs)
+                outputs.put(PromptLogprobs(number, tuple(found)))
+            hidden_ND = output_TD[-1:].expand(request.n, -1)
+            # The prompt is in row 0; the others become copies of it with the first token.
+            reorder = (0,) * request.n if request.n > 1 else None
+            while True:
+                chosen = await self._turns.choose(
+                    [row.sampling for row in rows], hidden_ND, [row.num_held for row in rows]
+                )
+                self._metrics.tokens_done(len(rows), times)
+                alive = []
+                for place, (row, sampled) in enumerate(zip(rows, chosen.sampled, strict=True)):
+                    delta = row.add(sampled)
+                    outputs.put(delta)
+                    if delta.finish_reason is None:
+                        alive.append(place)
+                    else:
+                        reasons.append(delta.finish_reason)
+                if not alive:
+                    return
+                hidden_ND = chosen.hidden_ND
+                if len(alive) < len(rows):
+                    rows = [rows[place] for place in alive]
+                    hidden_ND = hidden_ND[torch.tensor(alive)]
+                hidden_ND = await self._step(session, request.n, rows, hidden_ND, reorder)
+                reorder = None
+        finally:
+            # Also when this is cancelled: the servers' memory is free at once.
+            await asyncio.shield(session.release())
+
+    @staticmethod
+    async def _step(
+        session: SessionCore,
+        num_rows: int,
+        rows: Sequence[Row],
+        hidden_ND: torch.Tensor,
+        reorder: tuple[int, ...] | None,
+    ) -> torch.Tensor:
+        """One token of each row through the chain."""
+        slices = tuple(RowSlice(row.number, row.num_held, 1) for row in rows)
+        table = StepTable(slices, None, reorder)
+        session.begin(num_rows, table, hidden_ND)
+        output_ND = await session.run(num_rows, table, hidden_ND)
+        for row in rows:
+            row.num_held += 1
+        return output_ND

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from planetserve import cli, demo, plan, run_dht, run_server, simulation
-from planetserve.config import ClientConfig, ServerConfig
+from planetserve import cli, demo, plan, run_dht, run_gateway, run_server, simulation
+from planetserve.config import ClientConfig, GatewayConfig, ServerConfig
 from planetserve.plan import command as plan_command
 from planetserve.simulation import command as simulate_command
 
@@ -19,6 +19,7 @@ TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 PARSERS = {
     "planetserve.run_server": run_server.parse,
     "planetserve.run_dht": run_dht.parse,
+    "planetserve.run_gateway": run_gateway.parse,
     "planetserve.demo": demo.parse,
     "planetserve.plan": plan.parse,
     "planetserve.simulation": simulation.parse,
@@ -27,6 +28,7 @@ PARSERS = {
 EXAMPLES = (
     run_server.EXAMPLES,
     run_dht.EXAMPLES,
+    run_gateway.EXAMPLES,
     plan_command.EXAMPLES,
     simulate_command.EXAMPLES,
 )
@@ -62,6 +64,7 @@ def test_a_shown_command_is_accepted(line: str) -> None:
 @pytest.mark.parametrize("page", TEXTS)
 def test_flags_in_the_text_exist(page: str) -> None:
     known = {*ServerConfig.__dataclass_fields__, *run_dht.DhtConfig.__dataclass_fields__}
+    known |= {*GatewayConfig.__dataclass_fields__}
     known |= {*plan_command.PlanConfig.__dataclass_fields__}
     known |= {*simulate_command.SimulateConfig.__dataclass_fields__}
     known |= {*demo.Options.__dataclass_fields__, "config", "help", "version"}

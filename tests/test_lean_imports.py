@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "hivemind", "pymoo", "matplotlib", "rich.console", "simpy")
+HEAVY = (
+    "torch", "transformers", "hivemind", "pymoo", "matplotlib", "rich.console", "simpy", "fastapi",
+    "uvicorn", "prometheus_client",
+)  # fmt: skip
 
 LEAN = [
     "planetserve",
@@ -19,6 +22,7 @@ LEAN = [
     "planetserve.cli",
     "planetserve.run_server",
     "planetserve.run_dht",
+    "planetserve.run_gateway",
     "planetserve.demo",
     "planetserve.plan",
     "planetserve.simulation",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import uvicorn
+from prometheus_client import disable_created_metrics
 from transformers import AutoTokenizer
 from typing_extensions import override
 
@@ -104,9 +105,11 @@ async def _start(config: GatewayConfig, stack: contextlib.AsyncExitStack) -> Ser
     turns = Turns(loaded.half)
     stack.callback(turns.close)
     names = config.served_model_name or (config.model,)
+    disable_created_metrics()
     metrics = Metrics(names[0])
     slots = TextSlots(config.max_num_seqs, config.max_num_queued_reqs)
     engine = TextEngine(manager, turns, loaded.texts.decoder, slots, metrics)
+    stack.push_async_callback(engine.close)
     return Service(
         names=names, limits=loaded.limits, texts=loaded.texts, engine=engine, metrics=metrics
     )

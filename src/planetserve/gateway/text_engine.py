@@ -122,6 +122,7 @@ class TextEngine:
         self._turns = turns
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._running: set[asyncio.Task[None]] = set()
         metrics.watch_waiting(lambda: slots.num_waiting)
 
     def room(self, num_rows: int, num_prompt_tokens: int) -> int | None:
@@ -144,12 +145,26 @@ class TextEngine:
         for number, request in enumerate(requests):
             tasks.append(asyncio.create_task(self._run_text(number, first, request, outputs)))
             first += request.n
+        self._running.update(tasks)
+        for task in tasks:
+            task.add_done_callback(self._running.discard)
         try:
             yield outputs
         finally:
-            for task in tasks:
+            await self._end(tasks)
+
+    async def close(self) -> None:
+        """Cancel what runs; returns when the servers have been told."""
+        await self._end(list(self._running))
+
+    async def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            # Twice would interrupt what tells the servers; so would a caller that is cancelled
+            # while it waits here, as the web framework does over and over.
+            if not task.cancelling():
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.shield(asyncio.gather(*tasks, return_exceptions=True))
 
     async def _run_text(
         self, number: int, first: int, request: TextRequest, outputs: Outputs

@@ -211,28 +211,17 @@ class _PrintableRecord(logging.LogRecord):
         return printable(super().getMessage())
 
 
-def write_ready_file(
-    path: str | os.PathLike[str], peer_id: str, addresses: Sequence[str], **details: object
-) -> None:
+def write_ready_file(path: str | os.PathLike[str], **details: object) -> None:
     """Tell whoever waits for this process that it answers.
 
-    The file appears at once and whole (written beside its place, then renamed), as JSON with
-    `pid`, `peer_id`, `addresses` (multiaddresses ready for `--initial_peers`) and `details`.
+    The file appears at once and whole (written beside its place, then renamed), as JSON with `pid`
+    and `details`.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    record = {"pid": os.getpid(), "peer_id": peer_id, "addresses": list(addresses), **details}
-    write_json_file(path, record)
-
-
-def write_json_file(path: str | os.PathLike[str], record: Mapping[str, object]) -> None:
-    """Write the file that --ready_file names, whole at once.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
     target = Path(path)
+    record = {"pid": os.getpid(), **details}
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:

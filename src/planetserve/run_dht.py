@@ -157,7 +157,7 @@ async def _first_of(task: asyncio.Task[object], stop: asyncio.Event) -> None:
 def _report(node: SwarmNode, ready_file: str | None) -> None:
     cli.say(f"others join this swarm with:\n--initial_peers {' '.join(node.addresses())}")
     if ready_file is not None:
-        cli.write_ready_file(ready_file, node.peer_id, node.addresses())
+        cli.write_ready_file(ready_file, peer_id=node.peer_id, addresses=node.addresses())
 
 
 if __name__ == "__main__":

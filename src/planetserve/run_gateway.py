@@ -79,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = ", ".join(address.models)
         cli.say(f"serving {names} at {address.url}/v1")
         if config.ready_file is not None:
-            cli.write_json_file(
-                config.ready_file, {"url": address.url, "models": list(address.models)}
-            )
+            cli.write_ready_file(config.ready_file, url=address.url, models=address.models)
 
     cli.run_until_signalled(lambda stop: serve(config, stop, on_ready))
 

@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.ready_file is not None:
             cli.write_ready_file(
                 config.ready_file,
-                server.node.peer_id,
-                addresses,
+                peer_id=server.node.peer_id,
+                addresses=addresses,
                 start=server.span.start,
                 end=server.span.end,
             )

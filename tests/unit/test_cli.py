@@ -273,7 +273,7 @@ def test_every_setting_of_the_server_has_a_flag() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command given; choose one of: serve, dht, plan, simulate, demo"),
+        ([], "no command given; choose one of: serve, dht, gateway, plan, simulate, demo"),
         (["serv"], "unknown command 'serv'; did you mean 'serve'?"),
         (["--frob"], "unknown argument '--frob'"),
         (["serve", "--frob"], "unknown argument '--frob'"),
@@ -310,11 +310,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_ready_file_is_whole_json(tmp_path: Path) -> None:
     path = tmp_path / "ready.json"
     path.write_text("old")
-    cli.write_ready_file(path, "12D3Koo", ["/ip4/127.0.0.1/tcp/1/p2p/12D3Koo"], span="0:3")
+    cli.write_ready_file(path, peer_id="12D3Koo", addresses=["/ip4/127.0.0.1"], span="0:3")
     assert json.loads(path.read_text()) == {
         "pid": os.getpid(),
         "peer_id": "12D3Koo",
-        "addresses": ["/ip4/127.0.0.1/tcp/1/p2p/12D3Koo"],
+        "addresses": ["/ip4/127.0.0.1"],
         "span": "0:3",
     }
     assert os.listdir(tmp_path) == ["ready.json"]
@@ -322,10 +322,10 @@ def test_a_ready_file_is_whole_json(tmp_path: Path) -> None:
 
 def test_a_ready_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot write --ready_file .*: No such file"):
-        cli.write_ready_file(tmp_path / "absent" / "ready.json", "id", [])
+        cli.write_ready_file(tmp_path / "absent" / "ready.json")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match="cannot write --ready_file"):
-        cli.write_ready_file(tmp_path / "folder", "id", [])
+        cli.write_ready_file(tmp_path / "folder")
     assert os.listdir(tmp_path) == ["folder"]
 
 

@@ -105,7 +105,7 @@ async def _start(config: GatewayConfig, stack: contextlib.AsyncExitStack) -> Ser
     turns = Turns(loaded.half)
     stack.callback(turns.close)
     names = config.served_model_name or (config.model,)
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics(names[0])
     slots = TextSlots(config.max_num_seqs, config.max_num_queued_reqs)
     engine = TextEngine(manager, turns, loaded.texts.decoder, slots, metrics)

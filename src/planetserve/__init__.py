@@ -41,6 +41,7 @@ from planetserve.errors import (
     SessionLengthError,
     StreamClosed,
     TransportError,
+    UnsupportedError,
 )
 from planetserve.types import BlockSpan, Chain, Hop, ServerInfo
 
@@ -119,6 +120,7 @@ __all__ = [
     "SessionLengthError",
     "StreamClosed",
     "TransportError",
+    "UnsupportedError",
     "__version__",
 ]
 

@@ -5,6 +5,7 @@ PlanetServeError                  blame     retryable
 │   └── ModelError                LOCAL     no    the model cannot be found, read or served
 ├── LocalProtocolError            LOCAL     no    we built a bad message
 ├── RemoteProtocolError           REMOTE    yes   the peer sent one; another may not
+│   └── UnsupportedError          REMOTE    yes   it needs what this node does not know
 ├── TransportError                UNKNOWN   yes
 │   ├── PeerUnreachable           UNKNOWN   yes
 │   ├── HopTimeout                UNKNOWN   yes
@@ -115,6 +116,12 @@ class RemoteProtocolError(PlanetServeError):
     blame = Blame.REMOTE
     retryable = True
     code = "protocol"
+
+
+class UnsupportedError(RemoteProtocolError):
+    """A peer speaks another version of the protocol, or needs a part of it unknown here."""
+
+    code = "unsupported"
 
 
 class TransportError(PlanetServeError):

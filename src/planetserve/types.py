@@ -129,6 +129,12 @@ class ServerInfo:
     """Measured round-trip times to servers that may come next in a chain."""
     announced_at_s: float = 0.0
     """Unix time of the announcement; the newest record of a peer wins."""
+    protocol_versions: tuple[int, int] = (1, 1)
+    """Oldest and newest version of the protocol that it speaks."""
+    capabilities: tuple[str, ...] = ()
+    """Optional parts of the protocol that it knows."""
+    not_understood: tuple[str, ...] = ()
+    """Fields of its record that a client must understand and that this node does not know."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from typing import Any
@@ -16,6 +17,7 @@ from planetserve.errors import (
     PlanetServeError,
     RemoteProtocolError,
     SessionLengthError,
+    UnsupportedError,
 )
 from planetserve.server.server import Server
 from planetserve.wire.frame import FrameHeader, FrameType
@@ -84,10 +86,8 @@ MALFORMED: dict[str, dict[str, Any] | bytes] = {
     "a list": b"[]",
     "deep": b"[" * 60_000,
     "a long number": b'{"start":' + b"9" * 50_000 + b"}",
-    "an unknown field": {"colour": "blue"},
-    "an unknown field of the next hop": {
-        "next": {"peer_id": PEER, "end": 3, "addresses": [], "colour": "blue"}
-    },
+    "many unknown fields": {f"colour_{number}": "blue" for number in range(33)},
+    "an unknown field without a proper name": {"colour\n": "blue"},
     "text for a number": {"start": "0"},
     "a fraction": {"num_rows": 1.0},
     "a boolean": {"epoch": True},
@@ -118,6 +118,45 @@ async def test_an_open_that_is_no_message(server: Server, meet: MeetServer, name
     assert "blue" not in str(error)
     assert "colour" not in str(error)
     assert server.handler.counters - before == {"open.protocol": 1}
+
+
+LATER: dict[str, dict[str, Any]] = {
+    "a critical field": {"colour": "blue", "critical": ["colour"]},
+    "a capability": {"capabilities": ["colour"]},
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+async def test_an_open_that_needs_what_the_server_does_not_know(
+    server: Server, meet: MeetServer, name: str
+) -> None:
+    stranger = await meet()
+    before = server.handler.counters.copy()
+    right = stranger.message(os.urandom(32)).model_dump()
+    stream = await stranger.stream()
+    opening = FrameHeader(FrameType.OPEN, session=os.urandom(16))
+    await stream.send(opening, json.dumps({**right, **LATER[name]}).encode())
+    assert type(await error_on(stream)) is UnsupportedError
+    assert server.handler.counters - before == {"open.unsupported": 1}
+
+
+async def test_an_open_with_what_the_server_need_not_know(server: Server, meet: MeetServer) -> None:
+    stranger = await meet()
+    right = stranger.message(os.urandom(32)).model_dump()
+    stream = await stranger.stream()
+    opening = FrameHeader(FrameType.OPEN, session=os.urandom(16))
+    await stream.send(opening, json.dumps({**right, "colour": {"of": ["blue"]}}).encode())
+    assert (await stream.receive())[0].type is FrameType.OPENED
+
+
+async def test_an_open_of_another_version_is_told_so(server: Server, meet: MeetServer) -> None:
+    before = server.handler.counters.copy()
+    stream = await (await meet()).stream()
+    later = bytearray(FrameHeader(FrameType.OPEN, session=os.urandom(16)).pack())
+    later[0] = 2
+    await asyncio.get_running_loop().sock_sendall(stream._socket, later)
+    assert type(await error_on(stream)) is UnsupportedError
+    assert server.handler.counters - before == {"frame": 1}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FrameType if kind is not FrameType.OPEN])

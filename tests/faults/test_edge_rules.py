@@ -23,6 +23,7 @@ from planetserve.errors import (
     SessionError,
     SessionLengthError,
     StreamClosed,
+    UnsupportedError,
 )
 from planetserve.server import handler as handler_module
 from planetserve.server.server import Server
@@ -370,7 +371,6 @@ BAD_HEADERS = {
     "oversize": packed(payload_bytes=MAX_STEP_BYTES + 1),
     "longest payload": packed(payload_bytes=2**32 - 1),
     "oversize control frame": packed(type=FrameType.OPEN, payload_bytes=64 * 1024 + 1),
-    "other version": packed(version=2),
     "unknown type": packed(type=99),
     "unknown dtype": packed(dtype=7),
     "unknown direction": packed(direction=2),
@@ -382,25 +382,34 @@ BAD_HEADERS = {
     "product past 64 bits": packed(dtype=1, num_dims=4, dim0=2**31, dim1=2**31, dim2=2**31, dim3=4),
     "chunk past the last": packed(chunk=3, num_chunks=3),
     "no chunks": packed(num_chunks=0),
+}
+OTHER_VERSIONS = {
+    "other version": packed(version=2),
     "another protocol": b"GET / HTTP/1.1\r\nHost: example\r\n\r\n" + bytes(80),
 }
 
 
-@pytest.mark.parametrize("name", BAD_HEADERS)
+@pytest.mark.parametrize("name", [*BAD_HEADERS, *OTHER_VERSIONS])
 async def test_a_bad_header(server: Server, meet: MeetServer, bystander: Opened, name: str) -> None:
-    """In a session and as a first frame; what follows it on the stream is not read."""
+    """In a session and as a first frame; what follows it on the stream is not read.
+
+    A peer of another version is told so, which may be all that it needs to know.
+    """
+    header = (BAD_HEADERS | OTHER_VERSIONS)[name]
+    reason = "session.unsupported" if name in OTHER_VERSIONS else "session.protocol"
+    first = UnsupportedError if name in OTHER_VERSIONS else StreamClosed
     stranger = await meet()
     session = await stranger.open()
     await session.step(2)
     before = server.handler.counters.copy()
-    await asyncio.get_running_loop().sock_sendall(session.control._socket, BAD_HEADERS[name])
+    await asyncio.get_running_loop().sock_sendall(session.control._socket, header)
     assert isinstance(await session.error(), RemoteProtocolError | StreamClosed)
-    await until(lambda: server.handler.counters["session.protocol"] > before["session.protocol"])
+    await until(lambda: server.handler.counters[reason] > before[reason])
     for protocol in (None, PUSH_PROTOCOL):
         before = server.handler.counters.copy()
         stream = await (stranger.stream(protocol) if protocol else stranger.stream())
-        await asyncio.get_running_loop().sock_sendall(stream._socket, BAD_HEADERS[name])
-        assert isinstance(await error_on(stream), StreamClosed)
+        await asyncio.get_running_loop().sock_sendall(stream._socket, header)
+        assert type(await error_on(stream)) is first
         await until(lambda: server.handler.counters["frame"] > before["frame"])  # noqa: B023
     await check_others(server, bystander)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from swarm_helpers import make_info
 
 from planetserve.crypto.identity import Identity
@@ -70,7 +74,7 @@ def test_a_server_record_keeps_every_field() -> None:
 
 
 def test_every_field_of_server_info_is_in_the_record() -> None:
-    fields = {field.name for field in dataclasses.fields(ServerInfo)} - {"span"}
+    fields = {field.name for field in dataclasses.fields(ServerInfo)} - {"span", "not_understood"}
     assert fields <= set(records.ServerBody.model_fields)
 
 
@@ -120,8 +124,21 @@ REFUSED: dict[str, tuple[str, bytes, dict[str, Any]]] = {
     "unknown version": ("malformed", GOOD.replace(b'"v":1', b'"v":2'), {}),
     "version of another type": ("malformed", GOOD.replace(b'"v":1', b'"v":true'), {}),
     "extra envelope field": ("malformed", GOOD[:-1] + b',"x":1}', {}),
-    "extra body field": ("malformed", resigned(x=1), {}),
-    "unknown kind": ("malformed", resigned(kind="verdict"), {}),
+    "unknown fields, too many": (
+        "malformed",
+        resigned(**{f"later_{number}": 0 for number in range(33)}),
+        {},
+    ),
+    "unknown field without a proper name": ("malformed", resigned(**{"\x1b[2J": 1}), {}),
+    "kind without a topic": ("malformed", resigned(kind="verdict"), {}),
+    "kind without a proper name": ("malformed", resigned(kind="a/b", topic="t"), {}),
+    "kind that is no text": ("malformed", resigned(kind=["server"]), {}),
+    "unknown kind under a server's key": ("wrong key", resigned(kind="verdict", topic="t"), {}),
+    "critical is no list": ("malformed", resigned(critical="model"), {}),
+    "one version": ("malformed", resigned(protocol_versions=[1]), {}),
+    "version 0": ("malformed", resigned(protocol_versions=[0, 1]), {}),
+    "huge number": ("malformed", resigned(decode_ms_per_block=10**400), {}),
+    "half a character": ("malformed", resigned(public_name="\ud800"), {}),
     "string for a number": ("malformed", resigned(free_cache_tokens="1"), {}),
     "terminal escape sequence": ("malformed", resigned(public_name="\x1b[2Jhello"), {}),
     "line break in a name": ("malformed", resigned(fingerprint="f" * 8 + "\n"), {}),
@@ -214,6 +231,62 @@ def test_model_records_belong_in_the_index() -> None:
     assert check(checker, envelope, key=records.key_digest(records.MODELS_KEY)) == body
     with pytest.raises(RemoteProtocolError, match="wrong key"):
         check(checker, envelope)
+
+
+def test_a_server_says_what_it_speaks_unless_that_is_what_all_do() -> None:
+    """Nodes from before the fields refuse records that have them."""
+    names = {"protocol_versions", "capabilities", "critical"}
+    assert not names & json.loads(body_of().to_json()).keys()
+    info = dataclasses.replace(INFO, protocol_versions=(1, 3), capabilities=("one", "two"))
+    body = check(RecordChecker(StoppedClock()), records.sign(OWNER, body_of(info)))
+    assert isinstance(body, records.ServerBody)
+    assert body.info() == dataclasses.replace(info, announced_at_s=NOW)
+
+
+def test_fields_of_later_versions_are_ignored_and_critical_ones_named() -> None:
+    later = {"later": {"a": [1, 2]}, "price": 5}
+    body = check(RecordChecker(StoppedClock()), resigned(**later))
+    assert isinstance(body, records.ServerBody)
+    assert body.info() == dataclasses.replace(INFO, announced_at_s=NOW)
+    critical = check(RecordChecker(StoppedClock()), resigned(**later, critical=["start", "price"]))
+    assert isinstance(critical, records.ServerBody)
+    assert critical.info().not_understood == ("price",)
+
+
+def test_records_of_a_later_kind_are_kept_under_the_key_that_follows_from_them() -> None:
+    fields = {
+        "peer_id": OWNER.peer_id, "announced_at_s": NOW, "expires_at_s": NOW + 60,
+        "kind": "verdict", "topic": "chess", "moves": ["e4"], "critical": ["moves"],
+    }  # fmt: skip
+    topic = hashlib.sha256(b"chess").hexdigest()
+    key = f"planetserve/1/records/verdict/{topic}".encode()
+    text = json.dumps(fields)
+    sig = base64.b64encode(OWNER.sign(records._CONTEXT, records._signed(key, text))).decode()
+    envelope = json.dumps({"v": 1, "body": text, "sig": sig}).encode()
+    checker = RecordChecker(StoppedClock())
+    body = check(checker, envelope, key=records.key_digest(key))
+    assert (type(body), body.peer_id) == (records.OtherBody, OWNER.peer_id)
+    with pytest.raises(RemoteProtocolError, match="wrong owner"):
+        check(checker, envelope, key=records.key_digest(key), owner=STRANGER.peer_id)
+    forged = envelope.replace(b"e4", b"e5")
+    with pytest.raises(RemoteProtocolError, match="bad signature"):
+        check(checker, forged, key=records.key_digest(key))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from([*records.ServerBody.model_fields, "topic", "later"])
+
+
+@given(st.dictionaries(st.text(max_size=8) | FIELDS, JSON, max_size=3))
+def test_any_body_is_a_record_or_refused(fields: dict[str, Any]) -> None:
+    checker = RecordChecker(StoppedClock())
+    with contextlib.suppress(RemoteProtocolError):
+        check(checker, resigned(**fields))
+    assert checker.rejected.total() <= 1
 
 
 def test_servers_of_a_model_are_spread_over_all_shards() -> None:

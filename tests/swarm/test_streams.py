@@ -20,6 +20,7 @@ from planetserve.errors import (
     PeerUnreachable,
     RemoteProtocolError,
     StreamClosed,
+    UnsupportedError,
 )
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 from planetserve.swarm.libp2p.streams import MAX_LARGE_FRAMES_PER_PEER, FrameStream
@@ -377,12 +378,23 @@ class TestAgainstARawPeer:
     ) -> None:
         stream, far = pair
         good = FrameHeader(FrameType.STEP).pack()
-        far.send(good + b"\xff" * len(good))
+        far.send(good + good[:1] + b"\xff" * (len(good) - 1))
         await stream.receive(10)
         with pytest.raises(RemoteProtocolError):
             await stream.receive(10)
         assert stream.closed
         assert far.recv(10) == b""
+
+    async def test_a_header_of_another_version_leaves_room_for_an_answer(
+        self, pair: tuple[FrameStream, socket.socket]
+    ) -> None:
+        stream, far = pair
+        far.send(b"\x02" + FrameHeader(FrameType.STEP).pack()[1:])
+        for _ in range(2):
+            with pytest.raises(UnsupportedError):
+                await stream.receive(10)
+        await stream.send(FrameHeader(FrameType.ERROR), b"{}")
+        assert len(far.recv(200)) == 82
 
     async def test_a_length_over_the_cap_is_refused_before_the_payload(
         self, pair: tuple[FrameStream, socket.socket]

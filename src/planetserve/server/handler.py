@@ -23,6 +23,7 @@ from planetserve.errors import (
     PlanetServeError,
     RemoteProtocolError,
     SessionExpired,
+    UnsupportedError,
 )
 from planetserve.server.backpressure import StepBackpressure
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
@@ -32,6 +33,7 @@ from planetserve.server.replay_buffer import ReplayBytes
 from planetserve.server.session import ServerSession, Shared, check_neighbours
 from planetserve.swarm.network import Network, Stream
 from planetserve.types import CLIENT, BlockSpan, PeerId
+from planetserve.wire import protocols
 from planetserve.wire.frame import FrameHeader, FrameType
 from planetserve.wire.messages import (
     OpenSession,
@@ -167,6 +169,10 @@ class SessionHandler:
         """The header of a stream's first frame; None if there is none by `over_s`."""
         try:
             return await stream.peek(over_s - asyncio.get_running_loop().time())
+        except UnsupportedError as error:
+            # It may speak this node's version too, once it knows.
+            await self._refuse(stream, FrameHeader(FrameType.ERROR), error, "frame")
+            return None
         except PlanetServeError:
             self._refusals.add("frame", stream.remote)
             return None
@@ -291,6 +297,8 @@ class SessionHandler:
         check_neighbours(message, message.previous, message.next)
         if key in self._sessions:
             raise RemoteProtocolError("this session is already open here")
+        if not protocols.CAPABILITIES.issuperset(message.capabilities):
+            raise UnsupportedError("the session uses a capability that is unknown here")
 
     async def _on_push(self, stream: Stream) -> None:
         over_s = asyncio.get_running_loop().time() + _FIRST_FRAME_TIMEOUT_S

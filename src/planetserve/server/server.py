@@ -51,6 +51,7 @@ from planetserve.swarm.network import Join, Network
 from planetserve.swarm.ping import serve_ping
 from planetserve.tensors import dtype_name
 from planetserve.types import BlockSpan, ServerInfo, ServerState
+from planetserve.wire import protocols
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ class Server:
             version=planetserve.__version__,
             public_name=self.config.public_name,
             announced_at_s=self._clock.unix(),
+            protocol_versions=(protocols.OLDEST_VERSION, protocols.PROTOCOL_VERSION),
+            capabilities=tuple(sorted(protocols.CAPABILITIES)),
         )
 
     def _network_bytes_per_s(self) -> float:

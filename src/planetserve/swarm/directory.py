@@ -123,7 +123,7 @@ class Directory:
         """
         vouchers: dict[str, list[ModelBody]] = {}
         for body in await self._get([MODELS_KEY]):
-            if isinstance(body, ModelBody):
+            if isinstance(body, ModelBody) and not body.not_understood:
                 vouchers.setdefault(body.model, []).append(body)
         return {model: _listing(model, bodies) for model, bodies in vouchers.items()}
 
@@ -138,7 +138,8 @@ class Directory:
         others = {
             body.peer_id
             for body in bodies
-            if (body.model, body.fingerprint) == (info.model, info.fingerprint)
+            if isinstance(body, ModelBody)
+            and (body.model, body.fingerprint) == (info.model, info.fingerprint)
             and body.peer_id != info.peer_id
         }
         if len(others) >= _MAX_VOUCHERS:

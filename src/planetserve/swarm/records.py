@@ -6,6 +6,9 @@ record is admitted only under the one key that follows from its body and under i
 as subkey, so nobody can write for another, or anything else into the DHT. Every field is bounded,
 so is the envelope (4 KB), and a record ends at most ten minutes after it was made.
 
+A body may have fields, and be of a kind, that this node does not know: it keeps and passes on such
+records, and ignores what it does not understand. The envelope may not: nobody has signed it.
+
 Pure: bytes, numbers and a clock in, values out. `dht/operations.py` applies this to all that comes
 from other nodes, `directory.py` reads and writes records through it.
 """
@@ -16,10 +19,11 @@ import base64
 import binascii
 import dataclasses
 import hashlib
+import json
 from collections import Counter, OrderedDict
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import override
 
 from planetserve.clock import Clock
@@ -27,6 +31,7 @@ from planetserve.config import MAX_RECORD_LIFETIME_S
 from planetserve.crypto.identity import SIGNATURE_BYTES, Identity, verify
 from planetserve.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from planetserve.types import BlockSpan, DtypeName, PeerId, ServerInfo, ServerState
+from planetserve.wire.extensible import Extensible, FieldName, Names
 
 MAX_RECORD_BYTES = 4096
 MAX_CLOCK_SKEW_S = 30.0
@@ -51,41 +56,69 @@ Milliseconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
 UnixTime = Annotated[float, Field(gt=0, le=1e11, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Block = Annotated[int, Field(ge=0, le=65535)]
+NumBlocks = Annotated[int, Field(ge=1, le=65536)]
 
-STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
+Version = Annotated[int, Field(ge=1, le=255)]
 
 
 class Envelope(BaseModel):
     """What is stored: the body's exact text and the owner's signature over it."""
 
-    model_config = STRICT
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     v: Annotated[int, Field(ge=1, le=1)]
     body: str
     sig: Annotated[str, Field(max_length=2 * SIGNATURE_BYTES)]
 
 
-class Body(BaseModel):
-    """What every record says."""
+class Body(Extensible):
+    """What every record says.
 
-    model_config = STRICT
+    `critical` names fields that whoever uses the record must understand; those who keep it or pass
+    it on need not.
+    """
+
+    OMITTED: ClassVar[frozenset[str]] = frozenset({"critical"})
 
     peer_id: PeerText
-    model: Prefix
-    fingerprint: Text
-    num_blocks: Annotated[int, Field(ge=1, le=65536)]
     announced_at_s: UnixTime
     expires_at_s: UnixTime
+    critical: Names = []
+
+    @property
+    def not_understood(self) -> tuple[str, ...]:
+        """Critical fields that this node does not know."""
+        return tuple(sorted(set(self.critical) - type(self).model_fields.keys()))
 
     def dht_key(self) -> bytes:
         """Where in the DHT this record belongs."""
         raise NotImplementedError
 
 
+class OtherBody(Body):
+    """A record of a kind that this node does not know. It keeps it for others."""
+
+    kind: FieldName
+    topic: Text
+
+    @override
+    def dht_key(self) -> bytes:
+        topic = hashlib.sha256(self.topic.encode()).hexdigest()
+        return f"planetserve/1/records/{self.kind}/{topic}".encode()
+
+
 class ServerBody(Body):
-    """A `ServerInfo`."""
+    """A `ServerInfo`.
+
+    `protocol_versions` are the oldest and the newest that it speaks.
+    """
+
+    OMITTED: ClassVar[frozenset[str]] = Body.OMITTED | {"protocol_versions", "capabilities"}
 
     kind: Literal["server"] = "server"
+    model: Prefix
+    fingerprint: Text
+    num_blocks: NumBlocks
     start: Block
     end: Block
     state: Literal["joining", "online", "draining", "offline"]
@@ -102,6 +135,8 @@ class ServerBody(Body):
     version: ShortText
     public_name: ShortText
     next_rtt_ms: Annotated[dict[PeerText, Milliseconds], Field(max_length=MAX_NEXT_RTTS)]
+    protocol_versions: Annotated[list[Version], Field(min_length=2, max_length=2)] = [1, 1]
+    capabilities: Names = []
 
     @model_validator(mode="after")
     def _check_span(self) -> ServerBody:
@@ -117,11 +152,14 @@ class ServerBody(Body):
 
     def info(self) -> ServerInfo:
         """The value that the record stands for."""
-        fields = self.model_dump(exclude={"kind", "start", "end", "expires_at_s"})
+        fields = self.model_dump(exclude={"kind", "start", "end", "expires_at_s", "critical"})
         fields |= {
             "span": BlockSpan(self.start, self.end),
             "state": ServerState(self.state),
             "addresses": tuple(self.addresses),
+            "protocol_versions": tuple(self.protocol_versions),
+            "capabilities": tuple(self.capabilities),
+            "not_understood": self.not_understood,
         }
         return ServerInfo(**fields)
 
@@ -130,6 +168,9 @@ class ModelBody(Body):
     """That a model is served in this swarm; made by a few of its servers, not by all."""
 
     kind: Literal["model"] = "model"
+    model: Prefix
+    fingerprint: Text
+    num_blocks: NumBlocks
     dtype: DtypeName
 
     @override
@@ -140,9 +181,7 @@ class ModelBody(Body):
 MODELS_KEY = b"planetserve/1/models"
 
 
-_BODY: TypeAdapter[ServerBody | ModelBody] = TypeAdapter(
-    Annotated[ServerBody | ModelBody, Field(discriminator="kind")]
-)
+_KINDS: dict[str, type[Body]] = {"server": ServerBody, "model": ModelBody}
 
 
 def shard_of(peer_id: PeerId) -> int:
@@ -171,12 +210,14 @@ def server_body(info: ServerInfo, announced_at_s: float, expires_at_s: float) ->
     """
     nearest = sorted(info.next_rtt_ms.items(), key=lambda item: item[1])[:MAX_NEXT_RTTS]
     fields = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
-    del fields["span"]
+    del fields["span"], fields["not_understood"]
     fields |= {
         "start": info.span.start,
         "end": info.span.end,
         "state": info.state.value,
         "addresses": list(info.addresses[:MAX_ADDRESSES]),
+        "protocol_versions": list(info.protocol_versions),
+        "capabilities": list(info.capabilities),
         "public_name": info.public_name[:64],
         "next_rtt_ms": {peer: round(ms, 2) for peer, ms in nearest},
         "announced_at_s": announced_at_s,
@@ -196,7 +237,7 @@ def sign(identity: Identity, body: Body) -> bytes:
     """
     if body.peer_id != identity.peer_id:
         raise LocalProtocolError("a record can only be signed by the peer it names")
-    text = body.model_dump_json()
+    text = body.to_json()
     signature = identity.sign(_CONTEXT, _signed(body.dht_key(), text))
     sig = base64.b64encode(signature).decode()
     envelope = Envelope(v=1, body=text, sig=sig).model_dump_json().encode()
@@ -265,8 +306,11 @@ class RecordChecker:
 def _open(key: bytes, payload: bytes) -> Body:
     try:
         envelope = Envelope.model_validate_json(payload)
-        body: Body = _BODY.validate_json(envelope.body)
-    except ValidationError:
+        value = json.loads(envelope.body)
+        kind = value.get("kind") if isinstance(value, dict) else None
+        cls: type[Body] = _KINDS.get(kind, OtherBody) if isinstance(kind, str) else OtherBody
+        body = cls.model_validate(value)
+    except (ValueError, RecursionError):
         raise RemoteProtocolError("malformed") from None
     if key_digest(body.dht_key()) != key:
         raise RemoteProtocolError("wrong key")

@@ -16,9 +16,9 @@ import math
 import struct
 from dataclasses import dataclass, field
 
-from planetserve.errors import LocalProtocolError, RemoteProtocolError
+from planetserve.errors import LocalProtocolError, RemoteProtocolError, UnsupportedError
+from planetserve.wire.protocols import OLDEST_VERSION, PROTOCOL_VERSION
 
-VERSION = 1
 MAX_CONTROL_BYTES = 64 * 1024
 MAX_STEP_BYTES = 8 * 1024 * 1024
 MAX_DIMS = 4
@@ -149,7 +149,7 @@ class FrameHeader:
         shape = self.shape + (0,) * (MAX_DIMS - len(self.shape))
         try:
             packed = _HEADER.pack(
-                VERSION, self.type, self.flags, self.session, self.edge, self.direction, 0,
+                PROTOCOL_VERSION, self.type, self.flags, self.session, self.edge, self.direction, 0,
                 self.epoch, self.sequence, self.step, self.position, self.num_tokens,
                 self.span_start, self.span_end, self.dtype, self.codec, len(self.shape), 0,
                 *shape, self.chunk, self.num_chunks, self.payload_bytes,
@@ -164,7 +164,8 @@ class FrameHeader:
         """Parse and check a header.
 
         Raises:
-            RemoteProtocolError: wrong length, version, type, dtype, shape, chunk or payload size.
+            UnsupportedError: a version that this node does not speak.
+            RemoteProtocolError: wrong length, type, dtype, shape, chunk or payload size.
         """
         if len(data) != HEADER_BYTES:
             raise RemoteProtocolError(f"a frame header has {HEADER_BYTES} bytes, got {len(data)}")
@@ -173,8 +174,8 @@ class FrameHeader:
             num_tokens, span_start, span_end, dtype, codec, num_dims, zero2,
             dim0, dim1, dim2, dim3, chunk, num_chunks, payload_bytes,
         ) = _HEADER.unpack(data)  # fmt: skip
-        if version != VERSION:
-            raise RemoteProtocolError(f"frame version {version}, this node speaks {VERSION}")
+        if not OLDEST_VERSION <= version <= PROTOCOL_VERSION:
+            raise UnsupportedError(f"frame version {version}, this node speaks {PROTOCOL_VERSION}")
         try:
             frame_type, wire_dtype = _TYPES[kind], _DTYPES[dtype]
             way = _DIRECTIONS[direction]

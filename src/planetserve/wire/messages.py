@@ -1,19 +1,28 @@
 """Control messages: strict JSON in the payloads of all frames that are neither STEP nor EDGE_KEYS.
 
-Every field is bounded, unknown fields are refused, and nothing is coerced. `decode` is the only
-way from bytes to a message.
+Every known field is bounded and nothing is coerced; a few unknown ones are ignored, unless the
+sender lists them in `critical`, which any message and any object in one may have. `decode` is the
+only way from bytes to a message.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from typing import Annotated, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import override
 
-from planetserve.errors import CapacityError, PlanetServeError, RemoteProtocolError
+from planetserve.errors import (
+    CapacityError,
+    PlanetServeError,
+    RemoteProtocolError,
+    UnsupportedError,
+)
 from planetserve.types import DtypeName
+from planetserve.wire.extensible import Extensible, Names
 from planetserve.wire.frame import MAX_EDGE
 from planetserve.wire.step import MAX_POSITION, MAX_ROWS
 
@@ -31,6 +40,7 @@ SignatureText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{86}==$")]
 """64 bytes in base64."""
 
 _TEXTS = {
+    "unsupported": "the server does not know a part of the protocol that was asked for",
     "protocol": "a peer broke a rule of the protocol",
     "handshake": "a handshake was not completed",
     "decryption": "a sealed message could not be opened",
@@ -50,14 +60,24 @@ _TEXTS = {
 _OTHER_TEXT = "the server failed to run the step"
 
 
-class Message(BaseModel):
-    """Base of all control messages."""
+_CRITICAL: TypeAdapter[list[str]] = TypeAdapter(Names)
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+class Message(Extensible):
+    """Base of all control messages."""
 
     def encode(self) -> bytes:
         """Compact JSON."""
-        return self.model_dump_json().encode()
+        return self.to_json().encode()
+
+    @classmethod
+    @override
+    def check_unknown(cls, fields: Mapping[str, object]) -> None:
+        super().check_unknown(fields)
+        critical = _CRITICAL.validate_python(fields.get("critical", []), strict=True)
+        unknown = sorted(set(critical) - cls.model_fields.keys())
+        if unknown:
+            raise UnsupportedError(f"{cls.__name__}: {unknown[0]} is unknown here, and critical")
 
 
 class NextHop(Message):
@@ -81,8 +101,11 @@ class OpenSession(Message):
     peer it pushes to (None for the last hop, which answers the client on this stream). `edge` is
     the edge that enters this hop and names the hop in the session. `first_step` is the number of
     the first step that it answers or passes on; one with FLAG_REPLAY may come before. `offer`
-    begins the handshake (`crypto/handshake.py`).
+    begins the handshake (`crypto/handshake.py`). `capabilities` are those that the session uses;
+    the hop's signature covers them, as it does the whole message.
     """
+
+    OMITTED: ClassVar[frozenset[str]] = frozenset({"capabilities"})
 
     model: ShortText
     fingerprint: ShortText
@@ -97,6 +120,7 @@ class OpenSession(Message):
     next: NextHop | None
     first_step: StepNumber
     offer: KeyText
+    capabilities: Names = []
 
 
 class SessionOpened(Message):
@@ -172,7 +196,9 @@ def decode(cls: type[M], payload: bytes | bytearray | memoryview) -> M:
     """Parse a control payload.
 
     Raises:
-        RemoteProtocolError: not JSON, too deep, or not exactly the fields of `cls`.
+        UnsupportedError: the sender says that a field is critical which `cls` does not have.
+        RemoteProtocolError: not JSON, too deep, a field of `cls` is missing or wrong, or too much
+            besides.
     """
     try:
         value = json.loads(bytes(payload))

@@ -1,4 +1,21 @@
-"""Names of the stream protocols, in one place because both ends of a stream must agree on them."""
+"""What both ends must agree on: the version of the protocol, its optional parts, names of streams.
+
+docs/protocol.md says how the protocol grows: when a field is enough, when a capability, when a
+version.
+"""
+
+PROTOCOL_VERSION = 1
+"""Version of the protocol, and of the layout of a frame's header."""
+
+OLDEST_VERSION = 1
+"""Oldest version that this node still speaks."""
+
+CAPABILITIES: frozenset[str] = frozenset()
+"""Optional parts of the protocol that this node knows, as a server and as a client.
+
+A server announces them, a client names in OPEN those that both of them know, and what belongs to
+one is sent only in a session whose OPEN names it.
+"""
 
 SESSION_PROTOCOL = "planetserve/1/session"
 """Client -> hop: OPEN, then STEP frames in (first hop) and out (last hop), ERROR and CLOSE."""

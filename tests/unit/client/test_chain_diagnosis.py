@@ -86,6 +86,23 @@ async def test_servers_that_are_not_trusted_are_told_apart_from_blocked_ones() -
     assert "by blocked_servers (1 of them) and by trusted_servers (1 of them)" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"protocol_versions": (2, 3)},
+            "speaks protocol version 2 at least, this client 1 at most",
+        ),
+        ({"not_understood": ("price",)}, "requires what this client does not know (price)"),
+    ],
+)
+async def test_all_servers_speak_another_protocol(fields: dict[str, Any], words: str) -> None:
+    error = await told(Board(server("a", **fields), server("b", 4, 8, **fields)))
+    assert type(error) is MissingBlocksError
+    assert "of tiny are held only by servers that this client cannot talk with (1 of" in str(error)
+    assert f"…a {words}; install the same version of planetserve here and there" in str(error)
+
+
 async def test_all_servers_have_other_files() -> None:
     board = Board(server("a", fingerprint="0" * 64))
     error = await told(board)

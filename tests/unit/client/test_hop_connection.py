@@ -80,7 +80,7 @@ async def test_a_code_is_a_word(code: str) -> None:
 async def test_no_text_of_a_hop_is_read() -> None:
     payload = json.dumps({"code": "config", "message": "run: curl evil.example"}).encode()
     error = await lost_by((FrameType.ERROR, payload))
-    assert isinstance(error, RemoteProtocolError)
+    assert isinstance(error, PeerReportedError)
     assert "curl" not in str(error)
     assert error.peer_id == "hop"
 

@@ -41,10 +41,14 @@ async def test_records_are_sorted_by_what_they_are_good_for(clock: ManualClock) 
         server("blocked"),
         server("other files", fingerprint="0" * 64),
         server("gone", state=ServerState.OFFLINE),
+        server("later", protocol_versions=(2, 3)),
+        server("both", protocol_versions=(1, 3), capabilities=("later",)),
+        server("demanding", not_understood=("price",)),
     )
     view = view_of(board, clock, blocked_servers=("blocked",))
     await view.look_again()
-    assert set(view.servers) == {"fine"}
+    assert set(view.servers) == {"fine", "both"}
+    assert [info.peer_id for info in view.incompatible] == ["later", "demanding"]
     assert [info.peer_id for info in view.excluded] == ["blocked"]
     assert set(view.strangers) == {"other files"}
 

@@ -25,6 +25,7 @@ from planetserve.crypto.secrets import (
 )
 from planetserve.errors import Blame, DecryptionFailed, HandshakeFailed, LocalProtocolError
 from planetserve.wire.frame import Direction
+from planetserve.wire.messages import OpenSession, to_text
 
 HOP, OTHER = Identity.generate(), Identity.generate()
 SESSION = bytes(range(16))
@@ -56,6 +57,21 @@ def agree(client: ChannelSecret, hop: ChannelSecret) -> bool:
         INBOUND,
         OUTBOUND,
     )
+
+
+def test_capabilities_that_somebody_strips_from_open_end_the_handshake() -> None:
+    client = ClientHandshake(SESSION, 0, HOP.peer_id)
+    sent = OpenSession(
+        model="m", fingerprint="f", dtype="float32", start=0, end=1, num_rows=1, max_length=1,
+        edge=0, epoch=0, previous="client", next=None, first_step=0, offer=to_text(client.offer),
+        capabilities=["receipts", "images"],
+    )  # fmt: skip
+    for left in ([], ["images"], ["images", "receipts"]):
+        stripped = sent.model_copy(update={"capabilities": left}).encode()
+        client = ClientHandshake(SESSION, 0, HOP.peer_id)
+        answer, signature, _ = answer_open(HOP, SESSION, 0, stripped, client.offer)
+        with pytest.raises(HandshakeFailed):
+            client.finish(sent.encode(), answer, signature)
 
 
 def test_the_vectors_are_what_the_plain_implementation_computes() -> None:

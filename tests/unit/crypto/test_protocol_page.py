@@ -11,8 +11,9 @@ import session_vectors as vectors
 from planetserve import errors
 from planetserve.crypto import channel, secrets
 from planetserve.errors import Blame, PlanetServeError
-from planetserve.wire import frame
+from planetserve.wire import extensible, frame
 from planetserve.wire.frame import FrameType, payload_cap
+from planetserve.wire.protocols import PROTOCOL_VERSION
 
 PAGE = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text()
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines()]
@@ -69,4 +70,10 @@ def test_the_limits_are_those_of_the_code() -> None:
     keys = (channel.MAX_FRAMES, channel.MAX_BYTES, channel.MAX_AGE_S)
     assert keys == (1 << 20, 64 << 30, 3600.0)
     assert limits["frames / plaintext bytes / time per key"] == "2^20 / 64 GiB / 3600 s"
+    assert (
+        limits["unknown fields of a JSON object / names in `critical` or `capabilities`"]
+        == f"{extensible.MAX_UNKNOWN_FIELDS} / {extensible.MAX_NAMES}"
+    )
+    assert f"at most {extensible.MAX_UNKNOWN_FIELDS} fields that its reader does not know" in PAGE
+    assert PAGE.startswith(f"# The session protocol, version {PROTOCOL_VERSION}\n")
     assert f"sealed deal, {secrets.DEAL_BYTES} bytes" in PAGE

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planetserve.errors import LocalProtocolError, RemoteProtocolError
+from planetserve.errors import LocalProtocolError, RemoteProtocolError, UnsupportedError
 from planetserve.wire.frame import (
     FLAG_KEEP_LAST,
     HEADER_BYTES,
@@ -125,6 +125,11 @@ def check_hostile(data: bytes) -> None:
     assert header.chunk < header.num_chunks
     if header.shape:
         assert math.prod(header.shape) * header.dtype.itemsize <= header.payload_bytes
+
+
+def test_a_version_that_is_not_spoken_is_told_from_a_bad_header() -> None:
+    with pytest.raises(UnsupportedError):
+        FrameHeader.unpack(altered(0, 2))
 
 
 @pytest.mark.parametrize("size", [0, 1, HEADER_BYTES - 1, HEADER_BYTES + 1, 10 * HEADER_BYTES])

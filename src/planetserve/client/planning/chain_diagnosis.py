@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from planetserve.client.planning.chain_planner import ChainPlanner, spans_text
+from planetserve.client.planning.compatibility import obstacle
 from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.errors import MissingBlocksError, ModelMismatchError, NoChainAvailable
 from planetserve.types import ServerInfo
@@ -43,6 +44,14 @@ async def explain(
     holders = [info for info in view.servers.values() if _holds_some(info, missing)]
     if holders:
         return MissingBlocksError(await _why_unusable(holders, missing, view), missing)
+    incompatible = [info for info in view.incompatible if _holds_some(info, missing)]
+    if incompatible:
+        return MissingBlocksError(
+            f"{spans_text(missing)} of {name} are held only by servers that this client cannot "
+            f"talk with ({len(incompatible)} of them): …{incompatible[0].peer_id[-6:]} "
+            f"{obstacle(incompatible[0])}; install the same version of planetserve here and there",
+            missing,
+        )
     if view.strangers:
         return other_revision(missing, view)
     if not view.servers:

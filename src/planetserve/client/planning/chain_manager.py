@@ -99,7 +99,8 @@ class ChainManager:
         await self.view.start()
         deadline_s = self._clock.monotonic() + self.config.wait_for_blocks_timeout
         # Anybody may announce another revision, which says nothing of servers not found yet.
-        while self.view.strangers and not self.view.servers and not self.view.excluded:
+        view = self.view
+        while view.strangers and not (view.servers or view.excluded or view.incompatible):
             if self._clock.monotonic() >= deadline_s:
                 await self.close()
                 remote = self._planner.remote

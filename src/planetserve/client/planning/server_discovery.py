@@ -14,6 +14,7 @@ import random
 from collections.abc import Sequence
 
 from planetserve.client.planning.chain_planner import ModelFacts
+from planetserve.client.planning.compatibility import obstacle
 from planetserve.client.planning.peer_book import PeerBook
 from planetserve.clock import Clock
 from planetserve.config import ClientConfig
@@ -67,6 +68,8 @@ class ServerDiscovery:
         """Those that `allowed_servers` or `blocked_servers` rules out."""
         self.strangers: dict[PeerId, ServerInfo] = {}
         """Those of another revision of the model."""
+        self.incompatible: list[ServerInfo] = []
+        """Those whose protocol this client does not speak."""
         self._remote = remote
         self._peers = peers
         self._clock = clock
@@ -166,7 +169,9 @@ class ServerDiscovery:
             return
         found = await self._directory.lookup(self.prefix)
         online = [info for info in found if info.state is ServerState.ONLINE]
-        ours = [info for info in online if info.fingerprint == self.facts.fingerprint]
+        same = [info for info in online if info.fingerprint == self.facts.fingerprint]
+        self.incompatible = [info for info in same if obstacle(info)]
+        ours = [info for info in same if not obstacle(info)]
         self.servers = {info.peer_id: info for info in ours if self._permitted(info.peer_id)}
         self.excluded = [info for info in ours if info.peer_id not in self.servers]
         self.strangers = {

@@ -24,6 +24,7 @@ from planetserve.errors import (
 from planetserve.swarm.network import Network, Stream
 from planetserve.tensors import dtype_name
 from planetserve.types import CLIENT, Hop, PeerId, ServerInfo
+from planetserve.wire import protocols
 from planetserve.wire.frame import FrameHeader, FrameType
 from planetserve.wire.messages import (
     ErrorReply,
@@ -153,6 +154,7 @@ class HopConnection:
             next=following,
             first_step=first_step,
             offer=to_text(handshake.offer),
+            capabilities=sorted(protocols.CAPABILITIES.intersection(self.info.capabilities)),
         ).encode()
         self.epoch_out = epoch
         timeout_s = spec.connect_timeout_s

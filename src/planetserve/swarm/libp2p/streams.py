@@ -24,7 +24,13 @@ from weakref import WeakValueDictionary
 from typing_extensions import override
 
 from planetserve.clock import Clock
-from planetserve.errors import HopTimeout, LocalProtocolError, RemoteProtocolError, StreamClosed
+from planetserve.errors import (
+    HopTimeout,
+    LocalProtocolError,
+    RemoteProtocolError,
+    StreamClosed,
+    UnsupportedError,
+)
 from planetserve.swarm.bandwidth import BandwidthMeter
 from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.libp2p.forks import keep_from_children
@@ -231,6 +237,7 @@ class FrameStream:
         Raises:
             StreamClosed: the stream ended, or was closed here.
             HopTimeout: no whole frame within `timeout_s`; calling again goes on where it stopped.
+            UnsupportedError: a frame of another version; only `send` and `close` make sense now.
             RemoteProtocolError: a bad header; the stream is closed.
             LocalProtocolError: another task is receiving.
         """
@@ -261,6 +268,8 @@ class FrameStream:
         except (OSError, EOFError) as error:
             self.abort()
             raise StreamClosed(f"{short(self.remote)} closed the stream") from error
+        except UnsupportedError:
+            raise  # the peer may be told; whoever serves the stream closes it
         except RemoteProtocolError:
             self.abort()
             raise

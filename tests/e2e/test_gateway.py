@@ -206,16 +206,19 @@ def test_models_and_tokenizer(client: openai.OpenAI, web: httpx2.Client, tokeniz
     assert web.get("/version").json() == {"version": planetserve.__version__}
 
 
-def test_metrics_count(web: httpx2.Client, client: openai.OpenAI) -> None:
-    def count(name: str) -> float:
-        lines = web.get("/metrics").text.splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+def count(web: httpx2.Client, name: str) -> float:
+    """The sum of the metrics whose lines begin so."""
+    lines = web.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
-    before = count("vllm:generation_tokens_total")
+
+def test_metrics_count(web: httpx2.Client, client: openai.OpenAI) -> None:
+    before = count(web, "vllm:generation_tokens_total")
     client.completions.create(model="demo", prompt="A", max_tokens=7, extra_body={"ignore_eos": 1})
-    assert count("vllm:generation_tokens_total") == before + 7
-    assert count("vllm:num_requests_running") == 0
-    assert count('http_requests_total{handler="/v1/completions",method="POST",status="200"}') > 0
+    assert count(web, "vllm:generation_tokens_total") == before + 7
+    assert count(web, "vllm:num_requests_running") == 0
+    handled = 'http_requests_total{handler="/v1/completions",method="POST",status="200"}'
+    assert count(web, handled) > 0
 
 
 def test_clients_that_go_away_leave_no_pages(demo_swarm: LocalSwarm, web: httpx2.Client) -> None:
@@ -224,6 +227,7 @@ def test_clients_that_go_away_leave_no_pages(demo_swarm: LocalSwarm, web: httpx2
         next(response.iter_lines())
         assert pages_used(demo_swarm)
     wait_for_no_pages(demo_swarm)
+    assert count(web, 'vllm:request_success_total{engine="0",finished_reason="abort"') >= 8
     # And without a stream: nobody reads the answer.
     host, port = web.base_url.host, web.base_url.port
     assert port is not None
@@ -290,6 +294,11 @@ def test_bad_input_gets_an_openai_error(
 def test_a_page_elsewhere_cannot_use_a_gateway_without_a_key(web: httpx2.Client) -> None:
     response = web.get("/v1/models", headers={"Host": "evil.example:8000"})
     assert response.status_code == 403
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:1", "[::1]:8000", "[::1]"])
+def test_names_of_this_machine_are_answered(web: httpx2.Client, host: str) -> None:
+    assert web.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
 def test_keys_names_and_a_full_queue(demo_swarm: LocalSwarm) -> None:

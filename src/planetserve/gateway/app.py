@@ -128,7 +128,7 @@ async def _chat(service: Service, body: ChatRequest, request: Request) -> Respon
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
-        template_kwargs=body.chat_template_kwargs,
+        template_kwargs=_template_kwargs(body),
     )
     limits.check_prompt(prompt_ids, "messages")
     logprobs = body.top_logprobs or 0 if body.logprobs else None
@@ -139,6 +139,12 @@ async def _chat(service: Service, body: ChatRequest, request: Request) -> Respon
     text = text_request(body, limits, sampling, prompt_ids, max_tokens)
     style = ChatStyle(model, service.spell(body), logprobs is not None)
     return await _respond(Responder(service.engine, [text], style), body, request)
+
+
+def _template_kwargs(body: ChatRequest) -> dict[str, Any]:
+    """What the template is given, as vLLM does."""
+    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    return effort | (body.chat_template_kwargs or {})
 
 
 async def _complete(service: Service, body: CompletionRequest, request: Request) -> Response:
@@ -197,6 +203,7 @@ async def _respond(responder: Responder, body: SamplingRequest, request: Request
         return await responder.whole(request)
     options = body.stream_options
     return await responder.stream(
+        request,
         include_usage=options is not None and options.include_usage,
         always_usage=options is not None and options.continuous_usage_stats,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Sequence
 
@@ -78,7 +79,7 @@ class Guard:
         headers = Headers(scope=scope)
         if not self._digests:
             # A page in a browser may send requests to any name that it makes point to this machine.
-            host = headers.get("host", "").rsplit(":", 1)[0] or "localhost"
+            host = re.sub(r":\d*$", "", headers.get("host", "localhost"))
             if not is_loopback(host):
                 raise RequestError(
                     f"this gateway has no --api_key and answers as localhost only, not as {host!r}",

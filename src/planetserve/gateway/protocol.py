@@ -41,6 +41,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "return_token_ids": (),
+    "echo": (),
     "priority": (0,),
 }
 """Parameters that are refused, and the values that ask for nothing, besides null, false and
@@ -129,6 +130,7 @@ class ChatRequest(SamplingRequest):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
 
 class CompletionRequest(SamplingRequest):

@@ -74,7 +74,9 @@ class Responder:
                     self._take(output)
         return JSONResponse(self._style.whole(self._answers, self._usage()))
 
-    async def stream(self, *, include_usage: bool, always_usage: bool) -> Response:
+    async def stream(
+        self, request: Request, *, include_usage: bool, always_usage: bool
+    ) -> Response:
         """Server-sent events.
 
         Raises:
@@ -84,7 +86,8 @@ class Responder:
         try:
             outputs = await running.enter_async_context(self._engine.run(self._texts))
             # A failure so far still has a status of its own.
-            ready = await outputs.take(PING_S)
+            async with ends_with_client(request):
+                ready = await outputs.take(PING_S)
             for output in ready:
                 if isinstance(output, Failed):
                     raise output.error

@@ -34,11 +34,12 @@ def completion(**fields: Any) -> CompletionRequest:
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_cannot_be_obeyed_is_refused_unless_it_asks_for_nothing(name: str) -> None:
+    messages = [{"role": "user", "content": "x"}]
     with pytest.raises(RequestError) as caught:
-        completion(**{name: "something"}).check_supported()
+        ChatRequest(messages=messages, **{name: "something"}).check_supported()
     assert caught.value.param == name
     for nothing in (None, [], *UNSUPPORTED[name]):
-        completion(**{name: nothing}).check_supported()
+        ChatRequest(messages=messages, **{name: nothing}).check_supported()
 
 
 def test_unknown_parameters_are_ignored() -> None:

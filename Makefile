@@ -3,7 +3,8 @@
 # make faults run the tests of faults and hostile input in full, and print what each fault did
 # make lint   ruff and mypy only
 # make simulate-faults SEEDS=10000 FIRST_SEED=0
-#             throw faults at so many simulated swarms, and print the seeds of violations
+#             throw faults at so many simulated swarms, and print the seeds of violations;
+#             OPTIONS="--servers 3:6 --faults crash cut=2 lie" says of what kind (--help lists all)
 # make venv   create .venv with everything the other targets need
 #
 # Needs Python 3.11 or newer; name another one with  make PYTHON=python3.12 ...
@@ -31,7 +32,7 @@ faults: $(READY)
 	$(BIN)/python -m pytest -m 'faults or not faults' tests/faults
 
 simulate-faults: $(READY)
-	$(BIN)/python scripts/simulate_faults.py --seeds $(SEEDS) --first-seed $(FIRST_SEED)
+	$(BIN)/python scripts/simulate_faults.py --seeds $(SEEDS) --first-seed $(FIRST_SEED) $(OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 """Throw faults at simulated swarms, one for each seed, and print the seeds that show a violation.
 
     make simulate-faults SEEDS=10000 FIRST_SEED=0
+    python scripts/simulate_faults.py --seeds 500 --servers 3:6 --faults crash=3 cut=1 lie=2
 
-A seed gives the same swarm, faults and events every time, if the other options are the same too.
+Servers, clients and faults are drawn from the seed; each seed mixes other kinds of faults, unless
+--faults names them. The same seed and options give the same swarm, faults and events every time.
 The exit status is 1 if there was a violation. Ctrl-C ends with what has been found until then.
 """
 
@@ -11,15 +13,18 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import multiprocessing
 import os
 import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
+from planetserve.testing.fault_plan import FAULTS, SwarmShape
 from planetserve.testing.fault_simulation import Outcome, simulate
 
 _PROGRESS_PERIOD_S = 10.0
@@ -36,7 +41,30 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes (one per core)"
     )
+    parser.add_argument(
+        "--servers",
+        type=bounds,
+        default=(3, 20),
+        metavar="MIN:MAX",
+        help="number of servers (3:20)",
+    )
+    parser.add_argument(
+        "--clients",
+        type=bounds,
+        default=(1, 3),
+        metavar="MIN:MAX",
+        help="number of clients (1:3)",
+    )
+    parser.add_argument(
+        "--faults",
+        type=weight,
+        nargs="+",
+        default=(),
+        metavar="NAME=WEIGHT",
+        help=f"only these kinds of faults, by weight: {', '.join(FAULTS)}",
+    )
     options = parser.parse_args()
+    shape = SwarmShape(options.servers, options.clients, tuple(options.faults))
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     totals = Totals(len(seeds))
     # The server that forks the workers imports everything once, for all of them.
@@ -46,7 +74,7 @@ def main() -> int:
         min(options.jobs, max(1, len(seeds))), mp_context=context, initializer=prepare
     )
     try:
-        futures: list[Future[Outcome]] = [pool.submit(simulate, seed) for seed in seeds]
+        futures: list[Future[Outcome]] = [pool.submit(simulate, seed, shape) for seed in seeds]
         for future in as_completed(futures):
             totals.add(future.result())
     except KeyboardInterrupt:
@@ -54,6 +82,26 @@ def main() -> int:
     finally:
         pool.shutdown(cancel_futures=True)
     return totals.show()
+
+
+def bounds(text: str) -> tuple[int, int]:
+    """Fewest and most of `MIN:MAX`, or of one number."""
+    least, _, most = text.partition(":")
+    chosen = int(least), int(most or least)
+    if not 1 <= chosen[0] <= chosen[1]:
+        raise ValueError(text)
+    return chosen
+
+
+def weight(text: str) -> tuple[str, float]:
+    """A kind of fault and its weight, 1 if not given."""
+    name, _, value = text.partition("=")
+    if name not in FAULTS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(FAULTS)}")
+    number = float(value or 1)
+    if not 0 < number < math.inf:
+        raise ValueError(text)
+    return name, number
 
 
 def prepare() -> None:
@@ -72,6 +120,7 @@ class Totals:
     num_done: int = 0
     num_tokens: int = 0
     num_errors: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
     bad: list[int] = field(default_factory=list)
     """Seeds with violations."""
     began_s: float = field(default_factory=time.monotonic)
@@ -82,6 +131,7 @@ class Totals:
         self.num_done += 1
         self.num_tokens += outcome.num_tokens
         self.num_errors += outcome.num_errors
+        self.faults += outcome.faults
         if outcome.violations:
             self.bad.append(outcome.seed)
             for text in outcome.violations:
@@ -107,6 +157,8 @@ class Totals:
             f"that failed during faults and were tried again; {self.per_minute():.0f} seeds a "
             "minute"
         )
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items()))
+        print(f"faults and lies that came about: {counts}")
         bad = sorted(self.bad)
         print(f"violations at seeds {bad}" if bad else "no violation")
         return 1 if bad else 0

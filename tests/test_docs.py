@@ -71,6 +71,8 @@ def test_flags_in_the_text_exist(page: str) -> None:
     for name in ("engine", "kv_memory"):
         benchmark = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
         known |= {*re.findall(r'add(?:_argument)?\("--([a-z_]+)"', benchmark)}
+    script = (ROOT / "scripts" / "simulate_faults.py").read_text(encoding="utf-8")
+    known |= {name.replace("-", "_") for name in re.findall(r'"--([a-z-]+)"', script)}
     other = {
         "rm",
         "durations",

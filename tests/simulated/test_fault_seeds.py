@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +15,16 @@ import pytest
 
 from planetserve.client.ring.ring import RingSession
 from planetserve.client.ring.ring_ends import RingStep
+from planetserve.engine.config import EngineConfig
 from planetserve.scheduler.scheduler import Scheduler
+from planetserve.testing import virtual_time
+from planetserve.testing.fault_plan import FAULTS
 from planetserve.testing.fault_simulation import simulate
+from planetserve.testing.integer_model import IntegerRunner, LoopEngine, embed
+from planetserve.testing.lies import LIES
+from planetserve.testing.virtual_time import VirtualClock, VirtualTimeLoop
+from planetserve.types import BlockSpan
+from planetserve.wire.step import RowSlice, StepTable
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_SEEDS = 200
@@ -27,6 +38,8 @@ def test_no_seed_shows_a_violation() -> None:
     found = subprocess.run([*command, str(NUM_SEEDS)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     assert f"{NUM_SEEDS} seeds" in found.stdout
+    told = re.findall(r"(\w+) [1-9]", found.stdout.partition("came about:")[2])
+    assert {*FAULTS, *LIES} - {*told} == set()
 
 
 def test_a_seed_gives_the_same_events_every_time() -> None:
@@ -40,6 +53,37 @@ def test_a_ring_that_is_given_up_while_it_opens_is_no_hops_fault() -> None:
     and servers counted that as a breach of the protocol."""
     for seed in (14, 25, 34):
         assert simulate(seed).violations == []
+
+
+def test_a_session_that_was_idle_while_its_servers_restarted_bans_none_of_them() -> None:
+    """They were back for long when the session went on, and were left alone for a minute."""
+    for seed in (212, 312):
+        assert simulate(seed).violations == []
+
+
+def test_two_hops_that_are_one_server_are_no_pair_to_avoid() -> None:
+    """Nothing passed between them; then every plan was refused as a mistake in the settings."""
+    assert simulate(606).violations == []
+
+
+def test_a_failed_step_that_nobody_waits_for_is_not_logged() -> None:
+    """A hostile hop's step was refused by the engine when its session had ended."""
+    complaints: list[object] = []
+
+    async def submit(loop: VirtualTimeLoop) -> None:
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        span = BlockSpan(0, 2)
+        runner = IntegerRunner(span, 8, 16, loop, 0.001)
+        engine = LoopEngine(runner, EngineConfig(128, 16), VirtualClock(loop))
+        engine.start()
+        engine.open_session(b"session", "peer", 1, 16, span)
+        engine.submit(b"session", StepTable((RowSlice(0, 5, 1),)), embed([1]))
+        await asyncio.sleep(1.0)
+        gc.collect()
+        engine.close()
+
+    virtual_time.run(submit)
+    assert complaints == []
 
 
 def skip_refills(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ class SessionCore:
             raise closed_error()
         longest = max(piece.end for piece in table.rows)
         lease_tokens = max(longest, self._lease_tokens or 0)
-        self._avoid_leaving(num_rows, lease_tokens)
+        self._replace_gone(num_rows, lease_tokens)
         loop = asyncio.get_running_loop()
         attempt, reports = 0, Reports()
         while True:
@@ -183,10 +183,15 @@ class SessionCore:
                 await self.leave()
                 raise
 
-    def _avoid_leaving(self, num_rows: int, lease_tokens: int) -> None:
-        """Between two steps: have hops that will leave soon replaced, if others can be found."""
+    def _replace_gone(self, num_rows: int, lease_tokens: int) -> None:
+        """Between two steps: have hops replaced that left or will leave soon."""
         ring = self.ring
-        if ring is None or not ring.leaving:
+        if ring is None:
+            return
+        # Servers lost long ago, while the session was idle, may be back: nobody is banned for it.
+        now_s = asyncio.get_running_loop().time()
+        ring.condemn_lost(now_s - self._manager.config.ban_timeout)
+        if not ring.leaving:
             return
         if self._manager.can_avoid(ring.leaving, num_rows, lease_tokens):
             logger.info("a server is leaving; another takes its place")

@@ -459,5 +459,7 @@ def _resolve(results: list[_Result]) -> None:
             continue
         if isinstance(value, PlanetServeError):
             future.set_exception(value)
+            # asyncio logs an exception that nobody asks for; the session may have ended meanwhile.
+            future.exception()
         else:
             future.set_result(value)

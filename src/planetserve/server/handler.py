@@ -70,6 +70,8 @@ class ServedModel:
 class SessionHandler:
     """Accepts sessions for `model` on `node` and runs them on `engine`."""
 
+    session_type: type[ServerSession] = ServerSession
+
     def __init__(
         self,
         node: Network,
@@ -242,7 +244,7 @@ class SessionHandler:
             from_text(message.offer),
         )
         held.callback(channel.erase)
-        session = ServerSession(self._shared, header.session, message, stream, channel)
+        session = self.session_type(self._shared, header.session, message, stream, channel)
         try:
             self._lease(session, stream.remote)
         except CacheExhausted as refusal:

@@ -10,12 +10,35 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from planetserve.crypto.identity import Identity
+from planetserve.testing.lies import LIES
 from planetserve.testing.simulated_roles import ServerPlan
+from planetserve.testing.virtual_time import ClockError
 from planetserve.types import BlockSpan
 
 MAX_SKEW_S = 600.0
+MAX_DRIFT = 5e-4
 AIMED = 0.7
-_KINDS = ("cut", "one_way", "slow", "reset", "crash", "silent", "pause", "drain", "directory")
+LINK_FAULTS = ("cut", "one_way", "slow", "reset")
+"""Concern what is between two nodes."""
+NODE_FAULTS = ("crash", "silent", "pause", "drain", "lie", "directory", "join")
+"""Concern one server."""
+FAULTS = LINK_FAULTS + NODE_FAULTS
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmShape:
+    """What swarms are drawn from.
+
+    Attributes:
+        servers: fewest and most servers.
+        clients: fewest and most clients.
+        weights: kinds of faults, and how often each comes in comparison; empty for any of them,
+            in a mixture that the seed draws.
+    """
+
+    servers: tuple[int, int] = (3, 20)
+    clients: tuple[int, int] = (1, 3)
+    weights: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +48,14 @@ class Fault:
     Attributes:
         kind: `cut` and `one_way` hold up what is between two, `slow` slows it down, `reset` breaks
             their connection; `crash` and `silent` end a server, which comes back after `for_s`;
-            `pause` stops it; `drain` has it leave and come back; `directory` keeps it from the
-            directory.
+            `pause` stops it; `drain` has it leave and come back; `lie` makes it hostile;
+            `directory` keeps it from the directory; `join` is the first start of a server.
         at_s: when, from the start.
         for_s: how long.
         first: number of the server.
         second: the other end: a server, or after the servers a client.
         aim: below `AIMED`, it meets a hop of a session that is open then, and what is next to it.
+        lie: what a hostile server does, one of `LIES`; empty otherwise.
     """
 
     kind: str
@@ -40,6 +64,7 @@ class Fault:
     first: int
     second: int
     aim: float
+    lie: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +74,8 @@ class SwarmPlan:
     num_blocks: int
     servers: tuple[ServerPlan, ...]
     clients: tuple[Identity, ...]
-    skews_s: tuple[float, ...]
-    """By how much each client's clock is ahead."""
+    clocks: tuple[ClockError, ...]
+    """Of the clients."""
     faults: tuple[Fault, ...]
     calm_s: float
     """When the last fault is over."""
@@ -60,25 +85,28 @@ class SwarmPlan:
     """Whether every server has room for all sessions."""
 
 
-def draw_plan(seed: int) -> SwarmPlan:
+def draw_plan(seed: int, shape: SwarmShape) -> SwarmPlan:
     """The swarm of a seed; the same whenever it is asked for."""
     rng = random.Random(seed)
     num_blocks = rng.randint(3, 8)
-    num_servers = min(rng.randint(3, 20), rng.randint(3, 20))
-    num_clients = rng.randint(1, 3)
+    num_servers = min(rng.randint(*shape.servers), rng.randint(*shape.servers))
+    num_clients = rng.randint(*shape.clients)
     is_roomy = rng.random() < 0.7
-    spans = list(_cover(rng, num_blocks))
-    spans += list(_cover(rng, num_blocks))
+    spans = list(_cover(rng, num_blocks, num_servers))
+    spans += list(_cover(rng, num_blocks, num_servers - len(spans)))
+    num_needed = len(spans)
     while len(spans) < num_servers:
         start = rng.randrange(num_blocks)
         spans.append(BlockSpan(start, rng.randint(start + 1, num_blocks)))
     servers = tuple(_server(rng, span, is_roomy=is_roomy) for span in spans)
-    faults = tuple(_faults(rng, len(servers), num_clients)) if rng.random() < 0.9 else ()
+    faults: tuple[Fault, ...] = ()
+    if rng.random() < 0.9:
+        faults = tuple(_faults(rng, len(servers), num_needed, num_clients, shape))
     return SwarmPlan(
         num_blocks=num_blocks,
         servers=servers,
         clients=tuple(_identity(rng) for _ in range(num_clients)),
-        skews_s=tuple(_skew_s(rng) for _ in range(num_clients)),
+        clocks=tuple(_clock(rng) for _ in range(num_clients)),
         faults=faults,
         calm_s=max((fault.at_s + fault.for_s for fault in faults), default=0.0),
         peace_s=min((fault.at_s for fault in faults), default=math.inf),
@@ -86,12 +114,13 @@ def draw_plan(seed: int) -> SwarmPlan:
     )
 
 
-def _cover(rng: random.Random, num_blocks: int) -> Iterator[BlockSpan]:
+def _cover(rng: random.Random, num_blocks: int, most: int) -> Iterator[BlockSpan]:
+    """Spans of a chain of `most` servers at most."""
     start = 0
-    while start < num_blocks:
-        end = rng.randint(start + 1, num_blocks)
+    while start < num_blocks and most > 0:
+        end = num_blocks if most == 1 else rng.randint(start + 1, num_blocks)
         yield BlockSpan(start, end)
-        start = end
+        start, most = end, most - 1
 
 
 def _server(rng: random.Random, span: BlockSpan, *, is_roomy: bool) -> ServerPlan:
@@ -103,32 +132,37 @@ def _server(rng: random.Random, span: BlockSpan, *, is_roomy: bool) -> ServerPla
         num_pages=num_tokens // page_size,
         page_size=page_size,
         block_s=rng.choice((0.0005, 0.002, 0.01)),
-        skew_s=_skew_s(rng),
+        clock=_clock(rng),
         max_chunk_tokens=rng.choice((16, 32, 512)),
         overcommit=rng.choice((1.0, 2.0)),
         update_period_s=rng.choice((45.0, 60.0, 120.0)),
     )
 
 
-def _faults(rng: random.Random, num_servers: int, num_clients: int) -> Iterator[Fault]:
-    kinds = rng.sample(_KINDS, rng.randint(1, len(_KINDS)))
+def _faults(
+    rng: random.Random, num_servers: int, num_needed: int, num_clients: int, shape: SwarmShape
+) -> Iterator[Fault]:
+    """Faults; servers from number `num_needed` on may be absent at first."""
+    kinds = dict(shape.weights) or dict.fromkeys(rng.sample(FAULTS, rng.randint(1, 8)), 1.0)
+    late = list(range(num_needed, num_servers))
     for _ in range(rng.randint(1, 12)):
-        second = rng.randrange(num_servers + num_clients)
-        first = rng.randrange(num_servers)
-        if first == second:
-            continue
-        yield Fault(
-            kind=rng.choice(kinds),
-            at_s=rng.uniform(0.0, 30.0),
-            for_s=rng.choice((0.5, 3.0, 10.0, 60.0)),
-            first=first,
-            second=second,
-            aim=rng.random(),
-        )
+        (kind,) = rng.choices(list(kinds), list(kinds.values()))
+        first, second = rng.randrange(num_servers), rng.randrange(num_servers + num_clients)
+        at_s, for_s = rng.uniform(0.0, 30.0), rng.choice((0.5, 3.0, 10.0, 60.0))
+        aim, lie = rng.random(), rng.choice(LIES)
+        if kind == "join":
+            if late:
+                yield Fault(kind, at_s, 0.0, late.pop(), second, 1.0)
+        elif first != second:
+            yield Fault(kind, at_s, for_s, first, second, aim, lie if kind == "lie" else "")
 
 
-def _skew_s(rng: random.Random) -> float:
-    return rng.choice((0.0, rng.uniform(-2.0, 2.0), rng.uniform(-MAX_SKEW_S, MAX_SKEW_S)))
+def _clock(rng: random.Random) -> ClockError:
+    return ClockError(
+        ahead_s=rng.choice((0.0, rng.uniform(-2.0, 2.0), rng.uniform(-MAX_SKEW_S, MAX_SKEW_S))),
+        drift=rng.choice((0.0, rng.uniform(-MAX_DRIFT, MAX_DRIFT))),
+        uptime_s=rng.uniform(0.0, 1e6),
+    )
 
 
 def _identity(rng: random.Random) -> Identity:

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import logging
 import random
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +23,15 @@ from typing_extensions import override
 from planetserve.client.planning.chain_manager import ChainManager
 from planetserve.client.session_core import SessionCore
 from planetserve.config import ClientConfig
-from planetserve.errors import PlanetServeError
-from planetserve.swarm.ping import PROTOCOL as PING
+from planetserve.errors import ConfigError, LocalProtocolError, PlanetServeError, SessionClosed
 from planetserve.testing import virtual_time
-from planetserve.testing.fault_plan import AIMED, Fault, SwarmPlan, draw_plan
+from planetserve.testing.fault_plan import AIMED, Fault, SwarmPlan, SwarmShape, draw_plan
 from planetserve.testing.integer_model import LoopEngine
+from planetserve.testing.lies import Liar
 from planetserve.testing.memory_network import MemoryNetwork
 from planetserve.testing.simulated_roles import SimulatedServer, new_manager
 from planetserve.testing.simulated_text import SimulatedText
+from planetserve.testing.swarm_checks import RECOVERY_S, Struck, SwarmChecks
 from planetserve.testing.virtual_time import StuckError, VirtualTimeLoop
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader
@@ -38,17 +39,15 @@ from planetserve.wire.step import StepTable
 
 _STEP_BOUND_S = 400.0
 """No step takes longer: six attempts, each of which may wait for blocks, connect and time out."""
-_RECOVERY_S = 100.0
-"""After the last fault; bans are over then, and every step goes through at once."""
 _CALM_STEP_S = 15.0
 """No step takes longer while nothing befalls anybody, connecting included."""
-_NEVER_REFUSED = ("config", "protocol", "session", "decryption", "handshake", "rekey", "internal")
-"""Codes of errors that honest clients and servers never give each other cause for."""
 _END_S = 3000.0
 _SETTLE_S = 30.0
-_MAX_TASKS_PER_SESSION = 40
-_SAMPLE_S = 1.0
-_AT_ONCE_S = 1e-6
+_DRAIN_S = 20.0
+_CLOSE_S = 15.0
+"""No closing of a session takes longer."""
+_LEAVE_S = 35.0
+"""No closing of a server takes longer, besides draining: it tells the directory twice."""
 _MAX_REFUSALS = 20
 """In a swarm whose servers have not enough room for all: then clients give up."""
 
@@ -62,16 +61,19 @@ class Outcome:
     num_tokens: int = 0
     num_errors: int = 0
     """Steps that failed while there were faults, as they may."""
+    faults: Counter[str] = field(default_factory=Counter)
+    """Faults that came about, and lies that were told, by kind."""
     digest: str = ""
     """Of every frame that was sent, by whom and when."""
 
 
-def simulate(seed: int) -> Outcome:
-    """Run the swarm of a seed."""
+def simulate(seed: int, shape: SwarmShape | None = None) -> Outcome:
+    """Run the swarm of a seed, drawn from `shape`."""
+    plan = draw_plan(seed, shape or SwarmShape())
     outcome = Outcome(seed)
     with _logged_errors(outcome.violations):
         try:
-            virtual_time.run(lambda loop: _Simulation(loop, draw_plan(seed), outcome).run())
+            virtual_time.run(lambda loop: _Simulation(loop, plan, outcome).run())
         except StuckError as error:
             outcome.violations.append(f"stuck: {error}")
     return outcome
@@ -87,21 +89,22 @@ class _Simulation:
         self._rng = random.Random(outcome.seed + 1)
         self._network = MemoryNetwork(loop, random.Random(outcome.seed + 2))
         self._servers: dict[int, SimulatedServer] = {}
-        self._touched: dict[int, None] = {}
-        """Numbers of nodes that a fault concerns, clients after servers."""
         self._started_s = loop.time()
         self._trace = hashlib.sha256()
         self._sessions: dict[SessionCore, int] = {}
         """Open sessions, and whose they are."""
+        self._checks = SwarmChecks(plan, self._servers, self._now_s, self._violation)
         loop.set_exception_handler(self._on_error)
 
     async def run(self) -> None:
         plan = self._plan
-        await asyncio.gather(*(self._launch(number) for number in range(len(plan.servers))))
+        late = {fault.first for fault in plan.faults if fault.kind == "join"}
+        present = [number for number in range(len(plan.servers)) if number not in late]
+        await asyncio.gather(*(self._launch(number) for number in present))
         self._started_s = self._loop.time()
         managers = [self._new_client(number) for number in range(len(plan.clients))]
         faults = [asyncio.create_task(self._befall(fault)) for fault in plan.faults]
-        sampling = asyncio.create_task(self._sample())
+        sampling = asyncio.create_task(self._checks.sample())
         try:
             async with asyncio.timeout(_END_S):
                 await asyncio.gather(*(self._use(*client) for client in managers))
@@ -109,16 +112,12 @@ class _Simulation:
         except TimeoutError:
             self._violation("stuck: clients are not done")
         await asyncio.sleep(_SETTLE_S)
-        self._check_nothing_is_held()
+        self._checks.check_nothing_is_held(manager for manager, _ in managers)
         sampling.cancel()
         await asyncio.gather(*(manager.close() for manager, _ in managers))
         await asyncio.gather(*(server.close() for server in self._servers.values()))
         await asyncio.sleep(_SETTLE_S)
-        left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        left = [task for task in left if not task.done()]
-        if left:
-            names = sorted({str(task.get_coro()).split(" at ")[0] for task in left})
-            self._violation(f"{len(left)} tasks are left: {names[:4]}")
+        self._checks.check_no_task_is_left()
         self._outcome.digest = self._trace.hexdigest()
 
     def _violation(self, text: str) -> None:
@@ -127,11 +126,6 @@ class _Simulation:
 
     def _now_s(self) -> float:
         return self._loop.time() - self._started_s
-
-    def _is_calm(self, began_s: float) -> bool:
-        """Whether nothing befell anybody since then, nor shortly before."""
-        plan = self._plan
-        return self._now_s() < plan.peace_s - _AT_ONCE_S or began_s > plan.calm_s + _RECOVERY_S
 
     def _on_error(self, _loop: object, context: dict[str, Any]) -> None:
         self._violation(f"unhandled: {context.get('message')}: {context.get('exception')!r}")
@@ -166,8 +160,10 @@ class _Simulation:
     async def _befall(self, fault: Fault) -> None:
         await asyncio.sleep(fault.at_s)
         fault = self._aimed(fault)
-        self._touched |= dict.fromkeys((fault.first, fault.second))
         network, until_s = self._network, self._loop.time() + fault.for_s
+        now_s = self._now_s()
+        self._outcome.faults[fault.kind] += 1
+        self._checks.struck.append(Struck(fault, now_s, now_s + fault.for_s))
         one, other = self._peer(fault.first), self._peer(fault.second)
         match fault.kind:
             case "cut" | "one_way":
@@ -183,6 +179,10 @@ class _Simulation:
                 network.cut_off[one] = until_s
             case "pause":
                 await self._pause(fault.first, until_s)
+            case "join":
+                await self._launch(fault.first)
+            case "lie":
+                await self._lie(fault)
             case _:
                 await self._stop(fault)
 
@@ -197,17 +197,18 @@ class _Simulation:
         ring = [*hops, len(self._plan.servers) + client]
         index = int(1e6 * fault.aim) % len(hops)
         first, second = ring[index], ring[(index + 1) % len(ring)]
-        return fault if first == second else dataclasses.replace(fault, first=first, second=second)
+        if first == second or fault.kind == "join":
+            return fault
+        return dataclasses.replace(fault, first=first, second=second)
 
     async def _slow(self, fault: Fault) -> None:
         one, other = self._peer(fault.first), self._peer(fault.second)
         links = [self._network.link(one, other), self._network.link(other, one)]
-        before = [(link.latency_s, link.bytes_per_s) for link in links]
         for link in links:
-            link.latency_s, link.bytes_per_s = 2.0, 2000.0
+            link.num_slow += 1
         await asyncio.sleep(fault.for_s)
-        for link, (latency_s, rate) in zip(links, before, strict=True):
-            link.latency_s, link.bytes_per_s = latency_s, rate
+        for link in links:
+            link.num_slow -= 1
 
     async def _pause(self, number: int, until_s: float) -> None:
         """Nothing reaches or leaves a server, and it computes nothing."""
@@ -221,17 +222,36 @@ class _Simulation:
                 self._network.cut(self._peer(other), one, until_s)
         await asyncio.sleep(until_s - self._loop.time())
 
+    async def _lie(self, fault: Fault) -> None:
+        """A server is hostile for a while."""
+        server = self._servers.get(fault.first)
+        if server is None:
+            return
+        neighbours = [plan.identity.peer_id for plan in self._plan.servers]
+        liar = Liar(
+            fault.lie, random.Random(self._rng.random()), self._outcome.faults,
+            self._checks.altered, neighbours,
+        )  # fmt: skip
+        server.memory_node.liar = liar
+        await asyncio.sleep(fault.for_s)
+        if server.memory_node.liar is liar:
+            server.memory_node.liar = None
+
     async def _stop(self, fault: Fault) -> None:
         """A server ends, and comes back."""
         server = self._servers.pop(fault.first, None)
         if server is None:
             return
-        self._check_refusals(fault.first, server)
+        self._checks.check_refusals(fault.first, server)
+        began_s = self._now_s()
         if fault.kind == "drain":
-            await server.close(20.0)
+            await server.close(_DRAIN_S)
         else:
             await server.memory_node.crash(is_silent=fault.kind == "silent")
             await server.close()
+        took_s = self._now_s() - began_s
+        if took_s > (fault.kind == "drain") * _DRAIN_S + _LEAVE_S:
+            self._violation(f"server {fault.first} took {took_s:.1f} s to close")
         await asyncio.sleep(fault.for_s)
         await self._launch(fault.first)
 
@@ -247,25 +267,11 @@ class _Simulation:
             show_route=False,
         )
         manager = new_manager(
-            self._network, config, self._plan.clients[number], self._plan.skews_s[number],
+            self._network, config, self._plan.clients[number], self._plan.clocks[number],
             self._plan.num_blocks, rng,
         )  # fmt: skip
-        self._watch_bans(manager, len(self._plan.servers) + number)
+        self._checks.watch_bans(manager, len(self._plan.servers) + number)
         return manager, number
-
-    def _watch_bans(self, manager: ChainManager, client: int) -> None:
-        numbers = {self._peer(number): number for number in range(len(self._plan.servers))}
-        plain_ban = manager.peers.ban
-
-        def ban(peer_ids: Iterable[PeerId], for_s: float) -> None:
-            chosen = list(peer_ids)
-            for peer_id in chosen:
-                is_touched = {numbers[peer_id], client} & self._touched.keys()
-                if self._plan.is_roomy and (not is_touched or self._is_calm(self._now_s())):
-                    self._violation(f"server {numbers[peer_id]} is banned without a cause")
-            plain_ban(chosen, for_s)
-
-        manager.peers.ban = ban  # type: ignore[method-assign]
 
     async def _use(self, manager: ChainManager, number: int) -> None:
         rng = random.Random(self._outcome.seed + 31 * number + 5)
@@ -281,7 +287,7 @@ class _Simulation:
         ]
         await asyncio.gather(*texts)
         if self._plan.is_roomy:
-            over_s = self._plan.calm_s + _RECOVERY_S + 1.0
+            over_s = self._plan.calm_s + RECOVERY_S + 1.0
             await asyncio.sleep(max(0.0, over_s - self._now_s()))
             await self._converse(manager, number, random.Random(rng.random()))
 
@@ -292,23 +298,26 @@ class _Simulation:
             self._sessions[core] = client
             try:
                 await SimulatedText(
-                    core, rng, self._plan.num_blocks, self._step, self._violation
+                    core, rng, self._plan.num_blocks, self._step, self._checks.wrong
                 ).write()
             except PlanetServeError:
                 pass  # told of where it happened, unless the swarm is full
             finally:
                 self._sessions.pop(core)
+                ended_s = self._now_s()
                 await core.release()
+                if self._now_s() - ended_s > _CLOSE_S:
+                    self._violation("a session takes too long to close")
 
     async def _step(
-        self, core: SessionCore, table: StepTable, hidden_TD: Any, rng: random.Random
+        self, core: SessionCore, table: StepTable, hidden_TD: Any, keep_last: bool
     ) -> Any:
         """Run a step until it goes through; what it gives."""
-        num_rows = len(table.rows)
+        rng, num_rows = self._rng, len(table.rows)
         while True:
             began_s = self._now_s()
             core.begin(num_rows, table, hidden_TD)
-            work = asyncio.create_task(core.run(num_rows, table, hidden_TD))
+            work = asyncio.create_task(core.run(num_rows, table, hidden_TD, keep_last=keep_last))
             if rng.random() < 0.08:
                 await asyncio.wait([work], timeout=rng.choice((0.001, 0.05, 1.0)))
                 if not work.done():
@@ -323,7 +332,9 @@ class _Simulation:
                 output = await work
             except PlanetServeError as error:
                 self._outcome.num_errors += 1
-                if self._plan.is_roomy and self._is_calm(began_s):
+                if isinstance(error, ConfigError | LocalProtocolError | SessionClosed):
+                    self._violation(f"a step failed by the client's own fault: {error!r}")
+                if self._plan.is_roomy and self._checks.is_calm(began_s):
                     self._violation(f"a step failed without a cause: {error!r}")
                     raise
                 if not self._plan.is_roomy and self._outcome.num_errors > _MAX_REFUSALS:
@@ -331,47 +342,10 @@ class _Simulation:
                 await asyncio.sleep(rng.uniform(1.0, 5.0))
                 continue
             took_s = self._now_s() - began_s
-            if self._plan.is_roomy and took_s > _CALM_STEP_S and self._is_calm(began_s):
+            if self._plan.is_roomy and took_s > _CALM_STEP_S and self._checks.is_calm(began_s):
                 self._violation(f"a step took {took_s:.1f} s without a cause")
             self._outcome.num_tokens += table.num_tokens
             return output
-
-    # What must be.
-
-    async def _sample(self) -> None:
-        while True:
-            await asyncio.sleep(_SAMPLE_S)
-            for number, server in self._servers.items():
-                queued = server.handler.queued_bytes
-                if queued > server.config.max_queued_mib << 20:
-                    self._violation(f"server {number} has {queued} bytes queued")
-                node = server.memory_node
-                most = _MAX_TASKS_PER_SESSION * (4 + len(self._plan.clients) * 6)
-                if len(node.tasks) > most or len(node.streams) > most:
-                    self._violation(f"server {number} has {len(node.tasks)} tasks")
-
-    def _check_refusals(self, number: int, server: SimulatedServer) -> None:
-        for reason, count in server.handler.counters.items():
-            if reason.partition(".")[2] in _NEVER_REFUSED:
-                self._violation(f"server {number} has refused {count} times: {reason}")
-
-    def _check_nothing_is_held(self) -> None:
-        for number, server in self._servers.items():
-            self._check_refusals(number, server)
-            stats, handler = server.engine.stats(), server.handler
-            held = {
-                "sessions": handler.num_sessions,
-                "engine sessions": stats.num_sessions,
-                "pages": stats.pages_used,
-                "leased pages": stats.pages_leased,
-                "queued bytes": handler.queued_bytes,
-                "replay_buffer bytes": handler.journal_bytes,
-                "kept input bytes": stats.kept_input_bytes,
-                "streams": sum(stream.protocol != PING for stream in server.memory_node.streams),
-            }
-            still = {name: count for name, count in held.items() if count}
-            if still:
-                self._violation(f"server {number} still holds {still}")
 
 
 class _Violations(logging.Handler):

@@ -131,7 +131,8 @@ class IntegerRunner(SpanRunner):
         span: BlockSpan | None = None,
     ) -> torch.Tensor:
         span = span or self.span
-        hidden = hidden_TD.numpy().astype(np.int64)
+        with np.errstate(invalid="ignore"):  # a hostile hop may send any finite number
+            hidden = hidden_TD.numpy().astype(np.int64)
         positions = positions_T.numpy()
         ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
         outputs = np.empty_like(hidden)

@@ -26,8 +26,9 @@ from planetserve.swarm.dht.swarm_clock import SwarmClock
 from planetserve.swarm.ewma import PeerEwma
 from planetserve.swarm.network import FrameTap, Records, StreamHandler
 from planetserve.swarm.records import RecordChecker, key_digest
+from planetserve.testing.lies import Liar
 from planetserve.testing.memory_streams import Link, MemoryStream, Pipe
-from planetserve.testing.virtual_time import VirtualClock, VirtualTimeLoop
+from planetserve.testing.virtual_time import ClockError, VirtualClock, VirtualTimeLoop
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader
 
@@ -36,18 +37,20 @@ logger = logging.getLogger(__name__)
 BREAKS_AFTER_S = 40.0
 """A connection whose link is cut for so long breaks."""
 _RECORD_DELAY_S = 1.0
+_LOOPBACK_S = 5e-5
+_LOOPBACK_BYTES_PER_S = 1e9
 
 
 class MemoryNode:
     """A node; a `Network`. Made by `MemoryNetwork.join`."""
 
-    def __init__(self, network: MemoryNetwork, identity: Identity, skew_s: float):
+    def __init__(self, network: MemoryNetwork, identity: Identity, error: ClockError):
         self.loop = network.loop
         self.identity = identity
         self.peer_id: PeerId = identity.peer_id
-        self.machine_clock = VirtualClock(network.loop, skew_s)
+        self.machine_clock = VirtualClock(network.loop, error)
         self.clock = SwarmClock(self.machine_clock)
-        self.clock.correct([-skew_s])
+        self.clock.correct([-error.ahead_s])
         self.records = RecordChecker(self.clock)
         self.records._passed = network.checker._passed  # noqa: SLF001 - it takes most of the time
         self.refused: Counter[str] = Counter()
@@ -57,6 +60,8 @@ class MemoryNode:
         self.streams: dict[MemoryStream, None] = {}
         self.handlers: dict[str, StreamHandler] = {}
         self.tasks: dict[asyncio.Task[Any], None] = {}
+        self.liar: Liar | None = None
+        """What is done to frames that this node sends, while it is hostile."""
         self._network = network
 
     def addresses(self) -> tuple[str, ...]:
@@ -66,6 +71,12 @@ class MemoryNode:
         """Tell every tap of a frame."""
         for tap in self.taps:
             tap(event, remote, header)
+
+    def tell_client(self, header: FrameHeader, payload: bytes) -> None:
+        """Send a frame to the client of its session."""
+        for stream in self.streams:
+            if stream.session == header.session:
+                stream.inject(header, payload)
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self._network.loop.create_task(work, name=name)
@@ -161,9 +172,9 @@ class MemoryNetwork:
         """The loop's time."""
         return self.loop.time()
 
-    def join(self, identity: Identity, skew_s: float = 0.0) -> MemoryNode:
-        """A new node, or one that comes back."""
-        node = MemoryNode(self, identity, skew_s)
+    def join(self, identity: Identity, error: ClockError) -> MemoryNode:
+        """A new node, or one that comes back; its clock goes with this error."""
+        node = MemoryNode(self, identity, error)
         self.nodes[node.peer_id] = node
         self._silent.pop(node.peer_id, None)
         return node
@@ -177,6 +188,9 @@ class MemoryNetwork:
         """The way from one node to another."""
         found = self._links.get((source, target))
         if found is None:
+            if source == target:
+                self._links[source, target] = Link(_LOOPBACK_S, _LOOPBACK_BYTES_PER_S)
+                return self._links[source, target]
             latency_s = self.rng.choice((0.001, 0.01, 0.05, 0.15))
             rate = self.rng.choice((1e5, 1e6, 1e7))
             self._links[source, target] = found = Link(latency_s, rate)
@@ -226,8 +240,6 @@ class MemoryNetwork:
 
     async def open_stream(self, node: MemoryNode, remote: PeerId, protocol: str) -> MemoryStream:
         """Connect if need be, and open a stream."""
-        if remote == node.peer_id:
-            raise PeerUnreachable("a node does not dial itself here")
         there, back = self.link(node.peer_id, remote), self.link(remote, node.peer_id)
         round_trips = 1 if self.is_connected(node.peer_id, remote) else 3
         await asyncio.sleep(round_trips * (there.latency_s + back.latency_s))

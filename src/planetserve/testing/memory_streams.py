@@ -12,23 +12,55 @@ from typing import Protocol
 
 from planetserve.errors import HopTimeout, LocalProtocolError, StreamClosed
 from planetserve.swarm.network import Buffer
+from planetserve.testing.lies import Liar
 from planetserve.testing.virtual_time import VirtualTimeLoop
 from planetserve.types import PeerId
-from planetserve.wire.frame import FrameHeader
+from planetserve.wire.frame import HEADER_BYTES, FrameHeader, FrameType
 
 WINDOW_BYTES = 256 * 1024
 """Bytes of one direction of a stream that may be on the way or unread; a sender waits for more."""
 _JITTER = 0.2
+_SLOW_LATENCY_S = 2.0
+_SLOW_BYTES_PER_S = 2000.0
+_SPLIT_BYTES = 200
+"""The header of a frame with a longer payload arrives before the rest, which may never come."""
+
+
+@dataclass(slots=True)
+class Arriving:
+    """A frame on its way."""
+
+    header: FrameHeader
+    data: bytes
+    is_whole: bool = False
+    """Whether all of it has arrived, and not just the header."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size on the wire."""
+        return HEADER_BYTES + len(self.data)
 
 
 @dataclass(slots=True)
 class Link:
     """One way between two nodes."""
 
-    latency_s: float
-    bytes_per_s: float
+    usual_latency_s: float
+    usual_bytes_per_s: float
+    num_slow: int = 0
+    """Faults that slow it down now."""
     cut_until_s: float = 0.0
     """Nothing arrives before; infinite while nobody knows when it ends."""
+
+    @property
+    def latency_s(self) -> float:
+        """How long a byte is under way."""
+        return _SLOW_LATENCY_S if self.num_slow else self.usual_latency_s
+
+    @property
+    def bytes_per_s(self) -> float:
+        """How much it carries."""
+        return _SLOW_BYTES_PER_S if self.num_slow else self.usual_bytes_per_s
 
 
 class Links(Protocol):
@@ -51,6 +83,11 @@ class StreamOwner(Protocol):
 
     loop: VirtualTimeLoop
     streams: dict[MemoryStream, None]
+    liar: Liar | None
+
+    def tell_client(self, header: FrameHeader, payload: bytes) -> None:
+        """Send a frame to the client of its session."""
+        ...
 
     def tap(self, event: str, remote: PeerId, header: FrameHeader) -> None:
         """Tell of a frame."""
@@ -61,8 +98,8 @@ class Pipe:
     """One direction of a stream."""
 
     def __init__(self, network: Links, source: PeerId, target: PeerId):
-        self.queue: deque[tuple[FrameHeader, bytes]] = deque()
-        """Frames that have arrived."""
+        self.queue: deque[Arriving] = deque()
+        """Frames that have arrived; of the last one maybe only the header."""
         self.num_bytes = 0
         self.bytes_received = 0
         self.is_over = False
@@ -70,20 +107,31 @@ class Pipe:
         self._changed: deque[asyncio.Future[None]] = deque()
         self._network = network
         self._link = network.link(source, target)
-        self._flying: deque[tuple[float, tuple[FrameHeader, bytes] | None]] = deque()
+        # When what arrives: a frame's header, the rest of a frame, or that there is nothing more.
+        self._flying: deque[tuple[float, Arriving | None]] = deque()
         self._arrives_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def put(self, frame: tuple[FrameHeader, bytes] | None) -> None:
+    def put(self, frame: Arriving | None) -> None:
         """Send a frame, or say that no other comes."""
+        if frame is not None:
+            self.num_bytes += frame.num_bytes
+            if len(frame.data) > _SPLIT_BYTES:
+                self._fly(HEADER_BYTES, frame)
+                self._fly(len(frame.data), frame)
+            else:
+                frame.is_whole = True
+                self._fly(frame.num_bytes, frame)
+        else:
+            self._fly(0, None)
+        if self._timer is None:
+            self._wait()
+
+    def _fly(self, size: int, frame: Arriving | None) -> None:
         network, link = self._network, self._link
-        size = 0 if frame is None else len(frame[1]) + 128
-        self.num_bytes += size
         took_s = link.latency_s * network.rng.uniform(1.0, 1.0 + _JITTER) + size / link.bytes_per_s
         self._arrives_s = max(self._arrives_s + size / link.bytes_per_s, network.now_s() + took_s)
         self._flying.append((self._arrives_s, frame))
-        if self._timer is None:
-            self._wait()
 
     def break_off(self) -> None:
         """What has not arrived never does."""
@@ -133,8 +181,11 @@ class Pipe:
             _, frame = self._flying.popleft()
             if frame is None:
                 self.is_over = True
+            elif self.queue and self.queue[-1] is frame:
+                frame.is_whole = True
+                self.bytes_received += len(frame.data)
             else:
-                self.bytes_received += len(frame[1]) + 128
+                self.bytes_received += frame.num_bytes if frame.is_whole else HEADER_BYTES
                 self.queue.append(frame)
         self.wake()
         if self._flying:
@@ -151,6 +202,8 @@ class MemoryStream:
         self.protocol = protocol
         self.inward = inward
         self.outward = outward
+        self.session: bytes | None = None
+        """The session that the peer has opened on it."""
         self._node = node
         self._sending = asyncio.Lock()
         self._is_receiving = False
@@ -166,6 +219,11 @@ class MemoryStream:
     def closed(self) -> bool:
         return self._is_closed or self._is_broken
 
+    @property
+    def liar(self) -> Liar | None:
+        """Who lies at this end."""
+        return self._node.liar
+
     async def send(self, header: FrameHeader, payload: Buffer | Sequence[Buffer] = b"") -> None:
         data = bytes(payload) if isinstance(payload, Buffer) else b"".join(map(bytes, payload))
         header = FrameHeader.unpack(header.numbered(header.sequence, len(data)).pack())
@@ -174,21 +232,33 @@ class MemoryStream:
                 await self.outward.wait()
             if self.closed:
                 raise StreamClosed("the stream is closed")
-            self.outward.put((header, data))
+            liar = self._node.liar
+            if liar is None:
+                self.outward.put(Arriving(header, data))
+            else:
+                for frame in liar.sent((header, data), self.remote, self._node.tell_client):
+                    self.outward.put(Arriving(*frame))
         self._node.tap("sent", self.remote, header)
 
+    def inject(self, header: FrameHeader, data: bytes) -> None:
+        """Send a frame that the node itself knows nothing of."""
+        if not self.closed:
+            self.outward.put(Arriving(header.numbered(header.sequence, len(data)), data))
+
     async def peek(self, timeout_s: float | None = None) -> FrameHeader:
-        return (await self._next(timeout_s))[0]
+        return (await self._next(timeout_s, is_whole=False)).header
 
     async def receive(self, timeout_s: float | None = None) -> tuple[FrameHeader, bytearray]:
-        header, data = await self._next(timeout_s)
+        frame = await self._next(timeout_s, is_whole=True)
         self.inward.queue.popleft()
-        self.inward.num_bytes -= len(data) + 128
+        self.inward.num_bytes -= frame.num_bytes
         self.inward.wake()
-        self._node.tap("received", self.remote, header)
-        return header, bytearray(data)
+        if frame.header.type is FrameType.OPEN:
+            self.session = frame.header.session
+        self._node.tap("received", self.remote, frame.header)
+        return frame.header, bytearray(frame.data)
 
-    async def _next(self, timeout_s: float | None) -> tuple[FrameHeader, bytes]:
+    async def _next(self, timeout_s: float | None, *, is_whole: bool) -> Arriving:
         if self._is_receiving:
             raise LocalProtocolError("another task is receiving from this stream")
         self._is_receiving = True
@@ -198,8 +268,9 @@ class MemoryStream:
             while True:
                 if self._is_closed:
                     raise StreamClosed("the stream is closed")
-                if self.inward.queue:
-                    return self.inward.queue[0]
+                queue = self.inward.queue
+                if queue and (queue[0].is_whole or not is_whole):
+                    return queue[0]
                 if self.inward.is_over:
                     self.abort()
                     raise StreamClosed("the peer closed the stream")

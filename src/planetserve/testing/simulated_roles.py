@@ -21,8 +21,9 @@ from planetserve.server.server import Server
 from planetserve.swarm.libp2p.node import NodeConfig
 from planetserve.swarm.network import Network
 from planetserve.testing.integer_model import WIDTH, IntegerRunner, LoopEngine
+from planetserve.testing.lies import LyingSession
 from planetserve.testing.memory_network import MemoryNetwork, MemoryNode
-from planetserve.testing.virtual_time import VirtualClock
+from planetserve.testing.virtual_time import ClockError, VirtualClock
 from planetserve.types import BlockSpan
 
 MODEL = "integers"
@@ -38,7 +39,7 @@ class ServerPlan:
     num_pages: int
     page_size: int
     block_s: float
-    skew_s: float
+    clock: ClockError
     max_chunk_tokens: int
     overcommit: float
     update_period_s: float
@@ -75,10 +76,11 @@ class SimulatedServer(Server):
             num_blocks=num_blocks,
             config=heads,
         )
-        node = network.join(plan.identity, plan.skew_s)
+        node = network.join(plan.identity, plan.clock)
         server = cls(config, checkpoint, node, node.machine_clock, rng)
         server.block_s = plan.block_s
         await server.begin(torch.float32, torch.device("cpu"))
+        server.handler.session_type = LyingSession
         return server
 
     @property
@@ -92,7 +94,7 @@ class SimulatedServer(Server):
     async def _load_engine(self, config: EngineConfig, device: torch.device) -> Engine:
         loop = self.memory_node.loop
         runner = IntegerRunner(self.span, config.num_pages, config.page_size, loop, self.block_s)
-        engine = LoopEngine(runner, config, VirtualClock(loop))
+        engine = LoopEngine(runner, config, self.memory_node.machine_clock)
         engine.start()
         await engine.measure()
         return engine
@@ -102,7 +104,7 @@ def new_manager(
     network: MemoryNetwork,
     config: ClientConfig,
     identity: Identity,
-    skew_s: float,
+    error: ClockError,
     num_blocks: int,
     rng: random.Random,
 ) -> ChainManager:
@@ -110,6 +112,6 @@ def new_manager(
     facts = ModelFacts(MODEL, MODEL, FINGERPRINT, num_blocks, WIDTH, torch.float32)
 
     async def join(_: NodeConfig) -> Network:
-        return network.join(identity, skew_s)
+        return network.join(identity, error)
 
-    return ChainManager(config, facts, VirtualClock(network.loop, skew_s), rng, join)
+    return ChainManager(config, facts, VirtualClock(network.loop, error), rng, join)

@@ -12,9 +12,9 @@ from planetserve.client.session_core import SessionCore
 from planetserve.testing.integer_model import PlainModel, embed, next_token
 from planetserve.wire.step import RowSlice, StepTable
 
-Step = Callable[[SessionCore, StepTable, torch.Tensor, random.Random], Awaitable[torch.Tensor]]
-"""Runs a step until it goes through."""
-Wrong = Callable[[str], None]
+Step = Callable[[SessionCore, StepTable, torch.Tensor, bool], Awaitable[torch.Tensor]]
+"""Runs a step until it goes through; says whether the last token of each row is enough."""
+Wrong = Callable[[SessionCore, str], None]
 """Told of an answer that is not what it must be."""
 
 
@@ -38,7 +38,7 @@ class SimulatedText:
         await self._extend([[rng.randrange(90) for _ in range(prompt)] for _ in self._rows])
         for _ in range(rng.randint(3, 16)):
             reorder = None
-            match rng.randrange(14):
+            match rng.randrange(16):
                 case 0 if len(self._rows) > 1:
                     reorder = tuple(rng.randrange(len(self._rows)) for _ in self._rows)
                 case 1:
@@ -50,6 +50,8 @@ class SimulatedText:
                 case 3 | 4 | 5:
                     await asyncio.sleep(rng.choice((0.1, 1.0, 3.0, 15.0)))
                 case 6:
+                    await self._fork()
+                case 7:
                     await self._extend([[rng.randrange(90)] * 5 for _ in self._rows])
                     continue
                 case _:
@@ -58,6 +60,16 @@ class SimulatedText:
                 self._rows = [self._rows[source].copy() for source in reorder]
                 self._next = [self._next[source] for source in reorder]
             await self._extend([[token] for token in self._next], reorder)
+
+    async def _fork(self) -> None:
+        """Write one token on in a copy of the session, which this one must not notice."""
+        core = self._core.fork()
+        copy = SimulatedText(core, self._rng, 0, self._step, self._wrong)
+        copy._rows, copy._next = [row.copy() for row in self._rows], list(self._next)
+        try:
+            await copy._extend([[self._rng.randrange(90)] for _ in copy._rows])
+        finally:
+            await core.release()
 
     async def _extend(
         self, tokens: Sequence[Sequence[int]], reorder: tuple[int, ...] | None = None
@@ -72,12 +84,16 @@ class SimulatedText:
             reorder,
         )
         hidden_TD = embed([token for new in tokens for token in new])
-        output_TD = await self._step(self._core, table, hidden_TD, self._rng)
+        keep_last = self._rng.random() < 0.5
+        output_TD = await self._step(self._core, table, hidden_TD, keep_last)
         expected = [row.extend(new) for row, new in zip(self._rows, tokens, strict=True)]
         offset = 0
         for index, part in enumerate(expected):
             own_TD = output_TD[offset : offset + len(part)]
             offset += len(part)
-            if own_TD.numpy().astype("int64").tolist() != part.tolist():
-                self._wrong(f"a wrong token in row {index} of a text of {starts[index]}")
+            checked = slice(-1 if keep_last else 0, None)
+            if own_TD[checked].numpy().astype("int64").tolist() != part[checked].tolist():
+                self._wrong(
+                    self._core, f"a wrong token in row {index} of a text of {starts[index]}"
+                )
             self._next[index] = next_token(own_TD[-1])

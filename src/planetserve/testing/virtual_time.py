@@ -13,6 +13,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from typing_extensions import override
@@ -124,23 +125,41 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         return future
 
 
+@dataclass(frozen=True, slots=True)
+class ClockError:
+    """How the clock of a machine goes.
+
+    Attributes:
+        ahead_s: by how much its time of day is ahead at the start.
+        drift: by how much a second of it is too short.
+        uptime_s: what its monotonic time is at the start.
+    """
+
+    ahead_s: float = 0.0
+    drift: float = 0.0
+    uptime_s: float = 0.0
+
+
 class VirtualClock:
     """The clock of a machine in virtual time.
 
     Args:
         loop: whose time it is.
-        skew_s: by how much the machine's clock is ahead.
+        error: by what the machine's own differs from that.
     """
 
-    def __init__(self, loop: VirtualTimeLoop, skew_s: float = 0.0):
+    def __init__(self, loop: VirtualTimeLoop, error: ClockError | None = None):
         self._loop = loop
-        self._skew_s = skew_s
+        self._error = error or ClockError()
 
     def monotonic(self) -> float:
-        return self._loop.time() + self._loop.ahead_s
+        return self._error.uptime_s + self._passed_s()
 
     def unix(self) -> float:
-        return _START_UNIX_S + self.monotonic() + self._skew_s
+        return _START_UNIX_S + self._error.ahead_s + self._passed_s()
+
+    def _passed_s(self) -> float:
+        return (self._loop.time() + self._loop.ahead_s) * (1.0 + self._error.drift)
 
 
 def run(main: Callable[[VirtualTimeLoop], Coroutine[Any, Any, T]]) -> T:

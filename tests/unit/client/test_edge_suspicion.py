@@ -83,3 +83,9 @@ def test_so_many_are_remembered(
     for number in range(100):
         edge_suspicions.add((f"from {number}", f"to {number}"))
     assert len(edge_suspicions.avoided()) == 10
+
+
+def test_an_edge_from_a_server_to_itself_is_its_own_fault(edge_suspicions: EdgeSuspicions) -> None:
+    assert edge_suspicions.add(("m", "m")) == ["m"]
+    assert edge_suspicions.add_chain(["m", "m", "n"]) == []
+    assert set(edge_suspicions.avoided()) == {("m", "n")}

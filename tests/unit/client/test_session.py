@@ -50,6 +50,9 @@ class FailingRing:
         self.working = asyncio.Event()
         self.closed = asyncio.Event()
 
+    def condemn_lost(self, before_s: float) -> None:
+        pass
+
     async def step(self, *_: object, **__: object) -> torch.Tensor:
         self.working.set()
         await self.closed.wait()

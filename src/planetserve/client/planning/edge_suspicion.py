@@ -70,10 +70,11 @@ class EdgeSuspicions:
             weight: with this probability.
 
         Returns:
-            Who is at fault for certain: the server at an edge of the client's own.
+            Who is at fault for certain: the server at an edge of the client's own, or at one
+            between two hops that it is both.
         """
-        if CLIENT in edge:
-            return [peer for peer in edge if peer != CLIENT]
+        if CLIENT in edge or edge[0] == edge[1]:
+            return [edge[1] if edge[0] == CLIENT else edge[0]]
         now_s = self._clock.monotonic()
         pair = min(edge), max(edge)
         suspicion = self._pairs.setdefault(pair, _Suspicion(now_s, float("inf")))
@@ -98,7 +99,8 @@ class EdgeSuspicions:
         if len(set(peers)) == 1:
             return [peers[0]]
         for edge in pairwise(peers):
-            self.add(edge, 1 / (len(peers) - 1))
+            if edge[0] != edge[1]:
+                self.add(edge, 1 / (len(peers) - 1))
         return []
 
     def avoided(self) -> dict[Edge, float]:

@@ -86,6 +86,8 @@ class HopConnection:
         """Whether it has said that it will leave soon."""
         self.lost: PlanetServeError | None = None
         """Why nothing comes from it any more."""
+        self.lost_s = 0.0
+        """When it was lost, by the event loop's time."""
         self.max_chunk_tokens = 1
         self._session_id = session_id
         self._inbox = inbox
@@ -290,7 +292,7 @@ class HopConnection:
         except PlanetServeError as error:
             if error.edge is None:
                 error.peer_id = self.peer_id
-            self.lost = error
+            self.lost, self.lost_s = error, asyncio.get_running_loop().time()
             self.ended.set()
             self._inbox.put_nowait((self, error))
 

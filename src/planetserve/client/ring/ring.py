@@ -102,8 +102,11 @@ class RingSession:
 
     @property
     def leaving(self) -> set[PeerId]:
-        """Hops that have said they will leave soon; the session should do without them."""
-        return {link.peer_id for link in self._hops.links if link.is_leaving}
+        """Hops that have said they will leave soon; the session should do without them.
+
+        One that has gone may be back: a new plan decides.
+        """
+        return {link.peer_id for link in self._hops.links if link.is_leaving and not link.lost}
 
     async def step(
         self, table: StepTable, hidden_TD: torch.Tensor, *, keep_last: bool = False
@@ -170,6 +173,11 @@ class RingSession:
     def condemn_leaving(self) -> None:
         """Mark the hops that will leave."""
         self._condemned |= {link for link in self._hops.links if link.is_leaving}
+
+    def condemn_lost(self, before_s: float) -> None:
+        """Mark the hops that were lost before then, by the event loop's time."""
+        lost = [link for link in self._hops.links if link.lost]
+        self._condemned.update(link for link in lost if link.lost_s < before_s)
 
     async def move(
         self, chain: Chain, servers: Mapping[PeerId, ServerInfo], history: History

@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from planetserve.engine.probe import Batching
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.model.capabilities import refusal
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.span_blocks import SpanBlocks
-from planetserve.testing.chain import LocalChain
+from planetserve.testing.chain import LocalChain, local_logits
 from planetserve.testing.checkpoints import (
     FAMILIES,
     REFUSED_FAMILIES,
     SERVABLE_FAMILIES,
+    load_local,
     make_tiny_checkpoint,
     tiny_config,
 )
@@ -56,10 +56,28 @@ within 1e-4) for a prompt and for single tokens after it.
 Of several files in a folder, the one that transformers would read counts. What `config.json` says
 about how to run a model (attention or expert implementations, kernels, code) has no effect.
 
-Not served, whatever the family: adapters, checkpoints without safetensors, checkpoints whose
-weights are stored quantised (GPTQ, AWQ, MXFP4, FP8), models that need code from their repository,
-encoder-decoder models, and models that take images or audio (their text-only checkpoints are
-served).
+A multimodal checkpoint is served by its language model, for text: neither servers nor clients load
+or download its towers, and images, video or sound are refused.
+
+Weights that are stored quantised are dequantised while they are read, block by block, with at most
+one block in memory above what stays; `--quant_type` may quantise them again. These are
+read, by `quant_method`:
+
+- `fp8`: FP8 with scales per block, per tensor or per row; scales as floats or exponents (UE8M0)
+- `fbgemm_fp8`: FP8 with a scale per row
+- `mxfp4`: gpt-oss's experts
+- `compressed-tensors`: `pack-quantized` with 4 or 8 bits, int8, FP8, `nvfp4-pack-quantized`
+- `gptq`: 2, 4 or 8 bits, also with `desc_act`
+- `awq`: 4 bits, version `gemm`
+- `modelopt`: FP8, NVFP4; the method may be named in `hf_quant_config.json` alone
+- `bitsandbytes`: int8, nf4, fp4, also with nested scales
+
+The tests (`tests/unit/model/test_stored_formats.py`) compare each with a local model of the
+dequantised weights. Scales that are missing or do not fit, and settings that contradict the
+tensors, are refused before weights are read, as far as the headers of the files show them.
+
+Not served, whatever the family: adapters, checkpoints without safetensors, weights stored in other
+formats (GGUF, MLX), models that need code from their repository, and encoder-decoder models.
 
 {num_served} of the {num_all} rows can be served: {num_ragged} raggedly, {num_padded} padded.
 
@@ -109,13 +127,13 @@ def parity_error(checkpoint: Checkpoint, folder: Path) -> float:
     cut = max(1, last // 2)
     spans = [BlockSpan(0, cut), *([BlockSpan(cut, last)] if cut < last else [])]
     chain = LocalChain(checkpoint, [(span, span) for span in spans])
-    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    error, cache = 0.0, None
-    for piece in torch.arange(3, 15)[None].split([9, 1, 1, 1], dim=1):
-        output = local(piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        error = max(error, float((chain.logits(piece) - output.logits).abs().max()))
-    return error
+    local = load_local(folder)
+    pieces = torch.arange(3, 15)[None].split([9, 1, 1, 1], dim=1)
+    expected = local_logits(local, pieces)
+    return max(
+        float((chain.logits(piece) - logits).abs().max())
+        for piece, logits in zip(pieces, expected, strict=True)
+    )
 
 
 def main(families: list[str]) -> None:

@@ -18,14 +18,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.errors import ModelError
 from planetserve.model.capabilities import constant_rotary_length
+from planetserve.model.text_config import text_config
+from planetserve.testing.chain import local_logits
 from planetserve.testing.checkpoints import (
     REFUSED_FAMILIES,
     SERVABLE_FAMILIES,
+    load_local,
     make_tiny_checkpoint,
 )
 from planetserve.testing.swarm import LocalSwarm
@@ -54,7 +56,7 @@ def _assert_same_tokens(
     """Compare with a local model; `alone` computes each row with a fresh one."""
     groups = [slice(row, row + 1) for row in range(len(ids))] if alone else [slice(None)]
     for rows in groups:
-        local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        local = load_local(folder)
         expected = local.generate(
             ids[rows], attention_mask=mask[rows], **OPTIONS, return_dict_in_generate=True,
             output_logits=True,
@@ -72,14 +74,14 @@ def _assert_same_tokens(
 def test_family_equals_local(family: str, tmp_path: Path) -> None:
     seed = zlib.crc32(family.encode())
     make_tiny_checkpoint(tmp_path, family, seed=seed)
-    local = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    local = load_local(tmp_path)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 90, (3, 9), generator=generator)
     mask = torch.ones_like(ids)
     ids[1, :4], mask[1, :4] = 0, 0
     ids[2, :2], mask[2, :2] = 0, 0
-    alone = constant_rotary_length(local.config) is not None
-    spans = _random_spans(seed, local.config.num_hidden_layers)
+    alone = constant_rotary_length(text_config(local.config)) is not None
+    spans = _random_spans(seed, text_config(local.config).num_hidden_layers)
     with (
         LocalSwarm(str(tmp_path), spans) as swarm,
         AutoDistributedModelForCausalLM.from_pretrained(
@@ -96,9 +98,7 @@ def test_family_equals_local(family: str, tmp_path: Path) -> None:
         )
         out = model(ids[:1, :5])
         rest = model(ids[:1, 5:], past_key_values=out.past_key_values).logits
-        fresh = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-        past = fresh(ids[:1, :5], use_cache=True).past_key_values
-        expected = fresh(ids[:1, 5:], past_key_values=past, use_cache=True).logits
+        expected = local_logits(load_local(tmp_path), [ids[:1, :5], ids[:1, 5:]])[1]
         torch.testing.assert_close(rest, expected, atol=1e-4, rtol=1e-4)
 
 

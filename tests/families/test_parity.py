@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.testing.chain import LocalChain
-from planetserve.testing.checkpoints import SERVABLE_FAMILIES, make_tiny_checkpoint
+from planetserve.testing.chain import LocalChain, local_logits
+from planetserve.testing.checkpoints import SERVABLE_FAMILIES, load_local, make_tiny_checkpoint
 from planetserve.types import BlockSpan
 
 PROMPT_TOKENS = 9
@@ -34,18 +33,13 @@ def random_hops(num_blocks: int, rng: random.Random) -> list[tuple[BlockSpan, Bl
 def test_chain_gives_local_logits(family: str, tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path, family)
     checkpoint = Checkpoint.open(str(folder))
-    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    local = load_local(folder)
     chain = LocalChain(checkpoint, random_hops(checkpoint.num_blocks, random.Random(family)))
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, 96, (1, PROMPT_TOKENS + NEW_TOKENS), generator=generator)
 
     pieces = [ids[:, :PROMPT_TOKENS], *ids[:, PROMPT_TOKENS:].split(1, dim=1)]
-    expected, cache = [], None
-    with torch.inference_mode():
-        for piece in pieces:
-            output = local(piece, past_key_values=cache, use_cache=True)
-            expected.append(output.logits)
-            cache = output.past_key_values
+    expected = local_logits(local, pieces)
     for piece, logits in zip(pieces, expected, strict=True):
         torch.testing.assert_close(chain.logits(piece), logits, atol=TOLERANCE, rtol=0)
 

@@ -19,11 +19,14 @@ from transformers.cache_utils import (
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 from planetserve.errors import ModelError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.families import TESTED, family_of
+from planetserve.model.text_config import text_config
+from planetserve.model.weights import check_method
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ def check_servable(checkpoint: Checkpoint) -> None:
         raise ModelError(
             f"{checkpoint.name} ({checkpoint.config.model_type}) cannot be served: {reason}"
         )
+    check_method(checkpoint.name, checkpoint.quantization() or {})
 
 
 def warn_if_untested(checkpoint: Checkpoint) -> None:
@@ -55,24 +59,22 @@ def warn_if_untested(checkpoint: Checkpoint) -> None:
 
 def refusal(config: PretrainedConfig) -> str | None:
     """Why a model of this configuration cannot be served, or None if it can."""
-    declared = family_of(config.model_type).refused
+    text = text_config(config)
+    declared = family_of(config.model_type).refused or family_of(text.model_type).refused
     if declared is not None:
         return declared
-    if getattr(config, "is_encoder_decoder", False):
+    if config.is_encoder_decoder or text.is_encoder_decoder:
         return "it is an encoder-decoder model, and only decoder-only models are"
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "it is an encoder, which fills in masked words, and only decoder-only models are"
-    if config.get_text_config(decoder=True) is not config:
-        return "it takes images or audio; give a text-only checkpoint of the family"
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "transformers has no causal language model of this type"
-    if getattr(config, "quantization_config", None) is not None:
-        return "its weights are stored quantised; give the bfloat16 or float16 checkpoint"
-    if getattr(config, "num_kv_shared_layers", 0):
+    kinds = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+    if not any(config.model_type in kind for kind in kinds):
+        return "transformers has no model of this type that generates text"
+    if getattr(text, "num_kv_shared_layers", 0):
         return "its layers share keys and values across blocks"
-    if getattr(config, "hidden_size_per_layer_input", 0):
+    if getattr(text, "hidden_size_per_layer_input", 0):
         return "its layers read token embeddings of their own besides the hidden states"
-    return _cache_refusal(config)
+    return _cache_refusal(text)
 
 
 def has_recurrent_layers(config: PretrainedConfig) -> bool:

@@ -24,11 +24,14 @@ from planetserve.model.configuration import read_config, read_generation_config
 from planetserve.model.file_sources import CONFIG_FILE, FileSource, open_source
 from planetserve.model.json_files import read_json_object
 from planetserve.model.shards import TensorEntry, read_header, read_samples, read_tensor
+from planetserve.model.text_config import text_config
 from planetserve.model.weight_files import locate, weight_files, why_no_config
 from planetserve.types import DTYPE_NAMES
 
 GENERATION_FILE = "generation_config.json"
 SAMPLE_BYTES = 64
+MODELOPT_FILE = "hf_quant_config.json"
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -103,15 +106,32 @@ class Checkpoint:
             self.name, read_json_object(self._source.fetch(GENERATION_FILE))
         )
 
+    def quantization(self) -> Mapping[str, Any] | None:
+        """What the configuration says about how weights are stored; None if they are plain.
+
+        ModelOpt writes it into a file of its own as well, or there alone.
+
+        Raises:
+            ModelError: that file cannot be read.
+        """
+        found = _quantization(self._raw_config)
+        if found is None and self._source.has(MODELOPT_FILE):
+            settings = read_json_object(self._source.fetch(MODELOPT_FILE)).get("quantization")
+            if not isinstance(settings, dict):
+                raise ModelError(f"{self.name}: {MODELOPT_FILE} describes no quantization")
+            if settings.get("quant_algo") is not None:
+                found = {"quant_method": "modelopt", **settings}
+        return found
+
     @property
     def num_blocks(self) -> int:
         """Decoder layers of the whole model."""
-        return int(self.config.get_text_config(decoder=True).num_hidden_layers)
+        return int(text_config(self.config).num_hidden_layers)
 
     @property
     def hidden_size(self) -> int:
         """Width of the hidden states that travel between blocks."""
-        return int(self.config.get_text_config(decoder=True).hidden_size)
+        return int(text_config(self.config).hidden_size)
 
     @functools.cached_property
     def model_prefix(self) -> str:
@@ -240,6 +260,18 @@ class Checkpoint:
         return self._headers[filename]
 
 
+def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The settings of a configuration, or of the language model's within it."""
+    for key in _QUANTIZATION_KEYS:
+        if raw.get(key) is not None:
+            if not isinstance(raw[key], dict):
+                raise ModelError(f"config.json gives no settings as {key}")
+            settings: Mapping[str, Any] = raw[key]
+            return settings
+    parts = (part for key, part in raw.items() if isinstance(part, dict) and "vision" not in key)
+    return next(filter(None, map(_quantization, parts)), None)
+
+
 def canonical_config(raw: Mapping[str, Any]) -> bytes:
     """The configuration as bytes that do not depend on who saved it or in which dtype."""
     return json.dumps(_without_volatile(raw), sort_keys=True, separators=(",", ":")).encode()
@@ -275,12 +307,15 @@ def parse_dtype(text: str, checkpoint: Checkpoint, device: torch.device | str) -
 
 
 def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    dtype = getattr(checkpoint.config.get_text_config(decoder=True), "dtype", None)
+    config = checkpoint.config
+    dtype = getattr(text_config(config), "dtype", None) or getattr(config, "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     if dtype is None:
         name = next(iter(checkpoint.tensor_names()))
         dtype = checkpoint.tensor_dtype(name)
+    if dtype not in DTYPES.values() and checkpoint.quantization():
+        dtype = torch.bfloat16
     if dtype not in DTYPES.values():
         raise ConfigError(
             f"{checkpoint.name} is stored as {dtype}; choose one of: {', '.join(DTYPES)}"

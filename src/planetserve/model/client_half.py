@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from planetserve.errors import ConfigError, ModelError
@@ -23,7 +23,12 @@ from planetserve.model.capabilities import check_servable, warn_if_untested
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.decoder import Decoder, find_decoder
 from planetserve.model.families import family_of
-from planetserve.model.loading import build_on_meta, load_parameters, materialize_buffers
+from planetserve.model.loading import (
+    build_on_meta,
+    has_meta_parameters,
+    load_parameters,
+    materialize_buffers,
+)
 from planetserve.model.partial_outputs import (
     give_states,
     setting,
@@ -31,6 +36,7 @@ from planetserve.model.partial_outputs import (
     take_wanted_states,
     without_backward,
 )
+from planetserve.model.text_config import text_config
 
 NO_ATTENTION = "planetserve_remote"
 """Attention implementation of a client half. transformers builds no masks for a name that has an
@@ -39,6 +45,10 @@ attention function but no mask function, and there is no layer here that would c
 _NO_LAYERS = (
     "the layers run on servers, all of them in one call; session.step() takes hidden states "
     "through them"
+)
+
+_TEXT_ONLY = (
+    "a distributed model is its language model: give it text only, without images, video or sound"
 )
 
 Remote = Callable[[torch.Tensor], torch.Tensor]
@@ -68,14 +78,17 @@ def load_client_half(
     warn_if_untested(checkpoint)
     model = build_on_meta(checkpoint, dtype)
     decoder = find_decoder(model)
+    if text_config(model.config) is not model.config:
+        _drop_towers(model, decoder, dtype, device)
     load_parameters(model, checkpoint, lambda name: decoder.layer_of(name) is None, dtype, device)
     setattr(decoder.base, decoder.layers_attr, _NoLayers())
     if isinstance(getattr(decoder.base, "rotary_emb", None), nn.Module):
-        decoder.base.rotary_emb = _NoRotary()
+        decoder.base.rotary_emb = _NoRotary(decoder.base.rotary_emb)
     materialize_buffers(model, device)
     AttentionInterface.register(NO_ATTENTION, _no_attention)
-    if not family_of(checkpoint.config.model_type).needs_masks:
-        model.config._attn_implementation = NO_ATTENTION  # noqa: SLF001  the setter checks layers
+    if not family_of(decoder.base.config.model_type).needs_masks:
+        for config in (model.config, decoder.base.config):
+            config._attn_implementation = NO_ATTENTION  # noqa: SLF001  the setter checks layers
     model.config.name_or_path = checkpoint.pretrained_location[0]
     generation_config = checkpoint.generation_config()
     if generation_config is not None:
@@ -85,6 +98,31 @@ def load_client_half(
     switch_off(model.config)
     _hook(decoder, remote, on_call)
     return model
+
+
+def _drop_towers(
+    model: PreTrainedModel, decoder: Decoder, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Put a stand-in where a multimodal model has parts beside its language model and its head."""
+    head = model.get_output_embeddings()
+    owner: nn.Module = model
+    for part in decoder.base_path.split(".") if decoder.base_path else ():
+        for name, child in list(owner.named_children()):
+            if name != part and child is not head and has_meta_parameters(child):
+                setattr(owner, name, _NoTower(dtype, torch.device(device)))
+        owner = getattr(owner, part)
+
+
+class _NoTower(nn.Module):
+    """In the place of what makes embeddings of images or sounds."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.dtype = dtype
+        self.device = device
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError(_TEXT_ONLY)
 
 
 class _NoLayers(nn.ModuleList):
@@ -102,7 +140,17 @@ class _NoLayers(nn.ModuleList):
 
 
 class _NoRotary(nn.Module):
-    """Stands for a rotary embedding, which only layers would read."""
+    """Stands for a rotary embedding, which only layers would read.
+
+    What a base model asks of it are its numbers (how many planes of positions there are).
+    """
+
+    def __init__(self, rotary: nn.Module):
+        super().__init__()
+        tensors_and_config = (torch.Tensor, nn.Module, PretrainedConfig)
+        for name, value in vars(rotary).items():
+            if not name.startswith("_") and not isinstance(value, tensors_and_config):
+                setattr(self, name, value)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         return x, x
@@ -152,7 +200,7 @@ def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
         now: _Pass | None = getattr(thread, "now", None)
         thread.now = None
         if output is not None and now is not None and now.entered_BTD is not None:
-            num_blocks = module.config.get_text_config(decoder=True).num_hidden_layers
+            num_blocks = text_config(module.config).num_hidden_layers
             give_states(output, now.entered_BTD, num_blocks)
 
     getattr(decoder.base, decoder.final_norm_attr).register_forward_pre_hook(replace_input)

@@ -22,6 +22,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
@@ -165,7 +166,8 @@ def _refused_by_type(model_type: str, raw: Mapping[str, Any]) -> str | None:
 
     Known before the configuration is built, because those of some other types look at the hub.
     """
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type in OTHER_NAMES:
+    known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, OTHER_NAMES)
+    if any(model_type in types for types in known):
         return None
     if model_type not in CONFIG_MAPPING_NAMES:
         code = ", and code from a model's repository is never run" if "auto_map" in raw else ""
@@ -175,7 +177,7 @@ def _refused_by_type(model_type: str, raw: Mapping[str, Any]) -> str | None:
         )
     if model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return "it is an encoder-decoder model, and only decoder-only models are"
-    return "transformers has no causal language model of this type; give a text-only checkpoint"
+    return "transformers has no model of this type that generates text"
 
 
 def _without_instructions(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from planetserve.errors import ModelError
 from planetserve.model.families import family_of
+from planetserve.model.text_config import text_config
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,15 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         ModelError: no list of layers, or more than one, has the length the configuration says; or
             no norm follows them, where a client takes the output.
     """
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    text = text_config(model.config)
+    root = _language_model(model, text)
+    num_layers = text.num_hidden_layers
     lists = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and (not root or name.startswith(f"{root}."))
     ]
     outermost = min((name.count(".") for name in lists), default=0)
     candidates = [name for name in lists if name.count(".") == outermost]
@@ -87,7 +92,20 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
             f"the layers of {type(model).__name__} are in {type(base).__name__}, which cannot run "
             "apart from the rest of it; such a family cannot be split into spans"
         )
-    return Decoder(base, base_path, layers_attr, _final_norm(base, model.config.model_type))
+    return Decoder(base, base_path, layers_attr, _final_norm(base, text.model_type))
+
+
+def _language_model(model: PreTrainedModel, text: PretrainedConfig) -> str:
+    """Path of the outermost part of a multimodal model that has the configuration `text`.
+
+    Empty if that is the model itself.
+    """
+    paths = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and type(module.config) is type(text)
+    ]
+    return min(paths, key=lambda path: path.count("."), default="")
 
 
 def _final_norm(base: nn.Module, model_type: str) -> str:

@@ -31,7 +31,11 @@ _RECURRENT = "its layers keep a recurrent state, which cannot be paged or rolled
 FAMILIES: Mapping[str, Family] = {
     "nanochat": Family(norm_calls_before_layers=1),
     "mpt": Family(needs_masks=True),
+    "diffusion_gemma": Family(refused="it writes blocks of text by diffusion, not token by token"),
+    "kosmos-2": Family(refused="it writes no text without an image"),
+    "mllama": Family(refused="some of its layers attend to images instead of the text"),
     "openai-gpt": Family(refused="transformers runs it without a cache of keys and values"),
+    "paligemma": Family(refused="it attends to its prompt in both directions"),
     "rwkv": Family(refused=_RECURRENT),
     "xlstm": Family(refused=_RECURRENT),
 }
@@ -39,15 +43,21 @@ FAMILIES: Mapping[str, Family] = {
 
 TESTED = frozenset(
     """
-    afmoe apertus arcee aria_text axk1 beam biogpt bitnet bloom codegen cohere cohere2 cohere2_moe
-    ctrl cwm deepseek_v2 deepseek_v3 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe
-    falcon flex_olmo flint gemma gemma2 gemma3_text gemma4_text gemma4_unified_text glm glm4
-    glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite
+    afmoe apertus arcee aria aria_text axk1 aya_vision beam biogpt bitnet bloom codegen cohere
+    cohere2 cohere2_moe cohere2_vision cosmos3_omni ctrl cwm deepseek_v2 deepseek_v3 deepseek_vl
+    diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone4_5 exaone_moe falcon flex_olmo flint
+    fuyu gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm
+    glm4 glm46v glm4_moe glm4_moe_lite glm4v glm4v_moe glm_ocr glmasr got_ocr2 gpt2 gpt_bigcode
+    gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_docling granite_speech
     granite_swa granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
-    hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama llama4_text mellum
-    mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder mpt
-    nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
-    qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu
+    hunyuan_vl hy_v3 hyperclovax hyperclovax_vision_v2 idefics2 idefics3 internlm3 internvl
+    iquestcoder jais2 jetmoe kimi_k25 kolibri1 kosmos-2.5 laguna lighton_ocr llama llama4
+    llama4_text llava llava_next llava_next_video llava_onevision mellum mimo_v2_flash minicpm3
+    minimax_m2 ministral ministral3 mistral mistral3 mixtral modernbert-decoder
+    moss_transcribe_diarize mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt paddleocr_vl persimmon
+    phi phi3 phimoe qianfan_ocr qwen2 qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_asr
+    qwen3_moe qwen3_vl qwen3_vl_moe seed_oss smollm3 smolvlm solar_open stablelm starcoder2 step3p7
+    vaultgemma video_llama_3 video_llava vipllava voxtral xglm youtu
     """.split()
 )
 """Model types whose output is compared with the local model's in the project's tests."""

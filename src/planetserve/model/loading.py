@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,11 +32,14 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from planetserve.errors import ModelError, one_line
 from planetserve.model.checkpoint import Checkpoint
+from planetserve.model.text_config import text_config
+from planetserve.model.weights import Weights
 
 Wanted = Callable[[str], bool]
 """Whether a parameter of this full name is to be read."""
@@ -39,7 +48,7 @@ Wanted = Callable[[str], bool]
 def build_on_meta(
     checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """The checkpoint's causal-LM class with every parameter and buffer on the meta device.
+    """The checkpoint's own class with every parameter and buffer on the meta device.
 
     `attn_implementation=None` is what `from_pretrained` would choose: SDPA where the family has it,
     else eager. Call `load_parameters` and then `materialize_buffers` to make parts of it real.
@@ -48,10 +57,13 @@ def build_on_meta(
         ModelError: transformers has no causal-LM class for it, or cannot build it.
     """
     config = copy.deepcopy(checkpoint.config)
+    for part in (config, text_config(config)):
+        # How weights are stored is `weights`' business.
+        part.__dict__.pop("quantization_config", None)
     try:
         with torch.device("meta"):
             # Given in any case: what a configuration names may be a repository of kernels.
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config,
                 dtype=dtype,
                 trust_remote_code=False,
@@ -70,6 +82,13 @@ def build_on_meta(
     ) as error:
         reason = one_line(error, 300) or type(error).__name__
         raise ModelError(f"{checkpoint.name}: transformers cannot build it: {reason}") from error
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if needed not in ([], ["input_ids"]):
+        raise ModelError(
+            f"{checkpoint.name} ({config.model_type}) cannot be served: it writes no text without "
+            f"{' and '.join(n for n in needed if n != 'input_ids')}"
+        )
     model.eval()
     model.requires_grad_(False)
     return model
@@ -93,6 +112,15 @@ def load_parameters(
     loader = WeightLoader(model, checkpoint, dtype, device, quantizer)
     loader.prepare(wanted)
     loader.load(wanted)
+
+
+def model_class(config: PretrainedConfig) -> type[Any]:
+    """The class of transformers that loads models of this configuration to generate text."""
+    # A multimodal model can be in both tables, in that of language models with another class.
+    is_language_model = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if is_language_model and text_config(config) is config:
+        return AutoModelForCausalLM
+    return AutoModelForMultimodalLM
 
 
 class WeightLoader:
@@ -123,7 +151,8 @@ class WeightLoader:
         self._dtype = dtype
         self._device = torch.device(device)
         self._quantizer = quantizer
-        self._sources = _find_sources(model, checkpoint)
+        self._weights = Weights(checkpoint)
+        self._sources = _find_sources(model, self._weights.names)
 
     def prepare(self, wanted: Wanted) -> None:
         """Refuse what headers alone show to be wrong, then have the files on disk.
@@ -133,7 +162,7 @@ class WeightLoader:
         """
         sources = self._wanted(wanted)
         for source in sources:
-            _check_stored(self._checkpoint, source, self._quantizer)
+            self._check_stored(source)
         filled = {source.target for source in sources}
         # One source may become several parameters, of which only the first is known by name.
         if not any(source.becomes_several for source in self._sources):
@@ -141,7 +170,9 @@ class WeightLoader:
             self._check_none_missing(
                 n for n in self._model.state_dict() if wanted(n) and n not in filled | tied
             )
-        self._checkpoint.fetch_shards(source.name for source in sources)
+        self._checkpoint.fetch_shards(
+            tensor for source in sources for tensor in self._weights.tensor_names_of(source.name)
+        )
 
     def load(self, wanted: Wanted) -> None:
         """Read the parameters whose full names satisfy `wanted`.
@@ -150,7 +181,9 @@ class WeightLoader:
             ModelError: one is not in the checkpoint, or cannot become what the model asks for.
         """
         model, name = self._model, self._checkpoint.name
-        stored = {s.name: _LazyTensor(self._checkpoint, s.name) for s in self._wanted(wanted)}
+        stored = {
+            s.name: _LazyTensor(self._weights, s.name, self._dtype) for s in self._wanted(wanted)
+        }
         load_config = LoadStateDictConfig(
             pretrained_model_name_or_path=name,
             device_map={"": self._device},
@@ -177,6 +210,25 @@ class WeightLoader:
         self._check_none_missing(
             n for n, v in model.state_dict().items() if v.is_meta and wanted(n)
         )
+
+    def _check_stored(self, source: _Source) -> None:
+        """Refuse a weight that cannot become a part of its parameter, going by its headers."""
+        name = self._checkpoint.name
+        dtype, shape = self._weights.check(source.name)
+        # A quantizer has put whole numbers in the place of weights, which are read as they were.
+        is_weight = source.expected.is_floating_point() or self._quantizer is not None
+        if is_weight and dtype is not None and dtype not in _PLAIN:
+            raise ModelError(
+                f"{name}: {source.name} is stored as {str(dtype).removeprefix('torch.')}, which "
+                "means nothing without scales, and config.json names no format that has them "
+                "there; give the bfloat16 or float16 checkpoint"
+            )
+        expected = tuple(source.expected.shape)
+        if source.is_whole and self._quantizer is None and shape not in (None, expected):
+            raise ModelError(
+                f"{name}: {source.target} has shape {shape} in the checkpoint, but the "
+                f"configuration asks for {expected}; config.json and weights are not of one model"
+            )
 
     def _wanted(self, wanted: Wanted) -> list[_Source]:
         return [source for source in self._sources if wanted(source.target)]
@@ -207,14 +259,15 @@ def materialize_buffers(model: PreTrainedModel, device: torch.device | str) -> N
 
 
 class _LazyTensor:
-    """Stands for one checkpoint tensor in a state dict; indexing it reads it from the file."""
+    """Stands for one weight in a state dict; indexing it reads it from the file."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str):
-        self._checkpoint = checkpoint
+    def __init__(self, weights: Weights, name: str, dtype: torch.dtype):
+        self._weights = weights
         self._name = name
+        self._dtype = dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._checkpoint.read_tensor(self._name)[index]
+        return self._weights.read(self._name, self._dtype)[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +284,7 @@ class _Source:
     """Whether other parameters may be parts of this tensor too."""
 
 
-def _find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> list[_Source]:
+def _find_sources(model: PreTrainedModel, names: Iterable[str]) -> list[_Source]:
     """The tensors that end up in parameters, going by their names."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -243,7 +296,7 @@ def _find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> list[_Sourc
     targets = model.state_dict()
     found = []
     # The order is the one the loader uses: some renamings depend on what came before.
-    for name in sorted(checkpoint.tensor_names(), key=dot_natural_key):
+    for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, targets)
         if target not in targets and name in targets:
             target, pattern = rename_source_key(name, [], [], prefix, targets)
@@ -255,26 +308,6 @@ def _find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> list[_Sourc
 
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Dtypes of weights that are what they say, without a scale kept elsewhere."""
-
-
-def _check_stored(checkpoint: Checkpoint, source: _Source, quantizer: HfQuantizer | None) -> None:
-    """Refuse a tensor that cannot become a part of its parameter, going by its header."""
-    dtype = checkpoint.tensor_dtype(source.name)
-    # A quantizer has put whole numbers in the place of weights, which are read as they were.
-    is_weight = source.expected.is_floating_point() or quantizer is not None
-    if is_weight and dtype not in _PLAIN:
-        raise ModelError(
-            f"{checkpoint.name}: {source.name} is stored as {str(dtype).removeprefix('torch.')}, "
-            "which means nothing without scales that are not applied here; give the bfloat16 or "
-            "float16 checkpoint"
-        )
-    shape = checkpoint.tensor_shape(source.name)
-    if source.is_whole and quantizer is None and shape != tuple(source.expected.shape):
-        raise ModelError(
-            f"{checkpoint.name}: {source.target} has shape {shape} in the checkpoint, but the "
-            f"configuration asks for {tuple(source.expected.shape)}; config.json and weights are "
-            "not of one model"
-        )
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:

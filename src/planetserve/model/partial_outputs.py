@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from typing_extensions import override
 
 from planetserve.errors import ConfigError
+from planetserve.model.text_config import text_config
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def take_wanted_states(config: PretrainedConfig, kwargs: dict[str, Any]) -> bool
     if wanted is None or wanted is False:
         return False
     if wanted is not True:
-        last = config.get_text_config(decoder=True).num_hidden_layers
+        last = text_config(config).num_hidden_layers
         chosen = [wanted] if isinstance(wanted, int) else list(wanted)
         if any(index not in (0, -1, last, -last - 1) for index in chosen):
             raise ConfigError(_NO_STATES)

@@ -351,10 +351,10 @@ class _NoEmbedding(nn.Module):
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
         zeros = torch.zeros(1, 1, width, dtype=dtype, device=device)
-        self.register_buffer("zeros", zeros, persistent=False)
+        self.register_buffer("weight", zeros, persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        zeros: torch.Tensor = self.zeros
+        zeros: torch.Tensor = self.weight
         return zeros
 
 

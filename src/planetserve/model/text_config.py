@@ -8,7 +8,8 @@ from transformers import PretrainedConfig
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The language model's own configuration, however deep a multimodal one nests it."""
     inner = config.get_text_config(decoder=True)
-    while inner is not config:
+    # That of an older encoder-decoder model is a changed copy of itself, each time another.
+    while type(inner) is not type(config):
         config, inner = inner, inner.get_text_config(decoder=True)
     return config
 

@@ -11,12 +11,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.client_half import load_client_half
 from planetserve.model.span_blocks import SpanBlocks
+from planetserve.model.text_config import text_config
 from planetserve.types import BlockSpan
+
+
+@torch.inference_mode()
+def local_logits(model: PreTrainedModel, pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits of one text given piece by piece `[B, T]`, as a whole local model computes them.
+
+    Some multimodal classes continue a text wrongly when they are called without positions, as
+    `generate()` never does, so those get the whole text each time.
+    """
+    is_multimodal = text_config(model.config) is not model.config
+    logits, cache = [], None
+    for number, piece_BT in enumerate(pieces, start=1):
+        if is_multimodal:
+            output = model(input_ids=torch.cat(list(pieces[:number]), dim=1))
+        else:
+            output = model(piece_BT, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+        logits.append(output.logits[:, -piece_BT.shape[1] :])
+    return logits
 
 
 class LengthCache(DynamicCache):

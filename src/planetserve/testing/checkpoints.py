@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from planetserve.errors import ConfigError
+from planetserve.model.loading import model_class
+from planetserve.testing.multimodal import MROPE, has_field, is_multimodal, multimodal_config
 
 VOCAB_SIZE = 96
 NUM_BLOCKS = 4
@@ -74,6 +76,7 @@ _GEMMA4 = {
     "num_global_key_value_heads": 1,
 }
 _NO_SHARING = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+_ALL_FULL = {"layer_types": ["full_attention"] * NUM_BLOCKS}
 _DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -109,6 +112,16 @@ _PLAIN_NAMES = """
 """
 """Model types whose tiny form needs nothing but the common sizes."""
 
+_PLAIN_MULTIMODAL = """
+    aria aya_vision cohere2_vision cosmos3_omni deepseek_vl exaone4_5 fuyu gemma3 glm46v glm4v
+    glm_ocr glmasr got_ocr2 granite_docling granite_speech hunyuan_vl hyperclovax_vision_v2 idefics2
+    idefics3 internvl kosmos-2.5 lighton_ocr llava llava_next llava_next_video llava_onevision
+    mistral3 moss_transcribe_diarize paddleocr_vl qianfan_ocr
+    qwen2_5_vl qwen2_audio qwen2_vl qwen3_asr qwen3_vl smolvlm step3p7 video_llama_3
+    video_llava vipllava voxtral
+"""
+"""Multimodal model types, of the same kind."""
+
 _VARIANTS: Mapping[str, TinyFamily] = {
     "axk1": TinyFamily("axk1", {**_MLA_MOE, "first_k_dense_replace": 1}),
     "beam": TinyFamily("beam", _MLA_MOE),
@@ -121,11 +134,21 @@ _VARIANTS: Mapping[str, TinyFamily] = {
     "falcon_new": TinyFamily("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "gemma": TinyFamily("gemma", {"num_key_value_heads": 1}),
     "gemma3_text": TinyFamily("gemma3_text", {"layer_types": _ALTERNATING}),
+    "gemma4": TinyFamily("gemma4", {"text_config": {**_GEMMA4, **_NO_SHARING}}),
+    "gemma4_moe": TinyFamily(
+        "gemma4",
+        {"text_config": {**_GEMMA4, **_NO_SHARING, "enable_moe_block": True, "top_k_experts": 2}},
+    ),
     "gemma4_text": TinyFamily("gemma4_text", {**_GEMMA4, **_NO_SHARING}),
     "gemma4_text_moe": TinyFamily(
         "gemma4_text", {**_GEMMA4, **_NO_SHARING, "enable_moe_block": True, "top_k_experts": 2}
     ),
+    "gemma4_unified": TinyFamily("gemma4_unified", {"text_config": _GEMMA4}),
     "gemma4_unified_text": TinyFamily("gemma4_unified_text", _GEMMA4),
+    "glm4v_moe": TinyFamily(
+        "glm4v_moe",
+        {"text_config": {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}}},
+    ),
     "glm4_moe_lite": TinyFamily(
         "glm4_moe_lite", {**_MLA_MOE, "mlp_layer_types": ["dense"] + ["sparse"] * (NUM_BLOCKS - 1)}
     ),
@@ -134,6 +157,18 @@ _VARIANTS: Mapping[str, TinyFamily] = {
         {"attention_types": [[["global", "local"], NUM_BLOCKS // 2]], "window_size": WINDOW},
     ),
     "gptj": TinyFamily("gptj", {"rotary_dim": 4}),
+    "kimi_k25": TinyFamily("kimi_k25", {"text_config": {**_MLA_MOE, "first_k_dense_replace": 1}}),
+    "llama4": TinyFamily(
+        "llama4",
+        {
+            "text_config": {"attention_chunk_size": 6, "intermediate_size_mlp": 48},
+            "vision_config": {
+                "projector_input_dim": 32,
+                "projector_output_dim": 32,
+                "vision_output_dim": 32,
+            },
+        },
+    ),
     "llama4_text": TinyFamily(
         "llama4_text", {"attention_chunk_size": 6, "intermediate_size_mlp": 48}
     ),
@@ -151,9 +186,11 @@ _VARIANTS: Mapping[str, TinyFamily] = {
     "llama_one_block": TinyFamily("llama", {"num_hidden_layers": 1}),
     "llama_yarn_rope": TinyFamily("llama", {"rope_parameters": _YARN_ROPE}),
     "minicpm3": TinyFamily("minicpm3", _MLA),
+    "mistral3_ministral3": TinyFamily("mistral3", {"text_config": {"model_type": "ministral3"}}),
     "opt_narrow_embedding": TinyFamily("opt", {"word_embed_proj_dim": 16}),
     "phi3_longrope": TinyFamily("phi3", {"rope_parameters": _LONG_ROPE}),
     "qwen2_sliding": TinyFamily("qwen2", {"use_sliding_window": True, "layer_types": _ALTERNATING}),
+    "qwen3_vl_moe": TinyFamily("qwen3_vl_moe", {"text_config": _ALL_FULL}),
     "youtu": TinyFamily("youtu", _MLA),
 }
 
@@ -164,21 +201,27 @@ _REFUSED: Mapping[str, TinyFamily] = {
     "deepseek_v32": TinyFamily("deepseek_v32", refusal="more than keys and values"),
     "falcon_h1": TinyFamily("falcon_h1", refusal="recurrent"),
     "falcon_mamba": TinyFamily("falcon_mamba", refusal="recurrent"),
-    "gemma3": TinyFamily("gemma3", refusal="images or audio"),
+    "diffusion_gemma": TinyFamily("diffusion_gemma", refusal="by diffusion"),
     "gemma3n_text": TinyFamily("gemma3n_text", refusal="share keys and values"),
+    "gemma4_e": TinyFamily("gemma4", refusal="token embeddings of their own"),
     "gemma4_text_e": TinyFamily("gemma4_text", refusal="token embeddings of their own"),
     "granitemoehybrid": TinyFamily("granitemoehybrid", refusal="recurrent"),
     "jamba": TinyFamily("jamba", refusal="recurrent"),
     "kimi_linear": TinyFamily("kimi_linear", refusal="recurrent"),
+    "kosmos-2": TinyFamily("kosmos-2", refusal="without an image"),
     "lfm2": TinyFamily(
         "lfm2", {"layer_types": ["conv", "full_attention"] * 16}, refusal="recurrent"
     ),
     "mamba": TinyFamily("mamba", refusal="recurrent"),
     "mamba2": TinyFamily("mamba2", refusal="recurrent"),
     "minimax": TinyFamily("minimax", refusal="recurrent"),
+    "mllama": TinyFamily("mllama", refusal="attend to images"),
     "nemotron_h": TinyFamily("nemotron_h", refusal="recurrent"),
     "olmo_hybrid": TinyFamily("olmo_hybrid", refusal="recurrent"),
     "openai-gpt": TinyFamily("openai-gpt", refusal="without a cache"),
+    "paligemma": TinyFamily("paligemma", refusal="in both directions"),
+    "qwen3_5": TinyFamily("qwen3_5", refusal="recurrent"),
+    "qwen3_5_moe": TinyFamily("qwen3_5_moe", refusal="recurrent"),
     "qwen3_next": TinyFamily("qwen3_next", refusal="recurrent"),
     "recurrent_gemma": TinyFamily("recurrent_gemma", refusal="recurrent"),
     "rwkv": TinyFamily("rwkv", refusal="recurrent"),
@@ -187,7 +230,7 @@ _REFUSED: Mapping[str, TinyFamily] = {
 }
 
 FAMILIES: Mapping[str, TinyFamily] = {
-    **{name: TinyFamily(name) for name in _PLAIN_NAMES.split()},
+    **{name: TinyFamily(name) for name in (_PLAIN_NAMES + _PLAIN_MULTIMODAL).split()},
     **_VARIANTS,
     **_REFUSED,
 }
@@ -224,7 +267,7 @@ def make_tiny_checkpoint(
         return Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_class(config).from_config(config)
         _randomize(model)
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -234,6 +277,14 @@ def make_tiny_checkpoint(
         if was_enabled:
             transformers_logging.enable_progress_bar()
     return Path(folder)
+
+
+def load_local(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The whole model of a folder, as transformers loads it."""
+    model: PreTrainedModel = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+        folder, dtype=dtype
+    )
+    return model.eval()
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
@@ -246,17 +297,12 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
         raise ConfigError(f"unknown family {family!r}; choose one of: {', '.join(FAMILIES)}")
     entry = FAMILIES[family]
     values = {**entry.overrides, **overrides}
+    if entry.refusal is None and is_multimodal(entry.model_type):
+        return multimodal_config(entry.model_type, _SIZES, values)
     if entry.refusal is None:
         default = AutoConfig.for_model(entry.model_type)
-        values = {name: v for name, v in _SIZES.items() if _has_field(default, name)} | values
+        values = {name: v for name, v in _SIZES.items() if has_field(default, name)} | values
     return AutoConfig.for_model(entry.model_type, **values)
-
-
-def _has_field(config: PretrainedConfig, name: str) -> bool:
-    if isinstance(getattr(type(config), name, None), property):
-        return False
-    # Where it is an attribute of each layer, the configuration itself refuses to be asked.
-    return name in (config.per_layer_attributes or ()) or hasattr(config, name)
 
 
 @torch.no_grad()

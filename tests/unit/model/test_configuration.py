@@ -108,7 +108,10 @@ def test_what_has_no_effect_is_said_once(folder: Path, caplog: pytest.LogCapture
         (b'{"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}', "code.*is never run"),
         (b'{"model_type": "bert"}', "it is an encoder"),
         (b'{"model_type": "t5"}', "encoder-decoder"),
-        (b'{"model_type": "detr", "backbone": "somebody/x"}', "no causal language model"),
+        (
+            b'{"model_type": "detr", "backbone": "somebody/x"}',
+            "no model of this type",
+        ),
         (b'{"peft_type": "LORA", "base_model_name_or_path": "x"}', "adapter"),
         (b'{"dim": 4096, "n_layers": 32}', "maker's own layout"),
     ],

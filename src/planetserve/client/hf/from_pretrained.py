@@ -7,6 +7,7 @@ Loads the embedding, the final norm and the head; everything between runs on ser
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any, ClassVar
 
@@ -182,7 +183,9 @@ def attach(
     model: PreTrainedModel, blocks: RemoteBlocks, runtime: ClientRuntime, mixin: type
 ) -> None:
     """Give the loaded half its distributed methods."""
-    base, own = type(model), {"blocks": blocks}
+    base = type(model)
+    names = tuple(inspect.signature(model.forward).parameters)
+    own = {"blocks": blocks, "forward_names": names}
     # Of the same name: transformers knows by it what a model can do.
     model.__class__ = type(base.__name__, (mixin, ModuleMixin, base), own)
     for inner in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:

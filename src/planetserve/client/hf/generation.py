@@ -108,14 +108,14 @@ class SwarmMixin:
 
     def _before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.runtime.check_process()
-        labels = kwargs.get("labels")
+        given = dict(zip(self.forward_names, args, strict=False)) | kwargs
+        labels = given.get("labels")
         if labels is not None:
-            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-            refuse_loss_from_padding(labels, mask)
-        wants_states = kwargs.get("output_hidden_states") or setting(
+            refuse_loss_from_padding(labels, given.get("attention_mask"))
+        wants_states = given.get("output_hidden_states") or setting(
             self.config, "output_hidden_states"
         )
-        self.blocks.on_logits(0 if wants_states else kwargs.get("logits_to_keep", 0))
+        self.blocks.on_outer_call(given, 0 if wants_states else given.get("logits_to_keep", 0))
 
     def _after_call(self, output: Any) -> Any:
         refuse_backward(output)

@@ -38,6 +38,19 @@ class ModuleMixin:
     """Put in front of the class of a model, and of the base model within it."""
 
     blocks: ClassVar[RemoteBlocks]
+    forward_names: ClassVar[tuple[str, ...]]
+    """Parameters of the whole model's `forward`, in order."""
+
+    @property
+    def rope_deltas(self) -> None:
+        """What images add to the positions of the text after them: nothing, without images.
+
+        Multimodal classes would keep that of the latest batch, whichever thread's it was.
+        """
+
+    @rope_deltas.setter
+    def rope_deltas(self, deltas: Any) -> None:
+        pass
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model. `torch.compile` leaves a break here: a call to servers cannot be

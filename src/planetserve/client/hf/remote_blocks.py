@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +67,23 @@ class RemoteBlocks:
         self._thread = threading.local()
         self._has_told_of_padding = False
 
-    def on_logits(self, logits_to_keep: object) -> None:
-        """Note how many logits this thread's next pass needs (0: all)."""
+    def on_outer_call(self, arguments: Mapping[str, Any], logits_to_keep: object) -> None:
+        """Note what this thread's next call of the whole model is given.
+
+        A multimodal model gives its decoder embeddings in the place of tokens, and a mask for each
+        kind of layer made of the one it got: its text is attended to causally.
+
+        Args:
+            arguments: of the model's `forward`, by name.
+            logits_to_keep: how many logits of each row are needed (0: all).
+        """
         self._thread.keep_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        self._thread.given = {name: arguments.get(name) for name in ("input_ids", "attention_mask")}
 
     def forget(self) -> None:
         """The call that this thread has announced is over, also if it never came to the layers."""
         self._thread.keep_last = False
+        self._thread.given = None
         self._thread.call = None
 
     def on_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -82,13 +92,20 @@ class RemoteBlocks:
         Raises:
             ConfigError: a mask or cache that cannot be distributed.
         """
+        given = getattr(self._thread, "given", None) or {}
         ids = kwargs.get("input_ids")
+        if ids is None:
+            ids = given.get("input_ids")
         if ids is not None and (not isinstance(ids, torch.Tensor) or ids.dim() != 2):
             raise ConfigError("input_ids must be a 2D tensor [batch, tokens]")
         mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):
+            mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
             raise ConfigError("attention_mask must be a 2D tensor [batch, tokens] of 0 and 1")
         positions = kwargs.get("position_ids")
+        if positions is not None and positions.dim() == 3:
+            positions = _one_plane(positions)
         if positions is not None and positions.dim() != 2:
             raise ConfigError("position_ids must be a 2D tensor [batch, tokens]")
         cache = kwargs.get("past_key_values")
@@ -240,6 +257,16 @@ def _without_twins(
             positions += (table.positions or ())[offset:end]
         offset = end
     return StepTable(tuple(rows), tuple(positions) or None), torch.cat(hidden)
+
+
+def _one_plane(positions_PBT: torch.Tensor) -> torch.Tensor:
+    """The positions of text, which are the same in time, height and width."""
+    if bool((positions_PBT != positions_PBT[:1]).any()):
+        raise ConfigError(
+            "position_ids that differ in time, height and width are those of images, which are not "
+            "supported; give text only"
+        )
+    return positions_PBT[0]
 
 
 def _is_packed(positions_BT: torch.Tensor | None) -> bool:

@@ -55,6 +55,7 @@ class SwarmMixin:
 
     runtime: ClientRuntime
     blocks: ClassVar[RemoteBlocks]
+    forward_names: ClassVar[tuple[str, ...]]
     config: Any
 
     @property

@@ -32,11 +32,11 @@ def test_servable_families_are_not_refused(family: str) -> None:
     assert constant_rotary_length(config) == lengths.get(family)
 
 
-def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+def test_weights_in_a_format_that_is_not_read_are_refused(tmp_path: Path) -> None:
     config = tiny_config("llama")
-    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.quantization_config = {"quant_method": "aqlm", "bits": 4}
     config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="stored quantised"):
+    with pytest.raises(ModelError, match="stored quantised as 'aqlm', which is not read"):
         check_servable(Checkpoint.open(str(tmp_path)))
 
 

@@ -1,7 +1,7 @@
 """A background event loop, so that synchronous `generate()` can use the asynchronous swarm client.
 
-One thread per model runs one loop until `close()`. Calls come from any thread but the loop's own. A
-forked child has no such thread: a call there is an error, and does not affect the model's end.
+One thread per model runs one loop until `close()`. Any thread but this one may call it. A forked
+child has no such thread: a call there is an error, and does not affect the parent.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class EventLoopThread:
 
     @property
     def in_child(self) -> bool:
-        """Whether this is a process that was forked from the event loop thread's."""
+        """Whether this process was forked from the one that owns the thread."""
         return os.getpid() != self._owner
 
     def check_process(self) -> None:
         """Refuse to work in a forked child.
 
         Raises:
-            ConfigError: this is one.
+            ConfigError: this process is one.
         """
         if self.in_child:
             raise ConfigError(
@@ -54,8 +54,8 @@ class EventLoopThread:
             )
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run `coroutine` to its end and return its result; Ctrl-C in the caller cancels it, and
-        gives it a moment to end.
+        """Run `coroutine` and return its result; Ctrl-C in the caller cancels it and waits a few
+        seconds for its end.
 
         Raises:
             SessionClosed: the event loop thread is closed.

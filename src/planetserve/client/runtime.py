@@ -1,4 +1,4 @@
-"""What a distributed model owns outside torch: its event loop, its network node, its sessions."""
+"""What a distributed model owns besides torch modules: its event loop, swarm node and sessions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from planetserve.swarm.network import Network
 from planetserve.types import Chain
 
 _MAX_KEPT = 32
-"""Sessions that stay on servers for caches that somebody keeps and may never use again."""
+"""Maximum sessions that hold memory of servers only because the caller keeps their cache."""
 
 
 class ClientRuntime:
-    """Joins the swarm on construction; `close()` releases thread, process and sockets.
+    """Joins the swarm when constructed; `close()` releases thread, process and sockets.
 
     Args:
         config: the client's settings.
-        facts: about the model.
-        local: the blocks that `config.local_blocks` keeps here.
+        facts: facts about the model.
+        local: the blocks that the client runs itself (`config.local_blocks`).
 
     Raises:
         PlanetServeError: the swarm cannot be joined.
@@ -79,13 +79,13 @@ class ClientRuntime:
         return session
 
     def owns(self, session: InferenceSession) -> bool:
-        """Whether it was made here."""
+        """Whether this runtime made the session."""
         with self._lock:
             return session in self._sessions
 
     def keep(self, session: InferenceSession) -> None:
-        """Count a session whose cache somebody keeps as used now. Servers hold the latest few; the
-        others come back to servers when they are used again."""
+        """Mark a session whose cache the caller keeps as used now. Servers hold the latest few; the
+        other sessions send their rows again when they are used."""
         reference = weakref.ref(session)
         with self._lock:
             self._kept.pop(reference, None)
@@ -96,32 +96,32 @@ class ClientRuntime:
                     oldest.park()
 
     def longest_session(self, num_rows: int, least: int) -> int | None:
-        """Tokens per row for which servers have room now; `least` if they have less and yet take
-        sessions of that length. None if nobody serves the model."""
+        """Tokens per row for which servers have room now; `least` if they have less but accept
+        sessions of that length. None if no server holds the model."""
 
-        async def ask() -> int | None:
+        async def longest() -> int | None:
             return self._manager.longest_session(num_rows, least)
 
-        return self._loop_thread.call(ask())
+        return self._loop_thread.call(longest())
 
     @property
     def node(self) -> Network:
-        """The client's place in the swarm."""
+        """The client's swarm node."""
         return self._manager.view.node
 
     def current_chain(self) -> Chain:
-        """The latest session's last chain, or else the chain that a session would get now."""
+        """The last chain of the latest session, or else the chain that a session would get now."""
         latest = self._latest() if self._latest else None
         chain = latest.chain if latest else None
         return chain or self._manager.last_chain or self._loop_thread.call(self._manager.plan(1, 1))
 
     def snapshot(self) -> SwarmSnapshot:
-        """What a session's chain would be planned on now."""
+        """The snapshot on which a session's chain would be planned now."""
 
-        async def take() -> SwarmSnapshot:
+        async def snapshot() -> SwarmSnapshot:
             return self._manager.snapshot()
 
-        return self._loop_thread.call(take())
+        return self._loop_thread.call(snapshot())
 
     def close(self) -> None:
         """Close every session and leave the swarm. Idempotent; nothing in a forked child."""

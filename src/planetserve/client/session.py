@@ -1,7 +1,7 @@
-"""An inference session: the synchronous face of `session_core.py`.
+"""An inference session: the synchronous interface to `session_core.py`.
 
-Blocks that the client keeps to itself run here, around the ring; what is replayed is what went into
-the ring.
+Blocks that the client runs itself run here, before and after the ring; a replay repeats what
+entered the ring.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from planetserve.wire.step import StepTable
 
 
 class InferenceSession:
-    """Rows of one batch on one chain at a time.
+    """Rows of one batch, on one chain at a time.
 
     Args:
         max_length: tokens per row this session may hold; a step past it raises
             `SessionLengthError`. None: as many as the chain's servers allow.
-        lease_tokens: tokens per row to lease when the chain is opened (default: `max_length`).
-        local: the client's own blocks, if it has some.
+        lease_tokens: tokens per row to reserve when the chain is opened (default: `max_length`).
+        local: the blocks that the client runs itself, if any.
 
     Use as a context manager, or call `close()`. One step at a time; any thread.
     """
@@ -50,7 +50,7 @@ class InferenceSession:
         self.cache: HeldText | None = None
         """The Hugging Face cache that stands for this session in `generate()`."""
         self.turn = threading.Lock()
-        """Held by the `generate()` that is under way."""
+        """Held while a `generate()` uses the session."""
         self._manager = manager
         self._loop_thread = loop_thread
         self._local = local
@@ -74,7 +74,7 @@ class InferenceSession:
 
     @property
     def num_steps(self) -> int:
-        """Steps that have gone through so far."""
+        """Number of steps that have succeeded."""
         return self._core.num_steps
 
     @property
@@ -84,8 +84,8 @@ class InferenceSession:
 
     @property
     def position(self) -> int:
-        """Tokens in the longest row, without the last one that `generate()` has chosen, which no
-        block has seen. Setting a smaller number takes as many tokens back from every row."""
+        """Tokens in the longest row, without the last one that `generate()` chose, which no block
+        has processed. Setting a smaller number removes as many tokens from the end of every row."""
         if self.conversation.output_ids is not None:
             return self.conversation.position
         return max(self.lengths, default=0)
@@ -121,12 +121,12 @@ class InferenceSession:
         prompts: None = None,
         hypo_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run `[batch, tokens, hidden]` inputs through all blocks, appending to every row. After
-        `generate()` they go on at `position`, and `generate()` goes on no more.
+        """Run `[batch, tokens, hidden]` inputs through all blocks, appending to every row. After a
+        `generate()` they start at `position`, and `generate()` cannot continue the session.
 
         Args:
-            inputs_BTD: hidden states as the embedding makes them; the first call fixes the batch.
-            prompts: must be None; it keeps the place that deep prompts have in Petals' signature.
+            inputs_BTD: output of the embedding; the first call fixes the batch size.
+            prompts: must be None; Petals has deep prompts in this place.
             hypo_ids: row `i` first becomes a copy of row `hypo_ids[i]`.
 
         Returns:
@@ -141,7 +141,7 @@ class InferenceSession:
         return output_TD.reshape(num_rows, num_tokens, width)
 
     def _end_conversation(self) -> None:
-        """Hidden states go on behind the `position` of the text, which then is none of tokens."""
+        """Forget the token ids: hidden states are appended after `position`."""
         cache = self.cache
         if cache is None or self._core.history is None:
             return
@@ -157,7 +157,7 @@ class InferenceSession:
     def run(
         self, num_rows: int, table: StepTable, hidden_TD: torch.Tensor, *, keep_last: bool = False
     ) -> torch.Tensor:
-        """Run one ragged step; see `wire/step.py` for what a table says.
+        """Run one ragged step; `wire/step.py` explains the table.
 
         Raises:
             SessionLengthError: a row would pass `max_length`.
@@ -165,7 +165,7 @@ class InferenceSession:
             PlanetServeError: no chain could run the step within the bounded retries.
         """
         with self._lock:
-            is_first = self._core.begin(num_rows, table, hidden_TD)
+            is_first = self._core.prepare_step(num_rows, table, hidden_TD)
             if self._local is None:
                 work = self._core.run(num_rows, table, hidden_TD, keep_last=keep_last)
                 return self._loop_thread.call(work)
@@ -177,27 +177,27 @@ class InferenceSession:
             return self._run_around(local, num_rows, table, hidden_TD, keep_last=keep_last)
 
     def expect(self, num_tokens: int) -> None:
-        """Lease room for so many tokens per row when servers are next asked for some."""
+        """Reserve this many tokens per row the next time that the session opens a ring."""
         self._core.expect(num_tokens)
 
     def restart(self) -> None:
-        """Forget all rows. The next step may bring a batch of another size."""
+        """Forget all rows. The next step may have another batch size."""
         with self._lock:
             self._core.history = self._local_rows = None
-            self._loop_thread.post(self._core.leave())
+            self._loop_thread.post(self._core.close_ring())
 
     def park(self) -> None:
-        """Release the servers' memory until the next step, which brings the rows to servers again.
-        Does nothing while a step is under way."""
+        """Release the servers' memory until the next step, which replays the rows. Does nothing
+        while a step runs."""
         if self._lock.acquire(blocking=False):
             try:
-                self._loop_thread.post(self._core.leave())
+                self._loop_thread.post(self._core.close_ring())
             finally:
                 self._lock.release()
 
     def fork(self, rows: Sequence[int] | None = None) -> InferenceSession:
-        """Another session that holds what this one does, or these of its rows. Servers compute
-        them once more, at its first step."""
+        """Another session with the same rows, or with the given ones of them. Servers compute them
+        again at its first step."""
         with self._lock:
             fork = InferenceSession(self._manager, self._loop_thread, local=self._local)
             fork._core = self._core.fork(rows)
@@ -238,12 +238,12 @@ class InferenceSession:
         keep_last: bool,
     ) -> torch.Tensor:
         """A step through the client's first blocks, the ring, and the client's last blocks."""
-        entering_TD = local.enter(table, hidden_TD)
+        entering_TD = local.run_first(table, hidden_TD)
         keep_last = keep_last and not local.needs_every_output
         work = self._core.run(num_rows, table, entering_TD, keep_last=keep_last)
         leaving_TD = self._loop_thread.call(work)
         try:
-            return local.leave(table, leaving_TD)
+            return local.run_last(table, leaving_TD)
         except BaseException:
             # The servers have taken the step and the client's last blocks have not.
             self.close()

@@ -1,10 +1,10 @@
 """The asynchronous core of an inference session: rows of KV cache on a chain, and their history.
 
-When hops are lost, the ring is mended with others in their place and the step goes on. When what
-the other hops hold cannot be trusted either, or nobody can take the place, the session opens a ring
-on another chain, fills it with its history, and sends the step again. Retries are bounded
-(`max_retries`); errors that a retry cannot mend are raised at once. `session.py` is its synchronous
-face; whoever has an event loop runs any number of these on it.
+When hops are lost, the ring gets other hops in their place and the step goes on. When the state of
+the remaining hops cannot be trusted either, or no server can take the place, the session opens a
+ring on another chain, replays its history there, and sends the step again. Retries are bounded
+(`max_retries`); errors that a retry cannot fix are raised at once. `session.py` is the synchronous
+interface; one event loop runs any number of these sessions.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 
 class SessionCore:
-    """Rows of one batch on one chain at a time. One step at a time; end it with `release`.
+    """Rows of one batch, on one chain at a time. Run one step at a time; end with `release`.
 
     Args:
-        manager: finds chains; whose loop this runs on.
+        manager: finds chains; the session runs on its event loop.
         max_length: as of `InferenceSession`.
         lease_tokens: as of `InferenceSession`.
     """
@@ -55,12 +55,12 @@ class SessionCore:
             raise ConfigError(f"max_length={max_length!r} is no number of tokens; give 1 or more")
         self.max_length = max_length
         self.closed = False
-        """Whether the session has been closed; set before `release` by who is not on the loop."""
+        """Whether the session has been closed; other threads set it before `release` runs."""
         self.ring: RingSession | None = None
         self.history: History | None = None
         """What has entered the ring; None before the first step."""
         self.num_steps = 0
-        """Steps that have gone through so far."""
+        """Number of steps that have succeeded."""
         self._lease_tokens = lease_tokens or max_length
         self._manager = manager
         self._seed = manager.rng.getrandbits(32)
@@ -77,18 +77,18 @@ class SessionCore:
         return self.history.lengths if self.history else ()
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Take back what rows hold beyond these lengths."""
+        """Remove the tokens of each row beyond its length here."""
         if self.history is not None:
             # Servers truncate when the next step starts here.
             self.history.truncate(lengths)
 
     def expect(self, num_tokens: int) -> None:
-        """Lease room for so many tokens per row when servers are next asked for some."""
+        """Reserve this many tokens per row the next time that the session opens a ring."""
         if self.max_length is None:
             self._lease_tokens = max(num_tokens, self._lease_tokens or 0)
 
     def fork(self, rows: Sequence[int] | None = None) -> SessionCore:
-        """Another session that holds what this one does, or these of its rows."""
+        """Another session with the same rows, or with the given ones of them."""
         self.check_open()
         fork = SessionCore(self._manager)
         fork.max_length, fork._lease_tokens = self.max_length, self._lease_tokens
@@ -106,8 +106,8 @@ class SessionCore:
         if self.closed:
             raise closed_error()
 
-    def begin(self, num_rows: int, table: StepTable, hidden_TD: torch.Tensor) -> bool:
-        """Check a step, and begin with empty rows if it is the first one; says whether it is.
+    def prepare_step(self, num_rows: int, table: StepTable, hidden_TD: torch.Tensor) -> bool:
+        """Check a step, and create empty rows if it is the first; returns whether it is.
 
         Raises:
             SessionClosed: the session has been closed.
@@ -130,12 +130,12 @@ class SessionCore:
     async def release(self) -> None:
         """Close the session; returns when the servers have been told. Idempotent."""
         self.closed = True
-        await self.leave()
+        await self.close_ring()
 
     async def run(
         self, num_rows: int, table: StepTable, hidden_TD: torch.Tensor, *, keep_last: bool = False
     ) -> torch.Tensor:
-        """Run one ragged step that `begin` has taken; see `wire/step.py` for what a table says.
+        """Run one ragged step after `prepare_step`; `wire/step.py` explains the table.
 
         Raises:
             SessionClosed: the session has been closed.
@@ -169,7 +169,7 @@ class SessionCore:
                 if self.closed:
                     # It may come of that, so no server is to blame; whoever closed the session
                     # has not seen a ring that was just being opened.
-                    await self.leave()
+                    await self.close_ring()
                     raise closed_error() from error
                 attempt += 1
                 reports.add(error)
@@ -180,11 +180,11 @@ class SessionCore:
                 await asyncio.sleep(delay_s)
             except asyncio.CancelledError:
                 # Ctrl-C in the caller: what the servers hold is unknown, the history is not.
-                await self.leave()
+                await self.close_ring()
                 raise
 
     def _replace_gone(self, num_rows: int, lease_tokens: int) -> None:
-        """Between two steps: have hops replaced that left or will leave soon."""
+        """Between two steps, give up hops that left, or will leave and can be replaced."""
         ring = self.ring
         if ring is None:
             return
@@ -198,7 +198,7 @@ class SessionCore:
             ring.condemn_leaving()
 
     async def _whole_ring(self, num_rows: int, lease_tokens: int, history: History) -> RingSession:
-        """The session's ring, mended where it was broken, or a new one.
+        """The session's ring, repaired if it was broken, or a new one.
 
         Raises:
             SessionClosed: the session has been closed; it must leave the ring that it may have.
@@ -206,13 +206,13 @@ class SessionCore:
         """
         ring = self.ring
         if ring is not None and lease_tokens > ring.max_row_tokens:
-            await self.leave()  # by their records, its servers would refuse
+            await self.close_ring()  # by their records, its servers would refuse
             ring = None
         if ring is not None and ring.is_broken:
             try:
                 await self._manager.mend_ring(ring, num_rows, lease_tokens, history)
             except NoChainAvailable:
-                await self.leave()
+                await self.close_ring()
                 ring = None
         self.check_open()
         if ring is None:
@@ -230,13 +230,13 @@ class SessionCore:
         num_rows: int,
         lease_tokens: int,
     ) -> None:
-        """Learn from a step that went through, and look for a better chain now and then."""
+        """Record the loads of a step, and start a search for a better chain if one is due."""
         self._manager.note_loads(ring.chain, ring.loads_ms, 1000 * elapsed_s)
         if table.is_decode:
             self._migration.count_decoded(ring.chain, 1000 * elapsed_s)
         position = max(self.lengths, default=0)
         most = None if self._lease_tokens is None else self._lease_tokens - position
-        self._migration.look_if_due(ring.chain, num_rows, lease_tokens, position, most)
+        self._migration.search_if_due(ring.chain, num_rows, lease_tokens, position, most)
 
     async def _recover(
         self,
@@ -246,15 +246,15 @@ class SessionCore:
         num_rows: int,
         lease_tokens: int,
     ) -> float | None:
-        """Settle what becomes of the ring; seconds until the next attempt, None if there must not
-        be another."""
+        """Decide whether to keep the ring after an error. Returns the seconds until the next
+        attempt; None if there must not be another."""
         ring = self.ring
         chain = None if ring is None else ring.chain
         culprits = await self._manager.report_failure(error, chain, lost_s)
         delay_s = self._manager.retry_delay_s(error, attempt)
         keeps = ring is not None and delay_s is not None and ring.condemn(error, culprits)
         if not keeps:
-            await self.leave()
+            await self.close_ring()
         if delay_s is None:
             return None
         refused = isinstance(error, PeerReportedError) and error.edge is None
@@ -263,8 +263,8 @@ class SessionCore:
         logger.warning("%s (%s); going on without it (attempt %d)", error, error.code, attempt)
         return delay_s
 
-    async def leave(self) -> None:
-        """Let go of the chain; the next step brings the rows to servers again."""
+    async def close_ring(self) -> None:
+        """Close the ring; the next step opens another and replays the rows."""
         self._migration.stop()
         ring, self.ring = self.ring, None
         if ring is not None:

@@ -173,7 +173,7 @@ def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
     # Threads share the modules and run calls of their own through them.
     thread = threading.local()
 
-    def see_call(
+    def before_decoder(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         bound = dict(zip(names, args, strict=False)) | kwargs if args else kwargs
@@ -204,7 +204,7 @@ def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
             give_states(output, now.entered_BTD, num_blocks)
 
     getattr(decoder.base, decoder.final_norm_attr).register_forward_pre_hook(replace_input)
-    decoder.base.register_forward_pre_hook(see_call, with_kwargs=True)
+    decoder.base.register_forward_pre_hook(before_decoder, with_kwargs=True)
     decoder.base.register_forward_hook(end_call, always_call=True)
 
 

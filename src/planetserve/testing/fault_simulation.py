@@ -316,7 +316,7 @@ class _Simulation:
         rng, num_rows = self._rng, len(table.rows)
         while True:
             began_s = self._now_s()
-            core.begin(num_rows, table, hidden_TD)
+            core.prepare_step(num_rows, table, hidden_TD)
             work = asyncio.create_task(core.run(num_rows, table, hidden_TD, keep_last=keep_last))
             if rng.random() < 0.08:
                 await asyncio.wait([work], timeout=rng.choice((0.001, 0.05, 1.0)))

@@ -46,7 +46,7 @@ class SimulatedText:
                     for row in self._rows:
                         row.truncate(length)
                 case 2:
-                    await self._core.leave()
+                    await self._core.close_ring()
                 case 3 | 4 | 5:
                     await asyncio.sleep(rng.choice((0.1, 1.0, 3.0, 15.0)))
                 case 6:

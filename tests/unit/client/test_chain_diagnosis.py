@@ -24,7 +24,7 @@ async def look(board: Board, **options: Any) -> tuple[ServerDiscovery, ChainPlan
     planner = ChainPlanner(config, FACTS)
     view = ServerDiscovery(config, FACTS, planner.remote, PeerBook(1.0, clock), clock)
     view._directory = board  # type: ignore[assignment]
-    await view.look_again()
+    await view.refresh_if_stale()
     return view, planner
 
 

@@ -43,7 +43,7 @@ def board() -> Board:
 async def manager(clock: ManualClock, board: Board) -> ChainManager:
     manager = ChainManager(ClientConfig(chain_cost_jitter=0.0), FACTS, clock)
     manager.view._directory = board  # type: ignore[assignment]
-    await manager.view.look_again()
+    await manager.view.refresh_if_stale()
     return manager
 
 
@@ -61,7 +61,7 @@ async def test_two_sessions_may_revive_the_same_server(
     monkeypatch.setattr(ServerDiscovery, "ping", answers)
     manager.peers.ban(["a"], 60.0)
     assert await first_hop(manager) == "b"
-    await asyncio.gather(manager._revive(), manager._revive())
+    await asyncio.gather(manager._lift_bans_of_reachable(), manager._lift_bans_of_reachable())
     assert await first_hop(manager) == "a"
 
 
@@ -78,7 +78,7 @@ async def test_bans_that_are_over_keep_no_banned_server_from_its_chance(
     manager.peers.ban([info.peer_id for info in earlier], 5.0)
     clock.now_s += 5.0
     manager.peers.ban(["a", "b"], 60.0)
-    await manager._revive()
+    await manager._lift_bans_of_reachable()
     assert manager.peers.banned() == []
 
 

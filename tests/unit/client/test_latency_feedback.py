@@ -25,8 +25,8 @@ CHAIN = Chain((Hop("a", 0, 6), Hop("b", 6, 8)))
 def test_loads_together_count_for_no_more_than_the_step_took(
     said: dict[str, float], elapsed_ms: float, counted: dict[str, float]
 ) -> None:
-    experience = LatencyFeedback(max_peers=8, clock=ManualClock())
-    experience.note_loads(CHAIN, said, elapsed_ms)
+    feedback = LatencyFeedback(max_peers=8, clock=ManualClock())
+    feedback.record_loads(CHAIN, said, elapsed_ms)
     for name, ms in counted.items():
-        loaded = experience.loaded(server(name)).decode_ms_per_block
+        loaded = feedback.with_reported_load(server(name)).decode_ms_per_block
         assert loaded == pytest.approx(ms, abs=1e-4)

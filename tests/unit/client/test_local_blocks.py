@@ -70,31 +70,31 @@ def test_ragged_steps_equal_the_whole_model(
     for pieces in ([(0, 0, 6), (1, 0, 3)], [(1, 3, 1)], [(0, 6, 1), (1, 4, 2)]):
         cut = [(row, slice(start, start + count)) for row, start, count in pieces]
         hidden_TD = torch.cat([enter[row, tokens] for row, tokens in cut])
-        got = rows.enter(_table(*pieces), hidden_TD)
+        got = rows.run_first(_table(*pieces), hidden_TD)
         _close(got, torch.cat([middle[row, tokens] for row, tokens in cut]))
-        rows.leave(_table(*pieces), got)
+        rows.run_last(_table(*pieces), got)
 
 
 def test_the_last_blocks_end_the_model(folder: Path, states: tuple[torch.Tensor, ...]) -> None:
     blocks = LocalBlocks.load(Checkpoint.open(str(folder)), BlockSpan(2, 3), torch.float32)
     rows = LocalRows(LocalEnds(None, blocks), 1)
     hidden_TD = states[2][0]
-    assert rows.enter(_table((0, 0, 10)), hidden_TD) is hidden_TD
-    _close(rows.leave(_table((0, 0, 10)), hidden_TD), states[3][0])
+    assert rows.run_first(_table((0, 0, 10)), hidden_TD) is hidden_TD
+    _close(rows.run_last(_table((0, 0, 10)), hidden_TD), states[3][0])
 
 
 def test_rows_swap_copy_and_roll_back(ends: LocalEnds, states: tuple[torch.Tensor, ...]) -> None:
     rows = LocalRows(ends, 2)
     enter, middle = states[0], states[2]
     first = _table((0, 0, 5), (1, 0, 5))
-    rows.leave(first, rows.enter(first, torch.cat([enter[0, :5], enter[1, :5]])))
+    rows.run_last(first, rows.run_first(first, torch.cat([enter[0, :5], enter[1, :5]])))
     # Both rows continue what row 1 held, each with a cache of its own.
     fork = _table((0, 5, 2), (1, 5, 1), reorder=(1, 1))
-    got = rows.enter(fork, torch.cat([enter[1, 5:7], enter[1, 5:6]]))
+    got = rows.run_first(fork, torch.cat([enter[1, 5:7], enter[1, 5:6]]))
     _close(got, torch.cat([middle[1, 5:7], middle[1, 5:6]]))
-    rows.leave(fork, got)
+    rows.run_last(fork, got)
     back = _table((0, 3, 4), (1, 6, 1))
-    got = rows.enter(back, torch.cat([enter[1, 3:7], enter[1, 6:7]]))
+    got = rows.run_first(back, torch.cat([enter[1, 3:7], enter[1, 6:7]]))
     _close(got, torch.cat([middle[1, 3:7], middle[1, 6:7]]))
 
 
@@ -104,24 +104,24 @@ def test_a_step_that_did_not_finish_changes_nothing(
     rows = LocalRows(ends, 2)
     enter, middle = states[0], states[2]
     first = _table((0, 0, 5), (1, 0, 5))
-    rows.leave(first, rows.enter(first, torch.cat([enter[0, :5], enter[1, :5]])))
+    rows.run_last(first, rows.run_first(first, torch.cat([enter[0, :5], enter[1, :5]])))
     swap = _table((0, 5, 1), (1, 5, 1), reorder=(1, 0))
     hidden_TD = torch.cat([enter[1, 5:6], enter[0, 5:6]])
     for _ in range(3):  # sent again after a failure, rows must not be swapped twice
-        got = rows.enter(swap, hidden_TD)
+        got = rows.run_first(swap, hidden_TD)
         _close(got, torch.cat([middle[1, 5:6], middle[0, 5:6]]))
     restart = _table((0, 0, 10))
-    _close(rows.enter(restart, enter[0]), middle[0])
+    _close(rows.run_first(restart, enter[0]), middle[0])
 
 
 def test_a_gap_is_refused(ends: LocalEnds, states: tuple[torch.Tensor, ...]) -> None:
     rows = LocalRows(ends, 1)
     with pytest.raises(SessionClosed, match="open another session"):
-        rows.enter(_table((0, 4, 1)), states[0][0, 4:5])
+        rows.run_first(_table((0, 4, 1)), states[0][0, 4:5])
 
 
 def test_outputs_take_part_in_autograd(ends: LocalEnds, states: tuple[torch.Tensor, ...]) -> None:
-    got = LocalRows(ends, 1).enter(_table((0, 0, 3)), states[0][0, :3])
+    got = LocalRows(ends, 1).run_first(_table((0, 0, 3)), states[0][0, :3])
     weight = torch.ones(got.shape[1], requires_grad=True)
     (got * weight).sum().backward()
     assert weight.grad is not None

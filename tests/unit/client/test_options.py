@@ -13,7 +13,12 @@ from planetserve.client.hf.from_pretrained import (
     AutoDistributedConfig,
     AutoDistributedModelForCausalLM,
 )
-from planetserve.client.hf.options import OwnSettings, drop_habits, dtype_text, parse_device
+from planetserve.client.hf.options import (
+    OwnSettings,
+    drop_inapplicable_options,
+    dtype_text,
+    parse_device,
+)
 from planetserve.errors import ConfigError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.testing.checkpoints import make_tiny_checkpoint
@@ -61,7 +66,7 @@ REFUSED: dict[str, Any] = {
 
 def test_what_is_harmless_is_dropped_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     options = {**HARMLESS, "initial_peers": ["x"]}
-    drop_habits(options)
+    drop_inapplicable_options(options)
     assert options == {"initial_peers": ["x"]}
     assert len(caplog.records) == 1
     assert all(name in caplog.text for name in HARMLESS)
@@ -73,7 +78,7 @@ def test_what_is_passed_empty_is_dropped_without_a_word(caplog: pytest.LogCaptur
         **dict.fromkeys(REFUSED, False),
         "trust_remote_code": False,
     }
-    drop_habits(options)
+    drop_inapplicable_options(options)
     assert not options
     assert not caplog.records
 
@@ -81,7 +86,7 @@ def test_what_is_passed_empty_is_dropped_without_a_word(caplog: pytest.LogCaptur
 @pytest.mark.parametrize("name", [*REFUSED, "use_safetensors"])
 def test_what_would_be_a_lie_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=name) as error:
-        drop_habits({name: REFUSED.get(name, False)})
+        drop_inapplicable_options({name: REFUSED.get(name, False)})
     assert "\n" not in str(error.value)
 
 

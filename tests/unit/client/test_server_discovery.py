@@ -46,7 +46,7 @@ async def test_records_are_sorted_by_what_they_are_good_for(clock: ManualClock) 
         server("demanding", not_understood=("price",)),
     )
     view = view_of(board, clock, blocked_servers=("blocked",))
-    await view.look_again()
+    await view.refresh_if_stale()
     assert set(view.servers) == {"fine", "both"}
     assert [info.peer_id for info in view.incompatible] == ["later", "demanding"]
     assert [info.peer_id for info in view.excluded] == ["blocked"]
@@ -55,25 +55,25 @@ async def test_records_are_sorted_by_what_they_are_good_for(clock: ManualClock) 
 
 async def test_only_allowed_servers_are_used(clock: ManualClock, board: Board) -> None:
     view = view_of(board, clock, allowed_servers=("a",))
-    await view.look_again()
+    await view.refresh_if_stale()
     assert set(view.servers) == {"a"}
 
 
 async def test_a_session_begins_with_the_loads_of_now(clock: ManualClock, board: Board) -> None:
     view = view_of(board, clock)
-    await view.look_again()
+    await view.refresh_if_stale()
     board.servers = [server("a", decode_ms_per_block=9.0)]
     clock.now_s += 60.0
-    await view.look_again()
+    await view.refresh_if_stale()
     assert view.servers == {"a": board.servers[0]}
 
 
 async def test_sessions_that_begin_together_read_once(clock: ManualClock, board: Board) -> None:
     view = view_of(board, clock)
-    await asyncio.gather(*(view.look_again() for _ in range(5)))
+    await asyncio.gather(*(view.refresh_if_stale() for _ in range(5)))
     assert board.num_lookups == 1
     clock.now_s += 1.0
-    await view.look_again()
+    await view.refresh_if_stale()
     assert board.num_lookups == 1
 
 
@@ -82,11 +82,11 @@ async def test_a_directory_that_does_not_answer_delays_nobody_for_long(
     clock: ManualClock, board: Board, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = view_of(board, clock)
-    await view.look_again()
-    monkeypatch.setattr(server_discovery, "_LOOK_AGAIN_S", 0.01)
+    await view.refresh_if_stale()
+    monkeypatch.setattr(server_discovery, "_MAX_REFRESH_WAIT_S", 0.01)
     setattr(board, trouble, True)
     clock.now_s += 60.0
-    await view.look_again()
+    await view.refresh_if_stale()
     assert board.num_lookups == 2
     assert set(view.servers) == {"a", "b"}
 

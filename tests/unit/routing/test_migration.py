@@ -132,29 +132,31 @@ def info(name: str) -> ServerInfo:
 def test_a_load_of_now_counts_for_a_while() -> None:
     clock = ManualClock()
     known = LatencyFeedback(16, clock)
-    known.note_loads(Chain((Hop("a", 0, 8),)), {"a": 7.0}, elapsed_ms=1000.0)
-    assert known.loaded(info("a")).decode_ms_per_block == 7.0
-    assert known.loaded(info("b")) == info("b")
+    known.record_loads(Chain((Hop("a", 0, 8),)), {"a": 7.0}, elapsed_ms=1000.0)
+    assert known.with_reported_load(info("a")).decode_ms_per_block == 7.0
+    assert known.with_reported_load(info("b")) == info("b")
     clock.now = 100.0
-    assert known.loaded(info("a")) == info("a")
+    assert known.with_reported_load(info("a")) == info("a")
 
 
 def test_what_all_chains_are_off_by_speaks_against_nobody() -> None:
     known = LatencyFeedback(16, ManualClock())
     for _ in range(20):
-        known.judge(OLD, predicted_ms=10.0, measured_ms=30.0)
-    assert known.corrected(info("a")) == info("a")
+        known.record_latency(OLD, predicted_ms=10.0, measured_ms=30.0)
+    assert known.with_penalty(info("a")) == info("a")
 
 
 def test_a_chain_that_breaks_its_promise_costs_its_servers() -> None:
     known = LatencyFeedback(16, ManualClock())
     honest = Chain((Hop("h", 0, 8),))
     for _ in range(8):
-        known.judge(honest, predicted_ms=100.0, measured_ms=110.0)
-        known.judge(OLD, predicted_ms=20.0, measured_ms=200.0)
+        known.record_latency(honest, predicted_ms=100.0, measured_ms=110.0)
+        known.record_latency(OLD, predicted_ms=20.0, measured_ms=200.0)
     # 200 ms less 1.5 x 1.1 x 20 ms, over 8 blocks
-    assert known.corrected(info("a")).decode_ms_per_block == pytest.approx(2.0 + 167.0 / 8, rel=0.1)
-    assert known.corrected(info("h")) == info("h")
+    assert known.with_penalty(info("a")).decode_ms_per_block == pytest.approx(
+        2.0 + 167.0 / 8, rel=0.1
+    )
+    assert known.with_penalty(info("h")) == info("h")
     for _ in range(40):
-        known.judge(OLD, predicted_ms=20.0, measured_ms=22.0)
-    assert known.corrected(info("a")).decode_ms_per_block == pytest.approx(2.0, rel=0.01)
+        known.record_latency(OLD, predicted_ms=20.0, measured_ms=22.0)
+    assert known.with_penalty(info("a")).decode_ms_per_block == pytest.approx(2.0, rel=0.01)

@@ -1,8 +1,8 @@
-"""Which session a call continues: that of the `with` block around it.
+"""Finds the session that a call continues: the session of the `with` block around it.
 
-Tasks of asyncio take the block along by themselves. A new thread knows nothing of who started it,
-so from the first block on `Thread.start` notes that: a thread started inside a block, as for a
-streamer, continues the session as well. Workers of a pool do not; they serve whoever comes.
+Tasks of asyncio inherit the block by themselves. A new thread does not, so from the first block on
+`Thread.start` records the blocks around it: a thread started inside a block, as for a streamer,
+continues the session as well. Worker threads of a pool do not; they serve any caller.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ _entered: contextvars.ContextVar[tuple[Entry, ...]] = contextvars.ContextVar(
 _inherited: weakref.WeakKeyDictionary[threading.Thread, tuple[_Reference, ...]] = (
     weakref.WeakKeyDictionary()
 )
-"""For each thread the blocks in which it was started."""
+"""Thread -> the blocks in which it was started."""
 _POOLS = ("concurrent.futures.", "multiprocessing.")
 
 
 class ActiveSession:
-    """One model's: an assistant model inside `generate()` never takes its caller's session."""
+    """The active session of one model; an assistant model inside `generate()` never uses its
+    caller's session."""
 
     def __init__(self) -> None:
         self._num_blocks = 0
@@ -40,8 +41,8 @@ class ActiveSession:
         self._lock = threading.Lock()
 
     def may_be_missed(self) -> bool:
-        """Whether this is a thread outside all blocks while another is inside one, for the first
-        time: its caller should hear of it once."""
+        """Whether to warn that this thread is outside all blocks while another is inside one. True
+        once."""
         if self._is_told or not self._num_blocks or self._find(_entered.get()) is not None:
             return False
         self._is_told = True
@@ -94,7 +95,7 @@ def _references(entries: Iterable[Entry]) -> Iterator[_Reference]:
 
 
 def _note(thread: threading.Thread) -> None:
-    """`thread` is about to be started here."""
+    """Record the blocks around the start of `thread`."""
     around = _inherited.get(threading.current_thread(), ())
     own = tuple(_references(_entered.get()))
     target = getattr(thread, "_target", None)
@@ -104,7 +105,7 @@ def _note(thread: threading.Thread) -> None:
 
 
 class _ThreadStarts:
-    """Has `_note` called for each thread that is started; done once for the process."""
+    """Wraps `Thread.start`, once per process, to call `_note`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,7 +1,7 @@
 """The text of a session that several `generate()` calls continue, as token ids and mask.
 
-What the servers hold of it is another matter (`remote_cache.py`): after a beam search, a rollback
-or a call that failed it is less, more or in other rows. Each turn compares the two.
+`remote_cache.py` knows what the servers hold of it: after a beam search, a rollback or a failed
+call that may be less, more or in other rows. Each turn compares the two.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class HeldText(Protocol):
 
 
 class Conversation:
-    """Rows of token ids, and which of them count."""
+    """Rows of token ids, and a mask of those that are text."""
 
     def __init__(self) -> None:
         self.output_ids: torch.Tensor | None = None
@@ -35,22 +35,23 @@ class Conversation:
         self.is_mask_given = False
         """Whether some turn was given a mask."""
         self._num_seen = 0
-        """Columns that the blocks have seen."""
+        """Number of columns that the blocks have processed."""
 
     @property
     def position(self) -> int:
-        """Tokens in the longest row that the blocks have seen."""
+        """Number of tokens in the longest row that the blocks have processed."""
         if self.attention_mask is None or not self._num_seen:
             return 0
         return int(self.attention_mask[:, : self._num_seen].sum(dim=1).max())
 
     def store(self, ids: torch.Tensor, mask: torch.Tensor, is_mask_given: bool) -> None:
-        """A turn has ended with this text, whose last token has been chosen and not been fed."""
+        """Store the text at the end of a turn. The blocks have not processed its last token."""
         self.output_ids, self.attention_mask, self.is_mask_given = ids, mask, is_mask_given
         self._num_seen = ids.shape[1] - 1
 
     def take_back(self, num_columns: int) -> None:
-        """Drop so many columns from the end of what the blocks have seen, and all after them."""
+        """Remove this many columns from the end of those that the blocks have processed, and all
+        columns after them."""
         if not num_columns or self.output_ids is None or self.attention_mask is None:
             return
         self._num_seen = max(0, self._num_seen - num_columns)
@@ -58,7 +59,8 @@ class Conversation:
         self.attention_mask = self.attention_mask[:, : self._num_seen]
 
     def rows_in(self, cache: HeldText) -> tuple[int, ...] | None:
-        """Tokens of each row that the blocks have seen, if they are held in these rows."""
+        """Number of tokens per row that the blocks have processed; None if the servers hold them in
+        other rows."""
         if self.output_ids is None or self.attention_mask is None:
             return None
         # The last column is what a turn would feed.

@@ -17,10 +17,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from planetserve.client.hf.batched_lm_head import install_batched_lm_head
 from planetserve.client.hf.generation import DistributedMixin, SwarmMixin
 from planetserve.client.hf.local_blocks import LocalEnds
-from planetserve.client.hf.module import Membership, ModuleMixin
+from planetserve.client.hf.module import ModuleMixin, RuntimeHandle
 from planetserve.client.hf.options import (
     OwnSettings,
-    drop_habits,
+    drop_inapplicable_options,
     dtype_text,
     open_checkpoint,
     parse_device,
@@ -79,7 +79,7 @@ class AutoDistributedModelForCausalLM:
             ModelMismatchError: the swarm serves another revision of this model.
             PeerUnreachable: no initial peer answers.
         """
-        drop_habits(options)
+        drop_inapplicable_options(options)
         if not isinstance(config, ClientConfig | PretrainedConfig | None):
             raise ConfigError("config is a ClientConfig, or the model's own configuration")
         device = parse_device(device_map)
@@ -118,7 +118,7 @@ class AutoDistributedConfig:
         Raises:
             ModelError: no such model.
         """
-        drop_habits(options)
+        drop_inapplicable_options(options)
         checkpoint = open_checkpoint(model, options)
         OwnSettings(checkpoint, None, options)
         # As Petals' configurations do, it holds options of the client for whoever is given it.
@@ -193,4 +193,4 @@ def attach(
             inner.__class__ = type(type(inner).__name__, (ModuleMixin, type(inner)), own)
     model.runtime = runtime
     # A model that is forgotten must not leave its thread and libp2p daemon behind.
-    model.membership = Membership(runtime)
+    model.runtime_handle = RuntimeHandle(runtime)

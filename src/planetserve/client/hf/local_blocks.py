@@ -1,11 +1,11 @@
 """Blocks that the client runs itself, before and after those of the swarm (`local_blocks`).
 
-Loads them with the same `SpanBlocks` that servers use and gives every row of a session a plain
-cache. A step passes through `enter`, the ring, and `leave`; what it does to the caches counts only
-when `leave` has returned, so a step that fails on the way changes nothing here. The session keeps
-for a replay what went into the ring, so no failure of a server makes a local block run again.
+Loads them with the same `SpanBlocks` that servers use, and gives every row of a session a plain
+cache. A step runs `run_first`, the ring, and `run_last`. Its changes to the caches count only when
+`run_last` has returned, so a step that fails before that changes nothing. The session records what
+enters the ring, so a server that fails never makes a local block run again.
 
-Weights and caches stay in the client's memory: as much per block as a server needs.
+Weights and caches take as much of the client's memory per block as of a server's.
 """
 
 from __future__ import annotations
@@ -132,15 +132,16 @@ class LocalRows:
         selected._after = tuple(self._after[row] for row in rows) if self._after else ()
         return selected
 
-    def enter(self, table: StepTable, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """What goes into the swarm's first block, `[T, D]`, for what the embedding made."""
+    def run_first(self, table: StepTable, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Run the first blocks on the output of the embedding; returns the input of the swarm's
+        first block, `[T, D]`."""
         if self._ends.before is None:
             return hidden_TD
         output_TD, self._staged = self._ends.before.run(table, hidden_TD, self._before)
         return output_TD
 
-    def leave(self, table: StepTable, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """What leaves the model's last block for what left the swarm's; ends the step."""
+    def run_last(self, table: StepTable, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Run the last blocks on the output of the swarm's last block, and end the step."""
         if self._ends.after is not None:
             hidden_TD, self._after = self._ends.after.run(table, hidden_TD, self._after)
         self._before = self._staged

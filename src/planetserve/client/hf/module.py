@@ -21,10 +21,10 @@ from planetserve.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-class Membership:
-    """Shared by a model and its copies; when the last of them is forgotten, the runtime closes.
+class RuntimeHandle:
+    """Closes the runtime when the last of a model and its copies has been garbage-collected.
 
-    The base model alone has none: it lives as long as the model that it is part of.
+    The base model has none of its own: it lives as long as the model that it is part of.
     """
 
     def __init__(self, runtime: ClientRuntime):

@@ -1,7 +1,7 @@
-"""Keyword arguments that people pass to `from_pretrained` from habit.
+"""Keyword arguments of `from_pretrained` that users know from Petals and transformers.
 
-What could not change the tokens here is accepted, with one warning that names it. What would be a
-lie to accept is refused with what to do instead, unless it is passed empty.
+An argument that cannot change the output is accepted with one warning that names it. An argument
+that cannot be honoured is refused with what to do instead, unless its value is empty.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _CLIENTS_OWN = (
     "return_dict",
     "use_cache",
 )
-"""Fields of a configuration that only the client's half reads."""
+"""Fields of a model's configuration that only the client's half reads."""
 _VOLATILE = frozenset(
     "_name_or_path architectures attn_implementation _attn_implementation _attn_implementation_"
     "internal dtype id2label label2id torch_dtype "
@@ -70,11 +70,11 @@ _VOLATILE = frozenset(
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def drop_habits(options: dict[str, Any]) -> None:
-    """Take out of `options` what means nothing here.
+def drop_inapplicable_options(options: dict[str, Any]) -> None:
+    """Remove options without effect from `options`, with one warning.
 
     Raises:
-        ConfigError: one of them asks for what cannot be.
+        ConfigError: an option cannot be honoured.
     """
     if options.get("use_safetensors") is False:
         raise ConfigError(f"use_safetensors=False is not possible: {_ONE_FORMAT}")
@@ -88,10 +88,10 @@ def drop_habits(options: dict[str, Any]) -> None:
 
 
 def open_checkpoint(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> Checkpoint:
-    """The checkpoint that `model` and the hub's arguments among `options` name.
+    """Open the checkpoint that `model` and the hub's arguments among `options` name.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no such checkpoint.
     """
     named = options.pop("pretrained_model_name_or_path", None)
     hub = {name: options.pop(name, None) for name in ("revision", "token", "cache_dir")}
@@ -130,10 +130,10 @@ def parse_device(device_map: Any) -> torch.device:
 
 
 def dtype_text(dtype: Any, torch_dtype: Any) -> str:
-    """The name of the dtype that `dtype`, or its older name `torch_dtype`, asks for.
+    """The name of the dtype given as `dtype` or by its older name `torch_dtype`.
 
     Raises:
-        ConfigError: they contradict each other.
+        ConfigError: the two contradict each other.
     """
     names = {_dtype_name(value) for value in (dtype, torch_dtype) if value is not None}
     if len(names) > 1:
@@ -148,16 +148,16 @@ def _dtype_name(value: Any) -> str:
 
 
 class OwnSettings:
-    """What the client's half is given besides the checkpoint's own configuration.
+    """Settings of the client's half that differ from the checkpoint's configuration.
 
     Args:
-        checkpoint: whose configuration everybody has.
-        config: a Hugging Face configuration that was passed, if any.
+        checkpoint: the checkpoint, with the configuration that servers use.
+        config: the Hugging Face configuration that the caller passed, if any.
         options: keyword arguments; fields of the configuration are taken out of them, and options
             of the client that `config` holds are put in.
 
     Raises:
-        ConfigError: something would change what servers compute.
+        ConfigError: a setting would change what servers compute.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class OwnSettings:
             )
 
     def apply(self, model: Any) -> None:
-        """Set them on the loaded half."""
+        """Set them on the loaded model."""
         if self._generation_config is not None:
             model.generation_config = self._generation_config
         for name, value in (self._config | self._asked).items():

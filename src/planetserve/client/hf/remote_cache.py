@@ -1,11 +1,11 @@
-"""The Hugging Face cache of a distributed model: no keys or values, only what stands for them.
+"""The Hugging Face cache of a distributed model: bookkeeping without keys and values.
 
-`generate()` sees a `Cache` whose length, crop and reorder work; here they become bookkeeping that
-the next step carries to the servers (rollback and reorder need no round trip of their own).
+`generate()` sees a `Cache` whose length, crop and reorder work; they become fields of the next step
+to the servers, so that a rollback or a reorder costs no round trip.
 
 Hugging Face counts *columns*, padding included; servers hold only the real tokens of each row. The
-cache keeps the mask of all columns so far and so knows where each row's tokens end. While there is
-no padding, the size of that mask says all.
+cache keeps the mask of all columns so far, and so knows how many tokens each row has. While there
+is no padding, the number of columns is enough.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from planetserve.errors import ConfigError
 
 
 class RemoteCache(Cache):
-    """Stands for the KV cache of one `InferenceSession`.
+    """Represents the KV cache of one `InferenceSession`.
 
     The session is closed when the cache is garbage-collected, unless `keep_session`. With
     `keep_ids` the cache knows which tokens its rows hold, so that a text can be compared with them.
-    A copy is a session of its own, which computes once more what it starts with.
+    A copy has a session of its own, whose first step computes the rows again.
     """
 
     def __init__(
@@ -43,20 +43,20 @@ class RemoteCache(Cache):
         """Token ids `[rows, columns]` if they are kept; -1 where they are unknown."""
         self._keep_ids = keep_ids
         self.is_kept = False
-        """Whether somebody holds on to this cache, to go on with it or not."""
+        """Whether the caller keeps this cache and may continue it."""
         self.num_fed_again = 0
-        """Columns that the next call of the model brings although the rows hold them."""
+        """Number of columns that the next call of the model feeds although the rows hold them."""
         self.reorder: tuple[int, ...] | None = None
         """Row reordering that the next step must carry."""
         self._steps_before: int | None = None
-        """Steps of the session before the one that is under way, or that failed."""
+        """Number of steps of the session before the one that runs or failed."""
         if not keep_session:
             weakref.finalize(self, session.close)
 
     @classmethod
     def replace(cls, given: Cache, session: InferenceSession) -> RemoteCache:
-        """Turn an empty cache of Hugging Face's own into one of these, in place: whoever made it
-        goes on to use it."""
+        """Turn an empty cache of Hugging Face's own into a `RemoteCache`, in place, since its owner
+        continues to use the object."""
         given.__dict__.clear()
         given.__class__ = cls
         cls.__init__(given, session)
@@ -70,7 +70,7 @@ class RemoteCache(Cache):
 
     @property
     def num_columns(self) -> int:
-        """Columns that the rows hold."""
+        """Number of columns that the rows hold."""
         return 0 if self._size is None else self._size[1]
 
     @property
@@ -85,14 +85,14 @@ class RemoteCache(Cache):
         return () if self._size is None else (self._size[1],) * self._size[0]
 
     def is_plain(self, mask_BS: torch.Tensor | None, num_rows: int, num_new: int) -> bool:
-        """Whether no column leaves a token out, neither of the cache nor of this mask, which goes
-        over the cache and `num_new` columns."""
+        """Whether neither the cache nor this mask, over the cache and `num_new` columns, has
+        padding."""
         if mask_BS is None or self._mask_BS is not None:
             return mask_BS is None and self._mask_BS is None
         return mask_BS.shape == (num_rows, self.num_columns + num_new) and bool(mask_BS.all())
 
     def fits(self, mask_BS: torch.Tensor | None, num_new: int) -> bool:
-        """Whether this mask, of these rows and `num_new` further columns, counts what they hold."""
+        """Whether this mask, over the rows and `num_new` more columns, matches what they hold."""
         past = self.num_columns
         if mask_BS is None or not past:
             return not (past and self.is_padded)
@@ -104,8 +104,8 @@ class RemoteCache(Cache):
         return bool(held_BS.all() if self._mask_BS is None else held_BS.equal(self._mask_BS))
 
     def catch_up(self) -> None:
-        """Before a step: see whether an earlier one went through whose answer never came here
-        (Ctrl-C). Then the rows are in its order already; its tokens will be taken back."""
+        """Before a step, check whether an earlier one succeeded whose answer never arrived
+        (Ctrl-C). Then servers have applied its reorder already; its tokens will be rolled back."""
         if self._steps_before is not None and self._steps_before != self.session.num_steps:
             self.reorder = None
         self._steps_before = None
@@ -122,8 +122,8 @@ class RemoteCache(Cache):
         mask_BT: torch.Tensor | None,
         ids_BT: torch.Tensor | None = None,
     ) -> None:
-        """A step went through: these columns (where the mask is True, or all) now hold tokens, the
-        last ones of `ids_BT`."""
+        """Record a step: these columns (where the mask is True, or all) now hold tokens, the last
+        ones of `ids_BT`."""
         self.reorder = None
         self.num_fed_again = 0
         self._steps_before = None
@@ -145,11 +145,11 @@ class RemoteCache(Cache):
         self._mask_BS = torch.cat([old_BS, new_BT], dim=1)
 
     def keep_common(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor) -> None:
-        """Keep of the rows what the text `ids_BS` begins with, all but its last column.
+        """Keep the common prefix of the rows and the text `ids_BS`, without its last column.
 
-        Each row of the text goes on from the row that holds most of its beginning. Whatever the
-        rows have gone through before (beams, rejected tokens, an interrupted call), they then are
-        where a fresh cache would be after so many columns of this text.
+        Each row of the text continues the row that holds the longest prefix of it. Whatever
+        happened to the rows before (beams, rejected tokens, an interrupted call), they then equal
+        a fresh cache after as many columns of this text.
         """
         self.catch_up()
         self.num_fed_again = 0
@@ -176,12 +176,12 @@ class RemoteCache(Cache):
         self.crop(common - self.num_columns)
 
     def feed_again(self) -> None:
-        """Have the next call of the model bring what the rows hold as well, as some decoding
+        """Expect the next call of the model to feed also what the rows hold, as some decoding
         methods always do."""
         self.num_fed_again = self.num_columns
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns so far."""
+        """Number of columns so far."""
         return self.num_columns - self.num_fed_again
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -199,7 +199,7 @@ class RemoteCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop columns from the end.
 
-        Negative: so many of them. Positive: keep so many (the older meaning of the argument).
+        Negative: remove this many. Positive: keep this many (the older meaning of the argument).
         """
         if self._size is None or not tokens_to_remove:
             return
@@ -232,8 +232,8 @@ class RemoteCache(Cache):
         self.reorder_cache(torch.arange(self.num_rows).repeat_interleave(repeats))
 
     def _take_rows(self, rows: Sequence[int]) -> None:
-        """Another number of rows needs another session, since servers have promised room for
-        these."""
+        """Fork the session: another number of rows needs another one, since servers have reserved
+        memory for these."""
         before = self.reorder or range(self.num_rows)
         fork = self.session.fork([before[row] for row in rows])
         self.session.close()
@@ -317,10 +317,10 @@ class RemoteCache(Cache):
 
 
 def usable_cache(given: Any, new_session: Callable[[], InferenceSession]) -> RemoteCache:
-    """What a caller passed as `past_key_values`, as a cache that servers can continue.
+    """Turn the `past_key_values` of a caller into a cache that servers can continue.
 
     Raises:
-        ConfigError: it holds keys and values, or is of a kind that gives other numbers.
+        ConfigError: it holds keys and values, or is of an unknown kind.
     """
     if isinstance(given, RemoteCache):
         return given

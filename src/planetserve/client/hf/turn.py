@@ -1,8 +1,9 @@
-"""One `generate()` inside a session: it goes on with the session's text.
+"""One `generate()` inside a session, which continues the session's text.
 
-Hugging Face gets the whole text each time, as it would locally, and a cache that holds what the
-servers have of it already. So every way of decoding gives what it gives for that text, whatever the
-turns before have left on the servers. A turn that fails leaves the text as it was.
+Hugging Face gets the whole text each time, as it would locally, and a cache that already holds the
+part that the servers have. So every decoding method gives the same result as for that text without
+a session, whatever the turns before have left on the servers. A turn that fails does not change
+the text.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _LENGTHS = ("max_length", "max_new_tokens")
 def asks_for_length(
     args: Sequence[Any], kwargs: Mapping[str, Any], defaults: GenerationConfig
 ) -> bool:
-    """Whether a caller of `generate()` chose how long the text may get."""
+    """Whether the caller of `generate()` set a maximum length."""
     if any(kwargs.get(name) is not None for name in _LENGTHS):
         return True
     given = _given_config(args, kwargs)
@@ -39,10 +40,10 @@ def asks_for_length(
 
 
 def refuse_what_needs_layers(kwargs: Mapping[str, Any]) -> None:
-    """Refuse decoding methods that reach into layers, which are not here.
+    """Refuse decoding methods that need the layers on this machine.
 
     Raises:
-        ConfigError: such a method is asked for.
+        ConfigError: the arguments ask for such a method.
     """
     if kwargs.get("assistant_early_exit") is not None:
         raise ConfigError(
@@ -57,7 +58,7 @@ def refuse_what_needs_layers(kwargs: Mapping[str, Any]) -> None:
 
 
 class Turn:
-    """Made by `begin`; then `prepare`, Hugging Face's `generate()` with `cache_for`, `finish`."""
+    """One turn. Call `begin`, `prepare`, Hugging Face's `generate()` with `cache_for`, `finish`."""
 
     def __init__(self, session: InferenceSession):
         self.session = session
@@ -70,10 +71,10 @@ class Turn:
     @classmethod
     @contextlib.contextmanager
     def begin(cls, session: InferenceSession) -> Iterator[Turn]:
-        """Hold the session for one turn.
+        """Lock the session for one turn.
 
         Raises:
-            ConfigError: another turn is under way.
+            ConfigError: another turn uses it.
             SessionClosed: the session is closed.
         """
         if session.closed:
@@ -94,13 +95,13 @@ class Turn:
         kwargs: dict[str, Any],
         merge: Callable[..., tuple[Any, dict[str, Any]]],
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The whole text, and the keyword arguments with its mask.
+        """Returns the whole text, and the keyword arguments with its mask.
 
         Args:
             inputs: the new tokens.
-            args: what else `generate()` was given by position.
-            kwargs: and by name.
-            merge: makes one generation configuration of all that says something about it.
+            args: the other positional arguments of `generate()`.
+            kwargs: its keyword arguments.
+            merge: merges all sources of generation settings into one configuration.
 
         Raises:
             ConfigError: an argument does not fit a session or its text.
@@ -135,7 +136,7 @@ class Turn:
         return self._ids, {**kwargs, "attention_mask": self._mask}
 
     def longest(self) -> int | None:
-        """Columns the session may hold; None if only the servers limit it."""
+        """Maximum columns of the session; None if only the servers limit it."""
         if self.session.max_length is None:
             return None
         padding = self._mask.shape[1] - int(self._mask.sum(dim=1).max())
@@ -144,7 +145,7 @@ class Turn:
     def cache_for(
         self, num_rows: int, config: Any, mode: GenerationMode, max_cache_length: int
     ) -> RemoteCache:
-        """The cache of this turn's `num_rows` rows, with what the servers have of the text."""
+        """The cache for `num_rows` rows, with the part of the text that the servers hold."""
         cache = self.session.cache
         if not isinstance(cache, RemoteCache) or cache.num_rows not in (0, num_rows):
             # Servers promise room for so many rows. Starting over computes equal rows once.
@@ -165,7 +166,7 @@ class Turn:
         return cache
 
     def finish(self, result: Any) -> Any:
-        """Store the text; what `generate()` returns in a session."""
+        """Store the text, and return what `generate()` returns in a session: the new tokens."""
         is_plain = isinstance(result, torch.Tensor)
         sequences = result if is_plain else result.sequences
         copies = sequences.shape[0] // self._ids.shape[0]
@@ -181,7 +182,8 @@ class Turn:
         return result
 
     def _whole_mask(self, new: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-        """The mask of the text: what it was before, and what was given or is plain for the rest."""
+        """The mask of the whole text: the previous mask, and the given or derived one for the new
+        tokens."""
         conversation = self.session.conversation
         self._is_mask_given = conversation.is_mask_given or given is not None
         if given is not None:
@@ -202,7 +204,7 @@ class Turn:
         return given if old is None else torch.cat([old.to(given), given], dim=1)
 
     def _answer_mask(self, answers: torch.Tensor) -> torch.Tensor:
-        """A row that has ended is filled up with padding, which is no part of its text."""
+        """The mask of answers; padding after the end of a row is not part of its text."""
         mask = torch.ones_like(answers, dtype=self._mask.dtype)
         if self._is_mask_given or not self._is_pad_known(answers):
             return mask
@@ -215,7 +217,7 @@ class Turn:
         return int(self._config.pad_token_id)
 
     def _is_pad_known(self, ids: torch.Tensor) -> bool:
-        """Whether padding can be told from text, as Hugging Face does without a mask."""
+        """Whether padding can be told from text without a mask, by the rule of Hugging Face."""
         pad = self._config.pad_token_id
         if pad is None or not isinstance(pad, int) or not bool(ids.eq(pad).any()):
             return False

@@ -1,8 +1,8 @@
-"""Servers that a client leaves alone for a while; pairs of them are in `edge_suspicion.py`.
+"""Bans: servers that a client does not use for a while. `edge_suspicion.py` has pairs of servers.
 
-Decisions only: who is put here is the chain manager's to say, and nothing here touches the network.
-How long a ban lasts follows from how often the client has had to ban the server lately and from
-nothing that the server says. Times are of the monotonic clock.
+Decisions only: the chain manager says whom to ban, and nothing here touches the network. The length
+of a ban depends on how often the client has had to ban the server lately, and on nothing that the
+server says. Times are of the monotonic clock.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from planetserve.clock import Clock
 from planetserve.types import PeerId
 
 MAX_SERVERS = 1024
-"""The one that was banned longest ago is forgotten first."""
+"""Maximum servers to remember; the one that was banned longest ago is forgotten first."""
 
 _MAX_DOUBLINGS = 3
 _REMEMBERED_S = 600.0
-"""A ban within this time of the one before is twice as long as that, up to 2^3 times the first."""
+"""Seconds after a ban in which the next one is twice as long, up to 2^3 times the first."""
 
 
 @dataclass(slots=True)
@@ -30,16 +30,16 @@ class _Ban:
 
 
 class Bans:
-    """One client's, over all its sessions."""
+    """The bans of one client, over all its sessions."""
 
     def __init__(self, clock: Clock):
         self._clock = clock
         self._bans: OrderedDict[PeerId, _Ban] = OrderedDict()
 
     def ban(self, peer_ids: Iterable[PeerId], for_s: float) -> None:
-        """Do without these servers for `for_s` seconds, or longer if it is not the first time.
+        """Ban these servers for `for_s` seconds, or longer if it is not the first time.
 
-        One that is left out already, as when several of its sessions fail at once, stays so.
+        A ban that is under way, as when several sessions of a server fail at once, stays as it is.
         """
         now_s = self._clock.monotonic()
         for peer_id in peer_ids:
@@ -55,13 +55,13 @@ class Bans:
             self._bans.popitem(last=False)
 
     def lift(self, peer_ids: Iterable[PeerId]) -> None:
-        """Give these servers another chance; how often they were banned is not forgotten."""
+        """End the bans of these servers; how often they were banned is not forgotten."""
         now_s = self._clock.monotonic()
         for peer_id in peer_ids:
             if (ban := self._bans.get(peer_id)) is not None:
                 ban.until_s = now_s
 
     def banned(self) -> list[PeerId]:
-        """Servers to do without now, the one banned longest ago first."""
+        """Servers that are banned now, the one banned longest ago first."""
         now_s = self._clock.monotonic()
         return [peer_id for peer_id, ban in self._bans.items() if ban.until_s > now_s]

@@ -1,7 +1,7 @@
-"""Block ranges as people type them (`"0:2,-2:"`), and which part of a model the swarm runs.
+"""Parses ranges of blocks (`"0:2,-2:"`), and splits a model between client and swarm.
 
-Text becomes spans only together with the number of blocks of the model, so a setting is checked
-when the model is loaded, before anybody is contacted. No torch, no network.
+A range is resolved with the number of blocks of the model, so a setting is checked when the model
+is loaded, before the client contacts any peer. No torch, no network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _RANGE = re.compile(r"\s*(-?\d{1,5})?\s*:\s*(-?\d{1,5})?\s*")
 
 @dataclass(frozen=True, slots=True)
 class BlockSplit:
-    """Who runs what: `remote` is the swarm's, the blocks before and after it are the client's."""
+    """The swarm runs `remote`; the client runs the blocks `before` and `after` it."""
 
     before: BlockSpan | None
     remote: BlockSpan
@@ -28,7 +28,8 @@ class BlockSplit:
 
 
 def parse_ranges(option: str, text: str, num_blocks: int) -> tuple[BlockSpan, ...]:
-    """Read comma-separated `START:END`; a missing end is the model's, negative counts from its end.
+    """Parse comma-separated `START:END`; a missing bound is the model's, a negative one counts from
+    its end.
 
     Raises:
         ConfigError: the text is no such list or leaves the model; the message names `option`.
@@ -54,10 +55,10 @@ def parse_ranges(option: str, text: str, num_blocks: int) -> tuple[BlockSpan, ..
 
 
 def split_blocks(config: ClientConfig, num_blocks: int) -> BlockSplit:
-    """Which blocks `local_blocks` leaves to the swarm.
+    """Split the blocks of a model by `local_blocks`.
 
     Raises:
-        ConfigError: they are not one run of blocks, or there are none.
+        ConfigError: the swarm's blocks are not contiguous, or there are none.
     """
     if config.local_blocks is None:
         return BlockSplit(None, BlockSpan(0, num_blocks), None)

@@ -1,7 +1,6 @@
-"""Why there is no chain, in words that a person can act on.
+"""Explains why there is no chain, in an error that says what to change.
 
-Looks for the reason in the settings first, then in the revision and in the name of the model. An
-error that comes from here names what to change.
+Looks for the reason in the settings first, then in the revision and in the name of the model.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from planetserve.types import ServerInfo
 _MAX_ASKED = 8
 _MAX_NAMED = 3
 _MAX_ADDRESS = 100
-"""Characters of an address."""
+"""Maximum characters of an address in a message."""
 
 _MAX_SHOWN = 5
 
@@ -25,15 +24,15 @@ _MAX_SHOWN = 5
 async def explain(
     failure: NoChainAvailable, view: ServerDiscovery, planner: ChainPlanner
 ) -> NoChainAvailable:
-    """What to raise instead of `failure`, which a plan ended with and waiting has not helped.
+    """The error to raise instead of `failure`, with which a plan ended in spite of waiting.
 
     Raises:
-        TransportError: the directory does not say what else there is.
+        TransportError: the directory does not answer.
     """
     if not isinstance(failure, MissingBlocksError):
         return failure
     missing, name = failure.missing, view.facts.name
-    reasons = _ruled_out_by(missing, view, planner)
+    reasons = _excluding_settings(missing, view, planner)
     if reasons:
         return MissingBlocksError(
             f"{spans_text(missing)} of {name} have no live server that this client may "
@@ -41,10 +40,10 @@ async def explain(
             "setting, or start a server that it allows",
             missing,
         )
-    holders = [info for info in view.servers.values() if _holds_some(info, missing)]
+    holders = [info for info in view.servers.values() if _overlaps(info, missing)]
     if holders:
         return MissingBlocksError(await _why_unusable(holders, missing, view), missing)
-    incompatible = [info for info in view.incompatible if _holds_some(info, missing)]
+    incompatible = [info for info in view.incompatible if _overlaps(info, missing)]
     if incompatible:
         return MissingBlocksError(
             f"{spans_text(missing)} of {name} are held only by servers that this client cannot "
@@ -59,7 +58,7 @@ async def explain(
         if others:
             return ModelMismatchError(
                 f"no server of {name} ({view.prefix}) in this swarm, which serves "
-                f"{_some(others)}; load one of these or start servers of yours",
+                f"{_shortened(others)}; load one of these or start servers of yours",
                 missing,
             )
     peers = ", ".join(view.config.initial_peers) or "none given"
@@ -76,7 +75,7 @@ async def explain(
 async def _why_unusable(
     holders: Sequence[ServerInfo], missing: Sequence[tuple[int, int]], view: ServerDiscovery
 ) -> str:
-    """What to say of servers that hold the blocks and are left alone after failures."""
+    """A message about servers that hold the blocks and are banned after failures."""
     asked = holders[:_MAX_ASKED]
     silent = set(await view.silent([info.peer_id for info in asked]))
     unreachable = [info for info in asked if info.peer_id in silent]
@@ -86,7 +85,7 @@ async def _why_unusable(
             f"{blocks} have servers ({len(holders)} of them) that answer but have just failed or "
             "refused; try again, or start another"
         )
-    named = "; ".join(_place(info) for info in unreachable[:_MAX_NAMED])
+    named = "; ".join(_named_with_addresses(info) for info in unreachable[:_MAX_NAMED])
     more = f" and {len(holders) - _MAX_NAMED} more" if len(holders) > _MAX_NAMED else ""
     return (
         f"{blocks} are held by servers that cannot be reached: {named}{more}; if they run, check "
@@ -94,29 +93,29 @@ async def _why_unusable(
     )
 
 
-def _place(info: ServerInfo) -> str:
-    """Peer id and where it says that it is."""
+def _named_with_addresses(info: ServerInfo) -> str:
+    """Peer id and announced addresses of a server."""
     told = [text.partition("/p2p/")[0][:_MAX_ADDRESS] for text in info.addresses[:2]]
     shown = [text for text in told if text.isascii() and text.isprintable()]
     return f"{info.peer_id} at {' or '.join(shown) or 'no address'}"
 
 
 def other_revision(missing: Sequence[tuple[int, int]], view: ServerDiscovery) -> ModelMismatchError:
-    """The error for blocks that only servers with other files of the model hold."""
+    """The error for blocks that only servers of another revision hold."""
     theirs = sorted({info.fingerprint[:12] for info in view.strangers.values()})
     return ModelMismatchError(
         f"{spans_text(missing)} of {view.facts.name} are served only in another revision "
-        f"({_some(theirs)}; yours is {view.facts.fingerprint[:12]}); load the same files "
+        f"({_shortened(theirs)}; yours is {view.facts.fingerprint[:12]}); load the same files "
         "or --revision as the servers",
         missing,
     )
 
 
-def _ruled_out_by(
+def _excluding_settings(
     missing: Sequence[tuple[int, int]], view: ServerDiscovery, planner: ChainPlanner
 ) -> list[str]:
-    """The settings that keep the client from servers of the missing blocks."""
-    excluded = [info for info in view.excluded if _holds_some(info, missing)]
+    """The settings that exclude servers of the missing blocks."""
+    excluded = [info for info in view.excluded if _overlaps(info, missing)]
     barred = planner.barred(missing, view.servers.values())
     reasons = []
     if excluded:
@@ -128,13 +127,13 @@ def _ruled_out_by(
     return reasons
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first of names that anybody may have announced, and how many more there are."""
+def _shortened(names: Sequence[str]) -> str:
+    """The first few of the names, and how many more there are."""
     shown = list(names[:_MAX_SHOWN])
     if len(names) > len(shown):
         shown.append(f"{len(names) - len(shown)} more")
     return ", ".join(shown)
 
 
-def _holds_some(info: ServerInfo, blocks: Iterable[tuple[int, int]]) -> bool:
+def _overlaps(info: ServerInfo, blocks: Iterable[tuple[int, int]]) -> bool:
     return any(start < info.span.end and info.span.start < end for start, end in blocks)

@@ -1,4 +1,4 @@
-"""Which chain a session gets, which other hops when some are lost, and who is at fault then.
+"""Gives a session its chain, replaces lost hops, and finds out which peer is at fault.
 
 It takes the servers that there are (`server_discovery.py`) and what this client knows of them
 (`peer_book.py`), has a chain planned (`chain_planner.py`), and opens, mends or moves the ring on
@@ -19,7 +19,7 @@ import torch
 from planetserve.client.planning.chain_diagnosis import explain, other_revision
 from planetserve.client.planning.chain_planner import ChainPlanner, ModelFacts
 from planetserve.client.planning.peer_book import PeerBook, PlanInputs
-from planetserve.client.planning.replanner import Replanner, Running
+from planetserve.client.planning.replanner import Replanner, RunningSession
 from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.client.ring.ring import RingSession
 from planetserve.client.ring.ring_spec import Gap, RingSpec
@@ -48,15 +48,16 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
 _LEAVING_S = 60.0
-_MAX_REVIVED = 8
+_MAX_PINGED_BANNED = 8
 _PROMPT_RETRIES = 2
-"""Servers that fail together are found one by one: the first retries do not wait."""
-_MAX_WISH = 8.0
-"""Times the client's own back-off that a server which asks for it is given at most."""
+"""Number of first retries that do not wait, since servers that fail together are found one by
+one."""
+_MAX_REQUESTED_BACKOFF = 8.0
+"""Maximum wait that a server may request, as a multiple of the client's own back-off."""
 
 
 class ChainManager:
-    """One client's, for all its sessions. `start` before use, `close` after.
+    """The chains of one client's sessions. Call `start` before use and `close` after it.
 
     Raises:
         ConfigError: a setting does not fit the model, or names a peer that cannot exist.
@@ -73,16 +74,16 @@ class ChainManager:
         self.config = config
         self.facts = facts
         self.rng = rng or random.SystemRandom()
-        """What sessions draw from; what they draw must be hard to guess."""
+        """Source of session ids and seeds, which must be hard to guess."""
         self.clock = self._clock = clock or SystemClock()
         _check_peer_ids(config)
         self._planner = ChainPlanner(config, facts)
         self.peers = PeerBook(config.ban_timeout, self._clock)
-        """What this client knows of them."""
+        """What this client knows of each server."""
         self.view = ServerDiscovery(
             config, facts, self._planner.remote, self.peers, self._clock, self.rng, join
         )
-        """What servers there are."""
+        """The servers that there are."""
         self._replanner = Replanner(self._planner, self.peers, self._clock)
         self._warned_dtype = False
         self.last_chain: Chain | None = None
@@ -105,7 +106,7 @@ class ChainManager:
                 await self.close()
                 remote = self._planner.remote
                 raise other_revision([(remote.start, remote.end)], self.view)
-            await self._look_again()
+            await self._poll_directory()
 
     async def close(self) -> None:
         """Leave the swarm. Idempotent."""
@@ -127,10 +128,10 @@ class ChainManager:
                 failure = error
             if self._clock.monotonic() >= deadline_s:
                 raise await explain(failure, self.view, self._planner) from failure
-            await self._revive()
-            await self._look_again()
+            await self._lift_bans_of_reachable()
+            await self._poll_directory()
 
-    async def _look_again(self) -> None:
+    async def _poll_directory(self) -> None:
         await asyncio.sleep(_POLL_S)
         with contextlib.suppress(PlanetServeError):
             await self.view.refresh()
@@ -152,7 +153,7 @@ class ChainManager:
             PlanetServeError: as `plan`, or a hop refuses or cannot be reached.
         """
         if history is None or not any(history.lengths):
-            await self.view.look_again()
+            await self.view.refresh_if_stale()
         chain = await self.plan(num_rows, lease_tokens, seed)
         servers = self._infos(chain)
         spec = RingSpec(
@@ -168,7 +169,7 @@ class ChainManager:
             ping_timeout_s=self.config.ping_timeout,
         )
         ring = await RingSession.open(self.view.node, chain, servers, spec, history)
-        self._show(chain)
+        self._log_route(chain)
         return ring
 
     async def mend_ring(
@@ -186,11 +187,11 @@ class ChainManager:
             return chain, self._infos(chain)
 
         await ring.mend(plan_gap, history)
-        self._show(ring.chain)
+        self._log_route(ring.chain)
 
-    async def find_better(self, session: Running) -> Offer | None:
+    async def find_better(self, session: RunningSession) -> Offer | None:
         """Another chain for a session that runs, if a plan would take it now."""
-        return await self._replanner.look(self.view.servers.values(), session)
+        return await self._replanner.find_better(self.view.servers.values(), session)
 
     async def move_ring(self, ring: RingSession, chain: Chain, history: History) -> None:
         """Between two steps: put the hops of `chain` in the place of those it does not share.
@@ -202,7 +203,7 @@ class ChainManager:
         if any(hop.peer_id not in self.view.servers for hop in chain):
             raise NoChainAvailable("a server of the better chain has gone")
         await ring.move(chain, self._infos(chain), history)
-        self._show(ring.chain)
+        self._log_route(ring.chain)
 
     def note_loads(self, chain: Chain, loads_ms: Mapping[PeerId, float], elapsed_ms: float) -> None:
         """What the hops of a step said of their time per block, and how long it took in all."""
@@ -211,18 +212,18 @@ class ChainManager:
     def _infos(self, chain: Chain) -> dict[PeerId, ServerInfo]:
         return {hop.peer_id: self.view.servers[hop.peer_id] for hop in chain}
 
-    def _show(self, chain: Chain) -> None:
+    def _log_route(self, chain: Chain) -> None:
         self.last_chain = chain
         if self.config.show_route:
             logger.info("route: %s", chain)
 
     def can_avoid(self, peers: Iterable[PeerId], num_rows: int, lease_tokens: int) -> bool:
-        """Leave `peers` out of the next plans; say whether a chain without them exists now."""
+        """Ban peers that are leaving; returns whether a chain without them exists now."""
         self.peers.ban(peers, _LEAVING_S)
         return self.has_chain(num_rows, lease_tokens)
 
     def has_chain(self, num_rows: int, lease_tokens: int) -> bool:
-        """Whether a session of this size could be opened now, without those left alone."""
+        """Whether a session of this size could be opened now, without banned servers."""
         try:
             self._plan(num_rows, lease_tokens)
         except PlanetServeError:
@@ -232,15 +233,15 @@ class ChainManager:
     async def report_failure(
         self, error: PlanetServeError, chain: Chain | None, lost_s: float = 0.0
     ) -> Sequence[PeerId]:
-        """Keep the peer at fault out of the next plans; find it by pinging if nobody named it.
+        """Ban the peer at fault; if the error names none, ping the hops to find it.
 
-        Of a chain that failed in a way that any of its hops may have caused, all are suspected.
+        If any hop of the chain may have caused the failure, all are suspected.
 
         Args:
-            error: how the attempt ended.
-            chain: that it was made on, if there was one.
-            lost_s: time that it took. Who wastes a minute is left alone for one at least, or it
-                could do so for most of the time.
+            error: the error of the attempt.
+            chain: the chain in use, if there was one.
+            lost_s: seconds that the attempt took. A ban lasts at least as long, or else a server
+                that wastes a minute per attempt could do so most of the time.
 
         Returns:
             The peers at fault.
@@ -273,14 +274,14 @@ class ChainManager:
         if isinstance(error, PeerReportedError) and error.edge is None:
             # Later than it wishes does no harm, and by its wish alone nobody waits for long.
             own_s = least_s * 2 ** (attempt - 1)
-            return min(max(own_s, min(error.retry_after_s, _MAX_WISH * own_s)), most_s)
+            return min(max(own_s, min(error.retry_after_s, _MAX_REQUESTED_BACKOFF * own_s)), most_s)
         if attempt <= _PROMPT_RETRIES:
             return 0.0
         return min(least_s * 2 ** (attempt - 1 - _PROMPT_RETRIES), most_s)
 
     def snapshot(self, num_rows: int = 1, lease_tokens: int = 1) -> SwarmSnapshot:
-        """What a session of this size is planned on: live, permitted servers that are not banned,
-        of the client's own dtype if these suffice.
+        """The snapshot on which a session of this size is planned: live, permitted servers that are
+        not banned, of the client's own dtype if these suffice.
 
         Its block 0 is the first one that the swarm runs.
 
@@ -311,11 +312,11 @@ class ChainManager:
             )
         return chain
 
-    async def _revive(self) -> None:
-        """Give banned servers that answer a ping another chance, since nobody else can serve."""
+    async def _lift_bans_of_reachable(self) -> None:
+        """End the bans of servers that answer a ping, since no other server is left."""
         known = self.view.servers
         banned = [known[peer_id] for peer_id in self.peers.banned() if peer_id in known]
-        chosen = banned[:_MAX_REVIVED]
+        chosen = banned[:_MAX_PINGED_BANNED]
         answers = await asyncio.gather(*(self.view.ping(info) for info in chosen))
         self.peers.lift_bans(
             info.peer_id for info, alive in zip(chosen, answers, strict=True) if alive
@@ -323,7 +324,7 @@ class ChainManager:
 
 
 def _check_peer_ids(config: ClientConfig) -> None:
-    """A mistyped id would block, allow or trust nobody without a word."""
+    """Refuse peer ids that cannot exist: a mistyped one would silently match no server."""
     for name in ("allowed_servers", "blocked_servers", "trusted_servers"):
         for peer_id in getattr(config, name) or ():
             try:

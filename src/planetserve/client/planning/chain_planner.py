@@ -47,7 +47,7 @@ pair, once per pair: more than any other chain costs."""
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a client knows of its model without asking anybody."""
+    """What a client knows of its model without asking a peer."""
 
     name: str
     prefix: str

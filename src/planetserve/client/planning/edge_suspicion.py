@@ -1,20 +1,23 @@
-"""Pairs of servers between which something went wrong, and which of them to put side by side again.
+"""Pairs of servers between which something went wrong, and which of them to make neighbours again.
 
-When one hop complains of another, when nothing passes between two, or when an answer is wrong that
-the last hop only passed on, any of those concerned may be at fault, and any of them may lie. What
-is known is a graph: servers, and an edge between two that had trouble. A liar can have edges with
-everybody and any number of liars can have one with the same honest server, so neither complaints
-nor accusers are counted, and edges put nobody on the list of those left alone (`bans.py`). But no
-liar can make an edge between two honest servers that work together. Hence two rules:
+When a hop complains of another, when nothing passes between two hops, or when the last hop passes
+on a wrong answer, any of the servers concerned may be at fault, and any of them may lie. The
+evidence is a graph: servers, and an edge between two that had trouble. A liar can have edges with
+every server, and any number of liars can have one with the same honest server. So neither
+complaints nor accusers are counted, and edges ban no server (`bans.py`). But no liar can make an
+edge between two honest servers that work together.
 
-- two with an edge are not put side by side for a while, if there is another way;
-- of several ways, the one whose servers have the fewest edges is taken (`chain_planner.py`).
+Hence two rules:
 
-A chain of honest servers stays open by the first rule. By the second, every attempt that fails
-makes what its liars take part in look worse, so that they are not tried with one partner after the
-other; and a server that others speak badly of still gets the sessions for which there is nobody
-else. Where a whole chain is suspected, all its pairs get an edge, honest ones too, and the rules
-leave them for last instead of closing them.
+- two servers with an edge are not made neighbours for a while, if there is another chain;
+- of several chains, the planner takes the one whose servers have the fewest edges
+  (`chain_planner.py`).
+
+The first rule leaves a chain of honest servers open. By the second, every attempt that fails makes
+chains with its liars look worse, so that liars are not tried with one partner after the other; and
+a server that others accuse still gets the sessions that no other server can take. When a whole
+chain is suspected, all its pairs get an edge, honest ones too; the rules then make them the last
+choice and do not close them.
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ from planetserve.clock import Clock
 from planetserve.types import CLIENT, PeerId
 
 MAX_PAIRS = 256
-"""The one that quarrelled longest ago is forgotten first."""
+"""Maximum pairs to remember; the one whose last trouble is oldest is forgotten first."""
 
 _MAX_DOUBLINGS = 3
-"""A pair is avoided for twice as long every time that it edge suspicions again, up to 2^3 times."""
+"""A pair is avoided for twice as long each time that it has trouble again, up to 2^3 times."""
 _REMEMBERED = 10
-"""A pair is forgotten after this many times the first avoidance period."""
+"""Multiple of the first avoidance period after which a pair is forgotten."""
 
 Edge = tuple[PeerId, PeerId]
 
@@ -44,16 +47,16 @@ class _Suspicion:
     last_s: float
     until_s: float
     num_before: int = 0
-    """Times that it was avoided before."""
+    """Number of earlier avoidance periods."""
     count: float = 0.0
-    """Since it is avoided."""
+    """Weight of all trouble in this avoidance period."""
 
 
 class EdgeSuspicions:
-    """What one client has seen of them, in all its sessions.
+    """The suspicions of one client, over all its sessions.
 
     Args:
-        avoid_s: how long a pair is avoided for its first suspicion.
+        avoid_s: seconds for which a pair is avoided after its first trouble.
         clock: source of monotonic time.
     """
 
@@ -63,11 +66,11 @@ class EdgeSuspicions:
         self._pairs: OrderedDict[Edge, _Suspicion] = OrderedDict()
 
     def add(self, edge: Edge, weight: float = 1.0) -> list[PeerId]:
-        """Take note of trouble between the two ends of an edge.
+        """Record trouble between the two ends of an edge.
 
         Args:
-            edge: one of them is at fault, or what is between them,
-            weight: with this probability.
+            edge: the two peers; one of them is at fault, or the link between them.
+            weight: probability of that, in (0, 1].
 
         Returns:
             Who is at fault for certain: the server at an edge of the client's own, or at one
@@ -91,7 +94,7 @@ class EdgeSuspicions:
         return []
 
     def add_chain(self, peers: Sequence[PeerId]) -> list[PeerId]:
-        """Take note of a fault that any hop of a chain may have caused.
+        """Record a fault that any hop of a chain may have caused.
 
         Returns:
             Who is at fault for certain: the server of a chain with only one.
@@ -104,9 +107,8 @@ class EdgeSuspicions:
         return []
 
     def avoided(self) -> dict[Edge, float]:
-        """Pairs that should not be neighbours now, and how much speaks against each: 1 after its
-        first suspicion. Many at once, as of sessions that all lead past it, count for little more.
-        """
+        """Pairs that should not be neighbours now, each with a weight: 1 after its first trouble,
+        then logarithmic, so that many sessions which fail at once count for little more."""
         now_s = self._clock.monotonic()
         return {
             pair: math.log2(1 + suspicion.count)

@@ -1,9 +1,9 @@
-"""What a client knows of servers better than their records: loads of now, promises that were kept.
+"""Loads that servers report with steps, and penalties for chains slower than predicted.
 
-Every step brings the loads of its hops; for a while they count instead of what was announced. And
-a chain takes as long as it takes: predictions may all be off by a factor that is the client's own,
-but a chain that is off by much more than what is usual speaks against its servers, all alike, until
-other chains show which of them it is.
+Every step brings the loads of its hops, which replace the announced ones for a while. Predictions
+may all be wrong by one factor, which is the client's own. A chain that is slower than its
+prediction by much more than the usual factor gives a penalty to all its servers alike, until other
+chains show which of them is slow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from planetserve.swarm.ewma import PeerEwma
 from planetserve.types import Chain, PeerId, ServerInfo
 
 _LOAD_AGE_S = 60.0
-"""As long as an announcement is old at most, by default."""
+"""Seconds for which a reported load counts: the default maximum age of an announcement."""
 _NUM_RATIOS = 64
 _LEAST_RATIOS = 4
 _SUSPICIOUS = 1.5
@@ -26,27 +26,28 @@ _LEAST_MS = 1e-3
 
 
 class LatencyFeedback:
-    """One client's, over all its sessions."""
+    """The feedback of one client, over all its sessions."""
 
     def __init__(self, max_peers: int, clock: Clock):
         self._loads_ms = PeerEwma(max_peers, clock, _LOAD_AGE_S)
         self._extra_ms = PeerEwma(max_peers, clock)
         self._ratios: deque[float] = deque(maxlen=_NUM_RATIOS)
 
-    def note_loads(self, chain: Chain, loads_ms: Mapping[PeerId, float], elapsed_ms: float) -> None:
-        """Count in what hops of `chain` said of their time per block with a step, which took
-        `elapsed_ms` in all.
+    def record_loads(
+        self, chain: Chain, loads_ms: Mapping[PeerId, float], elapsed_ms: float
+    ) -> None:
+        """Record the times per block that hops of `chain` reported with a step of `elapsed_ms`.
 
-        What they say comes through the hops after them, which could make it anything: all of it
-        together counts for no more than the step took.
+        A report passes through the later hops, which could change it to anything, so all reports
+        together count for no more than the step took.
         """
         said_ms = sum(loads_ms.get(hop.peer_id, 0.0) * (hop.end - hop.start) for hop in chain)
         scale = min(1.0, elapsed_ms / max(said_ms, _LEAST_MS))
         for peer_id, ms in loads_ms.items():
             self._loads_ms.add(peer_id, scale * ms)
 
-    def judge(self, chain: Chain, predicted_ms: float, measured_ms: float) -> None:
-        """Count in what a chain promised by its hops' word and what it took, per token."""
+    def record_latency(self, chain: Chain, predicted_ms: float, measured_ms: float) -> None:
+        """Record the predicted and the measured time per token of a chain."""
         self._ratios.append(measured_ms / max(predicted_ms, _LEAST_MS))
         extra_ms = 0.0
         if len(self._ratios) >= _LEAST_RATIOS:
@@ -56,14 +57,14 @@ class LatencyFeedback:
         for peer_id in {hop.peer_id for hop in chain}:
             self._extra_ms.add(peer_id, extra_ms / num_blocks)
 
-    def loaded(self, info: ServerInfo) -> ServerInfo:
-        """The record with the load of now, by the server's own word."""
+    def with_reported_load(self, info: ServerInfo) -> ServerInfo:
+        """The record with the load that the server reported last, if that is recent."""
         ms = self._loads_ms.get(info.peer_id)
         return info if ms is None else dataclasses.replace(info, decode_ms_per_block=ms)
 
-    def corrected(self, info: ServerInfo) -> ServerInfo:
-        """The same with what speaks against the server added."""
-        info = self.loaded(info)
+    def with_penalty(self, info: ServerInfo) -> ServerInfo:
+        """The record with the reported load and the server's penalty."""
+        info = self.with_reported_load(info)
         extra_ms = self._extra_ms.get(info.peer_id)
         if not extra_ms:
             return info

@@ -68,11 +68,11 @@ class PeerBook:
         self, chain: Chain, loads_ms: Mapping[PeerId, float], elapsed_ms: float
     ) -> None:
         """Hops of `chain` reported these times per block with a step that took `elapsed_ms`."""
-        self._latency.note_loads(chain, loads_ms, elapsed_ms)
+        self._latency.record_loads(chain, loads_ms, elapsed_ms)
 
     def record_latency(self, chain: Chain, predicted_ms: float, measured_ms: float) -> None:
         """A chain took `measured_ms` per token, and `predicted_ms` by what its hops announce."""
-        self._latency.judge(chain, predicted_ms, measured_ms)
+        self._latency.record_latency(chain, predicted_ms, measured_ms)
 
     def suspect_edge(self, edge: Edge) -> list[PeerId]:
         """Something went wrong between two peers; returns who is at fault for certain."""
@@ -123,6 +123,8 @@ class PeerBook:
                 slower than they say.
         """
         banned = set(self._bans.banned())
-        expected = self._latency.corrected if with_penalties else self._latency.loaded
+        expected = (
+            self._latency.with_penalty if with_penalties else self._latency.with_reported_load
+        )
         usable = tuple(expected(info) for info in servers if info.peer_id not in banned)
         return PlanInputs(usable, self._rtt_ms.snapshot(), self._edges.avoided())

@@ -1,4 +1,4 @@
-"""What servers reported while one step was tried, for the error that it may end with."""
+"""Collects what peers reported during one step, for the error that the step may end with."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _MAX_SHOWN = 3
 
 
 class Reports:
-    """Of one step, over all its attempts."""
+    """The reports during one step, over all its attempts."""
 
     def __init__(self) -> None:
         self._said: Counter[str] = Counter()
 
     def add(self, error: PlanetServeError) -> None:
-        """Take note of what an attempt failed with."""
+        """Record the error of an attempt."""
         for one in (error, *error.others):
             if isinstance(one, PeerReportedError):
                 self._said[str(one)] += 1
 
     def final(self, error: PlanetServeError, num_attempts: int) -> PlanetServeError:
-        """What to raise after the last attempt, which failed with `error`."""
+        """The error to raise after the last attempt, which failed with `error`."""
         if not self._said:
             return error
         if isinstance(error, PeerReportedError):

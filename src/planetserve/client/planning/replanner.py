@@ -1,7 +1,7 @@
-"""Looks for a better chain while a session runs on another, without taking its time.
+"""Searches for a better chain while a session runs on another one, without delaying its steps.
 
-Plans run in a thread, for all sessions of a client together a twentieth of the time at most: a
-client with a thousand sessions, or a swarm of ten thousand servers, looks less often.
+Plans run in a thread, for at most a twentieth of the time over all sessions of a client: a client
+with a thousand sessions, or in a swarm of ten thousand servers, searches less often.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from planetserve.errors import NoChainAvailable, SessionLengthError
 from planetserve.routing.migration import Offer
 from planetserve.types import Chain, ServerInfo
 
-_REST = 20.0
-"""After a comparison no other one starts for this many times what it took."""
+_IDLE_FACTOR = 20.0
+"""Multiple of the time of a search for which no other one starts after it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A session that runs on `chain`."""
+class RunningSession:
+    """What a search has to know of a session."""
 
     chain: Chain
     num_rows: int
@@ -32,30 +32,32 @@ class Running:
     position: int
     """Tokens in its longest row."""
     measured_ms: float
-    """Its time per token."""
+    """Measured time per token, in ms."""
     seed: int
 
 
 class Replanner:
-    """Compares chains in use with those that a plan would take now."""
+    """Compares chains in use with the chains that a plan would give now."""
 
     def __init__(self, planner: ChainPlanner, peers: PeerBook, clock: Clock):
         self._planner = planner
         self._peers = peers
         self._clock = clock
-        self._rests_until_s = 0.0
+        self._idle_until_s = 0.0
 
-    async def look(self, servers: Iterable[ServerInfo], session: Running) -> Offer | None:
-        """The chain that the session would get now, if it is another one.
+    async def find_better(
+        self, servers: Iterable[ServerInfo], session: RunningSession
+    ) -> Offer | None:
+        """The chain that the session would get now; None if that is its own, or it is too early.
 
         Args:
             servers: the announced records of those that the settings permit.
-            session: what runs now.
+            session: the session that runs now.
         """
         started_s = self._clock.monotonic()
-        if started_s < self._rests_until_s:
+        if started_s < self._idle_until_s:
             return None
-        self._rests_until_s = float("inf")
+        self._idle_until_s = float("inf")
         try:
             announced = tuple(servers)
             inputs = self._peers.plan_inputs(announced, with_penalties=False)
@@ -66,15 +68,15 @@ class Replanner:
                 return None  # a hop is no longer announced, or banned
             if not inputs.is_suspect(session.chain):
                 self._peers.record_latency(session.chain, predicted_ms, session.measured_ms)
-            inputs = _for(session, self._peers.plan_inputs(announced))
+            inputs = _for_session(session, self._peers.plan_inputs(announced))
             return await asyncio.to_thread(_compare, self._planner, inputs, session)
         finally:
             now_s = self._clock.monotonic()
-            self._rests_until_s = now_s + _REST * (now_s - started_s)
+            self._idle_until_s = now_s + _IDLE_FACTOR * (now_s - started_s)
 
 
-def _compare(planner: ChainPlanner, inputs: PlanInputs, session: Running) -> Offer | None:
-    """In a thread: it takes frozen values and returns one."""
+def _compare(planner: ChainPlanner, inputs: PlanInputs, session: RunningSession) -> Offer | None:
+    """Runs in a thread, on frozen values."""
     try:
         chain = planner.plan(inputs, session.num_rows, session.lease_tokens, session.seed)
     except (NoChainAvailable, SessionLengthError):
@@ -88,7 +90,7 @@ def _compare(planner: ChainPlanner, inputs: PlanInputs, session: Running) -> Off
     return Offer(chain, now_ms, chain.latency_ms, move_ms)
 
 
-def _for(session: Running, inputs: PlanInputs) -> PlanInputs:
+def _for_session(session: RunningSession, inputs: PlanInputs) -> PlanInputs:
     """The inputs with the servers that compute in the data type of the session's chain, which must
     not change on the way. What the session itself has leased counts as free."""
     used = {hop.peer_id for hop in session.chain}

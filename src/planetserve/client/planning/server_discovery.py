@@ -1,8 +1,8 @@
-"""Which servers of the model there are and how far away: a client's view of its swarm.
+"""Discovers the servers of the model and measures how far away they are.
 
-Owns the client's swarm node. Reads the directory on a timer and before a session begins, sorts what
-it finds there, and pings servers that a chain may begin or end with. What to do with them is for
-`chain_manager.py` to say. Runs on the event loop.
+Owns the client's swarm node. Reads the directory on a timer and before a session starts, sorts the
+records, and pings servers that a chain may start or end with. `chain_manager.py` decides what to do
+with them. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from planetserve.types import BlockSpan, PeerId, ServerInfo, ServerState
 
 logger = logging.getLogger(__name__)
 
-_FRESH_S = 5.0
-"""So old may the view of the directory be that a session begins with."""
-_LOOK_AGAIN_S = 1.0
-"""How long a session that begins waits for a newer one at most."""
+_MAX_AGE_S = 5.0
+"""Maximum age in seconds of the records when a session starts."""
+_MAX_REFRESH_WAIT_S = 1.0
+"""Maximum seconds for which a session that starts waits for newer records."""
 _KEPT_FRESH = 4
-"""Times `max_pinged` servers at either end of the chain are measured again and again."""
+"""Multiple of `max_pinged`: the nearest servers at either end of a chain that stay measured."""
 
 
 class ServerDiscovery:
-    """`start` before use, `close` after.
+    """Call `start` before use and `close` after it.
 
     Args:
         config: the client's settings.
-        facts: about its model.
+        facts: facts about its model.
         remote: the blocks that the swarm runs.
         peers: where measured round-trip times go.
         clock: source of monotonic time.
-        rng: draws whom to ping.
+        rng: chooses the servers to ping.
         join: makes the node.
     """
 
@@ -65,11 +65,11 @@ class ServerDiscovery:
         self.servers: dict[PeerId, ServerInfo] = {}
         """Live servers of the model that the settings permit."""
         self.excluded: list[ServerInfo] = []
-        """Those that `allowed_servers` or `blocked_servers` rules out."""
+        """Live servers that `allowed_servers` or `blocked_servers` excludes."""
         self.strangers: dict[PeerId, ServerInfo] = {}
-        """Those of another revision of the model."""
+        """Live servers of another revision of the model."""
         self.incompatible: list[ServerInfo] = []
-        """Those whose protocol this client does not speak."""
+        """Live servers whose protocol this client does not speak."""
         self._remote = remote
         self._peers = peers
         self._clock = clock
@@ -78,8 +78,8 @@ class ServerDiscovery:
         self._node: Network | None = None
         self._directory: Directory | None = None
         self._refresher: asyncio.Task[None] | None = None
-        self._looking = asyncio.Lock()
-        self._looked_up_s = float("-inf")
+        self._refreshing = asyncio.Lock()
+        self._refreshed_s = float("-inf")
 
     @property
     def node(self) -> Network:
@@ -120,25 +120,25 @@ class ServerDiscovery:
             await node.close()
 
     async def refresh(self) -> None:
-        """Read the directory anew and ping servers whose round-trip time is not known yet."""
+        """Read the directory, and ping servers whose round-trip time was not measured lately."""
         await self._look_up()
         await self._ping_edges()
 
-    async def look_again(self) -> None:
-        """Before a session begins: read the directory, unless that has just been done.
+    async def refresh_if_stale(self) -> None:
+        """Read the directory before a session starts, unless that has just been done.
 
-        What it said a minute ago is of a time before other sessions began: those that plan on it
-        all go to servers that were idle then.
+        Records that are a minute old miss the sessions that started since: sessions planned on
+        them would all go to servers that were idle then.
         """
-        async with self._looking:
-            if self._clock.monotonic() - self._looked_up_s < _FRESH_S:
+        async with self._refreshing:
+            if self._clock.monotonic() - self._refreshed_s < _MAX_AGE_S:
                 return
             with contextlib.suppress(PlanetServeError, TimeoutError):
-                async with asyncio.timeout(_LOOK_AGAIN_S):
+                async with asyncio.timeout(_MAX_REFRESH_WAIT_S):
                     await self._look_up()
 
     async def other_models(self) -> list[str]:
-        """Prefixes of what else this swarm serves, sorted.
+        """Prefixes of the other models in this swarm, sorted.
 
         Raises:
             TransportError: the directory does not answer.
@@ -148,7 +148,7 @@ class ServerDiscovery:
         return sorted((await self._directory.models()).keys() - {self.prefix})
 
     async def ping(self, info: ServerInfo) -> bool:
-        """Whether a server answers; if so, the time it takes counts in."""
+        """Ping a server and record the round-trip time; returns whether it answers."""
         try:
             rtt_ms = await ping(
                 self.node, info.peer_id, info.addresses, timeout_s=self.config.ping_timeout
@@ -177,7 +177,7 @@ class ServerDiscovery:
         self.strangers = {
             info.peer_id: info for info in online if info.fingerprint != self.facts.fingerprint
         }
-        self._looked_up_s = self._clock.monotonic()
+        self._refreshed_s = self._clock.monotonic()
 
     def _permitted(self, peer_id: PeerId) -> bool:
         allowed, blocked = self.config.allowed_servers, self.config.blocked_servers
@@ -192,7 +192,7 @@ class ServerDiscovery:
                 logger.warning("cannot refresh the list of servers: %s", error)
 
     async def _ping_edges(self) -> None:
-        """Measure servers that could be first or last in a chain, a bounded number of them."""
+        """Ping a bounded number of the servers that could be first or last in a chain."""
         most = self.config.max_pinged
         chosen: dict[PeerId, None] = {}  # in their order, unlike a set
         for block in (self._remote.start, self._remote.end - 1):

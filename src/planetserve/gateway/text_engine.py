@@ -201,7 +201,7 @@ class TextEngine:
             hidden_TD = await self._turns.embed(ids)
             table = StepTable((RowSlice(0, 0, len(ids)),))
             keep_last = request.prompt_logprobs is None
-            session.begin(request.n, table, hidden_TD)
+            session.prepare_step(request.n, table, hidden_TD)
             output_TD = await session.run(request.n, table, hidden_TD, keep_last=keep_last)
             self._metrics.prompt_done(len(ids))
             if request.prompt_logprobs is not None:
@@ -246,7 +246,7 @@ class TextEngine:
         """One token of each row through the chain."""
         slices = tuple(RowSlice(row.number, row.num_held, 1) for row in rows)
         table = StepTable(slices, None, reorder)
-        session.begin(num_rows, table, hidden_ND)
+        session.prepare_step(num_rows, table, hidden_ND)
         output_ND = await session.run(num_rows, table, hidden_ND)
         for row in rows:
             row.num_held += 1

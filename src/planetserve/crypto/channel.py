@@ -9,13 +9,12 @@ AES-256-GCM (RFC 5116, 5.2). Nonce: 4 bytes from the key derivation, then the se
 deal a new secret instead of a second. Key and salt: HKDF-SHA256 (RFC 5869) over the edge secret.
 The limits of a key keep an attacker's advantage under 2**-64 (draft-irtf-cfrg-aead-limits, 5.1.1).
 
-GCM does not commit to its key: what both ends sign of a frame is `digest_plaintext`, never a
-ciphertext.
+GCM does not commit to its key: one ciphertext can open to two plaintexts under two keys, so nothing
+may rely on a ciphertext to say what an edge has carried.
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Sequence
 from typing import Protocol
@@ -34,7 +33,7 @@ from planetserve.crypto.secrets import (
     wipe,
 )
 from planetserve.errors import DecryptionFailed, LocalProtocolError, RekeyNeeded
-from planetserve.wire.frame import MAX_DIMS, MAX_STEP_BYTES, SESSION_BYTES, Direction, FrameHeader
+from planetserve.wire.frame import MAX_STEP_BYTES, SESSION_BYTES, Direction, FrameHeader
 
 MAX_FRAMES = 1 << 20
 MAX_BYTES = 64 << 30
@@ -43,9 +42,7 @@ MAX_PLAINTEXT_BYTES = MAX_STEP_BYTES - TAG_BYTES
 """Longest plaintext of a STEP frame: its cap counts the tag."""
 
 _EDGE_INFO = b"planetserve/1 edge"
-_DIGEST_CONTEXT = b"planetserve/1 plaintext"
 _EDGE = struct.Struct(">16sHIB")
-_DIGEST = struct.Struct(f">16sHIIHIHHBB{MAX_DIMS}I")
 
 Buffer = bytes | bytearray | memoryview
 
@@ -198,29 +195,6 @@ class EdgeOpener:
     def erase(self) -> None:
         """Drop the key. Idempotent; nothing can be opened any more."""
         self._aead = None
-
-
-def digest_plaintext(header: FrameHeader, parts: Sequence[Buffer]) -> bytes:
-    """SHA-256 that says which step of which edge carried which plaintext.
-
-    Both ends of an edge compute the same; it depends on neither keys nor sequence numbers. Costs
-    several times the encryption, so nothing computes it unless someone is to sign it.
-
-    Raises:
-        LocalProtocolError: the header has a field out of range.
-    """
-    shape = header.shape + (0,) * (MAX_DIMS - len(header.shape))
-    try:
-        head = _DIGEST.pack(
-            header.session, header.edge, header.epoch, header.step, header.chunk, header.position,
-            header.span_start, header.span_end, header.dtype, len(header.shape), *shape,
-        )  # fmt: skip
-    except struct.error as error:
-        raise LocalProtocolError(f"a frame field is out of range: {error}") from error
-    digest = hashlib.sha256(_DIGEST_CONTEXT + head)
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
 
 
 def _derive(

@@ -18,9 +18,10 @@ import torch
 
 from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig, EngineStats
+from planetserve.engine.job import Job
 from planetserve.engine.measure import measure_cost
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.engine.worker import Job, Worker
+from planetserve.engine.worker import Worker
 from planetserve.errors import (
     QueueFull,
     RemoteProtocolError,

@@ -13,8 +13,9 @@ import statistics
 import torch
 
 from planetserve.clock import Clock
+from planetserve.engine.job import Job
 from planetserve.engine.span_runner import SpanRunner
-from planetserve.engine.worker import Job, Worker
+from planetserve.engine.worker import Worker
 from planetserve.scheduler.batch import StepRequest
 from planetserve.scheduler.speed import StepCost
 from planetserve.types import BlockSpan

@@ -8,7 +8,6 @@ sessions whose steps fail when run alone, and never the thread.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import queue
@@ -16,13 +15,13 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from planetserve.clock import Clock
 from planetserve.engine.config import EngineConfig
+from planetserve.engine.job import Job, Results
 from planetserve.engine.passes import token_rows
 from planetserve.engine.pinned_copy import integers, to_device, to_host
 from planetserve.engine.recompute_inputs import KeptInputs
@@ -34,7 +33,7 @@ from planetserve.errors import (
     RemoteProtocolError,
     SessionError,
 )
-from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk, StepRequest
+from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk
 from planetserve.scheduler.batch_delay import BatchDelay
 from planetserve.scheduler.prefill_budget import PrefillBudget
 from planetserve.scheduler.scheduler import Ready, Scheduler, SchedulerConfig
@@ -42,34 +41,12 @@ from planetserve.scheduler.segments import segments, separate
 from planetserve.scheduler.speed import PassSpeed
 from planetserve.tensors import is_finite
 from planetserve.types import BlockSpan
-from planetserve.wire.step import StepTable
 
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 2.0
 """A session whose last step was done so long ago gives up its pages to those that wait for some."""
 _STUCK_S = 0.25
-
-_Result = tuple["asyncio.Future[torch.Tensor]", torch.Tensor | PlanetServeError]
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A submitted step on its way through the engine."""
-
-    item: StepRequest
-    positions: tuple[int, ...] | None
-    hidden_TD: torch.Tensor
-    future: asyncio.Future[torch.Tensor]
-    submitted_s: float
-    outputs: list[torch.Tensor] = field(default_factory=list)
-    ran_alone: bool = False
-    """Whether nothing else was in the engine between its arrival and its result."""
-
-    @property
-    def table(self) -> StepTable:
-        """The step's tokens and what it does to rows."""
-        return StepTable(self.item.rows, self.positions, self.item.reorder)
 
 
 class Usage(NamedTuple):
@@ -129,7 +106,7 @@ class Worker:
         self._work_clock = time.thread_time if is_cpu else clock.monotonic
         self._spans: dict[bytes, BlockSpan] = {}
         self._jobs: dict[int, Job] = {}
-        self._resolved: list[tuple[Job, torch.Tensor | PlanetServeError]] = []
+        self._results = Results()
         self._last_pass = PassTime()
         self.speed = PassSpeed()
         """Written on the engine thread, read anywhere."""
@@ -220,12 +197,12 @@ class Worker:
         """Queue a step; one that does not fit its session fails at once."""
         if self._config.check_finite and not is_finite(job.hidden_TD):
             error = RemoteProtocolError("the step's hidden states are not all finite numbers")
-            self._resolved.append((job, error))
+            self._results.add(job, error)
             return
         try:
             self._scheduler.add(job.item)
         except SessionError as error:
-            self._resolved.append((job, error))
+            self._results.add(job, error)
         else:
             self._batch_delay.returned(job.item.session_id, job.submitted_s)
             self._jobs[job.item.item_id] = job
@@ -273,7 +250,7 @@ class Worker:
         for job in finished:
             job.ran_alone = is_single and job.submitted_s >= self._idle_since_s
             whole = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs)
-            self._resolved.append((job, whole))
+            self._results.add(job, whole)
         self._idle_since_s = now_s = self._clock.monotonic()
         self._publish()  # whoever waits should not wait for the book-keeping
         self._expect(batch, finished, now_s)
@@ -389,7 +366,7 @@ class Worker:
         """Fail all steps of a session; the loop's side of it stays until it is closed there."""
         self._forget_inputs(session_id)
         for item_id in self._scheduler.close(session_id):
-            self._resolved.append((self._jobs.pop(item_id), error))
+            self._results.add(self._jobs.pop(item_id), error)
 
     def _forget_inputs(self, session_id: bytes) -> None:
         if self._inputs is not None:
@@ -440,26 +417,4 @@ class Worker:
             scheduler.num_recomputed_tokens,
             0 if self._inputs is None else self._inputs.num_bytes,
         )
-        if not self._resolved:
-            return
-        resolved, self._resolved = self._resolved, []
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Result]] = {}
-        for job, value in resolved:
-            by_loop.setdefault(job.future.get_loop(), []).append((job.future, value))
-        for loop, results in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_resolve, results)
-            except RuntimeError:
-                logger.debug("%d results for an event loop that is closed", len(results))
-
-
-def _resolve(results: list[_Result]) -> None:
-    for future, value in results:
-        if future.done():
-            continue
-        if isinstance(value, PlanetServeError):
-            future.set_exception(value)
-            # asyncio logs an exception that nobody asks for; the session may have ended meanwhile.
-            future.exception()
-        else:
-            future.set_result(value)
+        self._results.hand_over()

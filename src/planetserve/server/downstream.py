@@ -24,17 +24,18 @@ from planetserve.wire.frame import (
     ANSWER_EDGE,
     FLAG_KEEP_LAST,
     FLAG_REPLAY,
-    HEADER_BYTES,
-    MAX_STEP_BYTES,
     FrameHeader,
     FrameType,
 )
 from planetserve.wire.messages import NextHop, OpenSession, PushHello, Rewire
 from planetserve.wire.protocols import PUSH_PROTOCOL
-from planetserve.wire.step import MAX_LOADS, HopLoad, StepTable, pack_answer_head
-
-_TABLE_ROOM_BYTES = 64 * 1024
-_POSITION_BYTES = 4
+from planetserve.wire.step import (
+    MAX_LOADS,
+    HopLoad,
+    StepTable,
+    max_frame_tokens,
+    pack_answer_head,
+)
 
 Report = Callable[[PlanetServeError], Coroutine[Any, Any, None]]
 Fail = Callable[[Exception], None]
@@ -193,9 +194,7 @@ class Downstream:
         if settled is None:
             return []
         table, hidden_TD = settled
-        width = hidden_TD.shape[1]
-        room_bytes = MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES
-        by_bytes = room_bytes // (width * self._dtype.itemsize + _POSITION_BYTES)
+        by_bytes = max_frame_tokens(hidden_TD.shape[1] * self._dtype.itemsize)
         pieces = table.split(max(1, min(message.max_chunk_tokens, by_bytes)))
         chunks, offset = [], 0
         for index, piece in enumerate(pieces):

@@ -53,11 +53,10 @@ from planetserve.wire.messages import (
     decode,
     error_reply,
 )
+from planetserve.wire.step import MAX_CHUNKS_IN_FLIGHT
 
 logger = logging.getLogger(__name__)
 
-MAX_STEPS_IN_FLIGHT = 8
-"""Steps that a hop takes in before it stops reading; a client has no more chunks under way."""
 _MAX_REWIRES = 256
 _DEAL_TIMEOUT_S = 10.0
 _LEAST_ASKING_PERIOD_S = 0.1
@@ -135,7 +134,7 @@ class ServerSession:
         self._engine = engine = shared.engine
         self._share = PeerBackpressure(shared.gate, control.remote)
         self._control = control
-        self._slots = asyncio.Semaphore(MAX_STEPS_IN_FLIGHT)
+        self._slots = asyncio.Semaphore(MAX_CHUNKS_IN_FLIGHT)
         self._running: deque[_Pending] = deque()
         self._awaited: asyncio.Future[torch.Tensor] | None = None
         """What the next step's output will be put into, while no step is running."""

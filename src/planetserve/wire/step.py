@@ -22,8 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planetserve.errors import LocalProtocolError, RemoteProtocolError
-from planetserve.wire.frame import MAX_EDGE
+from planetserve.wire.frame import HEADER_BYTES, MAX_EDGE, MAX_STEP_BYTES
 
+MAX_CHUNKS_IN_FLIGHT = 8
+"""Chunks of steps that a client has sent and that are not answered, at most. As many as a hop takes
+in (docs/protocol.md, 12), so that a first hop whose next one is lost still reads what its client
+says of it."""
 MAX_ROWS = 1024
 MAX_POSITION = 1 << 24
 
@@ -37,6 +41,8 @@ _HAS_REORDER = 2
 _HAS_LOADS = 4
 MAX_LOADS = MAX_EDGE + 1
 _ALIGNMENT = 8
+_TABLE_ROOM_BYTES = 64 * 1024
+"""What a frame's table may take besides its positions: rows, reorder and loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +226,12 @@ def max_table_bytes(num_rows: int, num_tokens: int, num_loads: int) -> int:
     reorder = _COUNT.size * (1 + num_rows)
     loads = _COUNT.size + num_loads * _LOAD.size
     return slices + reorder + _POSITION_BYTES * num_tokens + loads + _ALIGNMENT
+
+
+def max_frame_tokens(token_bytes: int) -> int:
+    """Most tokens in one STEP frame, at least one, whose hidden states take `token_bytes` each."""
+    room_bytes = MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES
+    return max(1, room_bytes // (token_bytes + _POSITION_BYTES))
 
 
 def pack_answer_head(loads: Sequence[HopLoad]) -> bytes:

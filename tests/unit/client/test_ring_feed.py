@@ -11,11 +11,11 @@ import torch
 
 from planetserve.client.ring import hop_connection
 from planetserve.client.ring.ring_ends import RingStep
-from planetserve.client.ring.ring_feed import MAX_CHUNKS_IN_FLIGHT, RingFeed
+from planetserve.client.ring.ring_feed import RingFeed
 from planetserve.client.ring.ring_spec import RingSpec
 from planetserve.errors import StreamClosed
 from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY
-from planetserve.wire.step import RowSlice, StepTable
+from planetserve.wire.step import MAX_CHUNKS_IN_FLIGHT, RowSlice, StepTable
 
 WIDTH = 4
 SPEC = RingSpec(

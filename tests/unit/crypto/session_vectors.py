@@ -72,7 +72,6 @@ EXPECTED = {
         "df064b125681272618b6ea8e517314dba3be3fc5641f117bfd52d3d71dc59c2c"
         "94978a46a279b4adda013e3c2769db9fd8e60e49189b6fec"
     ),
-    "digest": "3adcc94f738853c69dce2f8d9d36f36cc472dc1d65953a7d27535e7def71128a",
 }
 
 
@@ -147,12 +146,6 @@ def compute() -> dict[str, str]:
     first = bytearray.fromhex(HEADER_HEX)
     second = bytearray(first)
     second[28:36] = struct.pack(">Q", 1)
-    digest = hashlib.sha256(
-        b"planetserve/1 plaintext"
-        + SESSION
-        + struct.pack(">HIIHIHHBB4I", EDGE, 0, 5, 0, 7, 4, 8, 1, 2, 2, 3, 0, 0)
-        + PLAINTEXT
-    ).digest()
     values = {
         "offer": offer,
         "answer": answer,
@@ -169,6 +162,5 @@ def compute() -> dict[str, str]:
         "edge, epoch 1, forward": next_epoch,
         "payload 0": gcm_seal(forward, 0, PLAINTEXT, bytes(first)),
         "payload 1": gcm_seal(forward, 1, PLAINTEXT, bytes(second)),
-        "digest": digest,
     }
     return {"peer id": peer_id} | {name: value.hex() for name, value in values.items()}

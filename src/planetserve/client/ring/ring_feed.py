@@ -15,15 +15,9 @@ from planetserve.client.ring.hop_setup import HopSetup
 from planetserve.client.ring.ring_ends import RingEnds, RingStep
 from planetserve.client.ring.ring_spec import RingSpec
 from planetserve.errors import PlanetServeError
-from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY, HEADER_BYTES, MAX_STEP_BYTES
-from planetserve.wire.step import StepTable
+from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY
+from planetserve.wire.step import MAX_CHUNKS_IN_FLIGHT, StepTable, max_frame_tokens
 
-MAX_CHUNKS_IN_FLIGHT = 8
-"""Chunks sent and not answered. As many as a hop takes in (docs/protocol.md, 12), so that a first
-hop whose next one is lost still reads what its client says of it."""
-
-_TABLE_ROOM_BYTES = 64 * 1024
-_POSITION_BYTES = 4
 _SMALL_FRAME_BYTES = 64 * 1024
 """The daemon takes a frame below this at once, so sending it needs no task."""
 
@@ -75,8 +69,7 @@ class RingFeed:
             await asyncio.gather(sending, return_exceptions=True)
 
     def _max_chunk_tokens(self) -> int:
-        token_bytes = self._spec.hidden_size * self._spec.dtype.itemsize + _POSITION_BYTES
-        by_bytes = (MAX_STEP_BYTES - _TABLE_ROOM_BYTES - HEADER_BYTES) // token_bytes
+        by_bytes = max_frame_tokens(self._spec.hidden_size * self._spec.dtype.itemsize)
         return max(1, min(by_bytes, chunk_tokens(self._hops.links)))
 
     async def _send_after(self, earlier: asyncio.Task[None] | None, step: RingStep) -> None:

@@ -139,8 +139,7 @@ def _nvfp4(ending: str, of_all: str, *, divides: bool) -> Encode:
 def _pack(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     """Neighbours in a row into one int32, the first in the lowest bits."""
     parts = numbers.long().unflatten(-1, (-1, 32 // bits))
-    words = sum(parts[..., i] << (bits * i) for i in range(32 // bits))
-    assert isinstance(words, torch.Tensor)  # noqa: S101
+    words = (parts << torch.arange(0, 32, bits)).sum(dim=-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 

@@ -28,6 +28,7 @@ STATUS: Mapping[type[errors.PlanetServeError], int] = {
     errors.DecryptionFailed: 503,
     errors.RekeyNeeded: 503,
     errors.RemoteError: 503,
+    errors.UnsupportedError: 503,
     errors.PeerReportedError: 503,
     errors.NoChainAvailable: 503,
     errors.MissingBlocksError: 503,

@@ -54,6 +54,8 @@ class SessionCore:
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
             raise ConfigError(f"max_length={max_length!r} is no number of tokens; give 1 or more")
         self.max_length = max_length
+        self._closing: asyncio.Future[None] | None = None
+        """Keeps the close of the latest ring alive: the event loop has weak references only."""
         self.closed = False
         """Whether the session has been closed; other threads set it before `release` runs."""
         self.ring: RingSession | None = None
@@ -264,11 +266,15 @@ class SessionCore:
         return delay_s
 
     async def close_ring(self) -> None:
-        """Close the ring; the next step opens another and replays the rows."""
+        """Close the ring; the next step opens another and replays the rows.
+
+        Its servers are told also if the caller is cancelled meanwhile, as when a user gives up twice.
+        """
         self._migration.stop()
         ring, self.ring = self.ring, None
         if ring is not None:
-            await ring.close()
+            self._closing = asyncio.ensure_future(ring.close())
+            await asyncio.shield(self._closing)
 
 
 def closed_error() -> SessionClosed:

@@ -115,6 +115,26 @@ async def test_a_step_whose_session_is_closed_is_not_tried_again() -> None:
     assert session.chain is None
 
 
+async def test_servers_are_told_of_the_end_however_often_the_caller_is_cancelled() -> None:
+    core = session_of(Manager())._core
+    may_close, told = asyncio.Event(), asyncio.Event()
+
+    async def close_slowly() -> None:
+        await may_close.wait()
+        told.set()
+
+    ring = FailingRing()
+    ring.close = close_slowly  # type: ignore[method-assign]
+    core.ring = ring  # type: ignore[assignment]
+    for _ in range(2):
+        release = asyncio.create_task(core.release())
+        await asyncio.sleep(0)
+        release.cancel()
+        await asyncio.gather(release, return_exceptions=True)
+    may_close.set()
+    await asyncio.wait_for(told.wait(), 10.0)
+
+
 async def test_a_session_closed_between_two_attempts_makes_no_other() -> None:
     manager = Manager()
     session = session_of(manager)

@@ -154,9 +154,10 @@ def test_an_edge_that_carries_nothing_is_given_up(
     ):
         send = FrameStream.send
         cut: list[tuple[str, str]] = []
+        server_of = {server.node._streams: server.node.peer_id for server in swarm.servers}
 
         async def lossy(stream: FrameStream, header: FrameHeader, payload: Any = b"") -> None:
-            way = (stream._node.peer_id, stream.remote)
+            way = (server_of.get(stream._table, "the client"), stream.remote)
             is_step = header.type is FrameType.STEP
             if not cut and is_step and (header.step, header.edge) == (3, 1):
                 cut.append(way)

@@ -18,8 +18,9 @@ import torch
 from planetserve.engine.engine import Engine
 from planetserve.errors import RemoteError
 from planetserve.swarm.libp2p.node import SwarmNode
-from planetserve.swarm.libp2p.streams import FrameStream
+from planetserve.swarm.libp2p.streams import FrameStream, StreamTable
 from planetserve.wire.frame import FrameHeader, FrameType
+from planetserve.wire.step import StepTable
 
 Frame = tuple[FrameHeader, bytes]
 Change = Callable[[list[Frame]], list[Frame] | None]
@@ -34,12 +35,12 @@ class Tampering:
     """Sits in `FrameStream.send` of this process while `installed`."""
 
     def __init__(self) -> None:
-        self._armed: dict[SwarmNode, Change] = {}
+        self._armed: dict[StreamTable, Change] = {}
         self._sent: dict[FrameStream, list[Frame]] = {}
 
     def arm(self, node: SwarmNode, change: Change) -> None:
         """Make `change` to the next STEP frame that `node` sends."""
-        self._armed[node] = change
+        self._armed[node._streams] = change
 
     def disarm(self) -> None:
         """Forget the changes that have not been made."""
@@ -75,10 +76,10 @@ class Tampering:
         is_one = isinstance(payload, bytes | bytearray | memoryview)
         sent.append((header, bytes(payload) if is_one else b"".join(payload)))
         del sent[:-4]
-        change = self._armed.pop(stream._node, None)
+        change = self._armed.pop(stream._table, None)
         frames = [sent[-1]] if change is None else change(sent)
         if frames is None and change is not None:
-            self._armed[stream._node] = change
+            self._armed[stream._table] = change
         for frame in frames or ():
             await honest(stream, *frame)
 
@@ -128,10 +129,12 @@ def compute_wrongly(engine: Engine, spoil: Spoil) -> None:
     """Have the next step of `engine` give something else than it computed."""
     honest = engine.submit
 
-    def submit(*args: Any) -> asyncio.Future[torch.Tensor]:
+    def submit(
+        session_id: bytes, table: StepTable, hidden_TD: torch.Tensor,
+        wrong: asyncio.Future[torch.Tensor],
+    ) -> asyncio.Future[torch.Tensor]:  # fmt: skip
         del engine.submit  # type: ignore[method-assign]
-        right = honest(*args)
-        wrong: asyncio.Future[torch.Tensor] = right.get_loop().create_future()
+        right = honest(session_id, table, hidden_TD)
 
         def pass_on(done: asyncio.Future[torch.Tensor]) -> None:
             if wrong.done():

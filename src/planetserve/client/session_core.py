@@ -268,7 +268,7 @@ class SessionCore:
     async def close_ring(self) -> None:
         """Close the ring; the next step opens another and replays the rows.
 
-        Its servers are told also if the caller is cancelled meanwhile, as when a user gives up twice.
+        Its servers are told even if the caller is cancelled meanwhile, as by a second Ctrl-C.
         """
         self._migration.stop()
         ring, self.ring = self.ring, None

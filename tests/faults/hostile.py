@@ -187,10 +187,14 @@ class Stranger:
         payload = message.encode()
         control = await self.stream()
         header = FrameHeader(FrameType.OPEN, session=session_id, edge=edge)
-        await control.send(header, payload)
-        answer, body = await control.receive(ANSWER_TIMEOUT_S)
-        if answer.type is FrameType.ERROR:
-            raise reported(body)
+        try:
+            await control.send(header, payload)
+            answer, body = await control.receive(ANSWER_TIMEOUT_S)
+            if answer.type is FrameType.ERROR:
+                raise reported(body)
+        except BaseException:
+            control.abort()
+            raise
         opened = decode(SessionOpened, body)
         channel = handshake.finish(payload, from_text(opened.answer), from_text(opened.signature))
         inbound, outbound = new_edge_secret(), new_edge_secret()

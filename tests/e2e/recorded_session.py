@@ -36,7 +36,7 @@ from planetserve.testing.integer_model import WIDTH, PlainModel, embed
 from planetserve.testing.memory_network import MemoryNetwork, MemoryNode
 from planetserve.testing.memory_streams import MemoryStream
 from planetserve.testing.simulated_roles import ServerPlan, SimulatedServer
-from planetserve.testing.virtual_time import VirtualTimeLoop
+from planetserve.testing.virtual_time import ClockError, VirtualTimeLoop
 from planetserve.types import BlockSpan, Chain, Hop, ServerInfo
 from planetserve.wire.frame import HEADER_BYTES, FrameHeader
 from planetserve.wire.protocols import PUSH_PROTOCOL, SESSION_PROTOCOL
@@ -96,7 +96,7 @@ def _fix_what_is_drawn(patch: pytest.MonkeyPatch) -> None:
 async def _launch(network: MemoryNetwork, name: str) -> SimulatedServer:
     plan = ServerPlan(
         identity=identity(name), span=SPANS[name], num_pages=64, page_size=16, block_s=0.001,
-        skew_s=0.0, max_chunk_tokens=CHUNK_TOKENS, overcommit=1.0, update_period_s=300.0,
+        clock=ClockError(), max_chunk_tokens=CHUNK_TOKENS, overcommit=1.0, update_period_s=300.0,
     )  # fmt: skip
     return await SimulatedServer.launch(network, plan, NUM_BLOCKS, random.Random(1))
 
@@ -208,7 +208,7 @@ def record() -> Recording:
                 for _, envelope, ends_s in versions[-1:]
             ]  # fmt: skip
             await _converse(
-                network.join(identity("client")),
+                network.join(identity("client"), ClockError()),
                 {server.node.peer_id: server.info() for server in running},
             )
             await asyncio.gather(*(server.close() for server in running))
@@ -229,7 +229,9 @@ class _Script:
 
     def __init__(self, recording: Recording, network: MemoryNetwork, real: Collection[str]):
         self._recording = recording
-        self._nodes = {name: network.join(identity(name)) for name in NAMES if name not in real}
+        self._nodes = {
+            name: network.join(identity(name), ClockError()) for name in NAMES if name not in real
+        }
         self._ends: dict[tuple[int, str], asyncio.Future[MemoryStream]] = {}
         self._sent: dict[tuple[int, str], list[bytes]] = {}
         """Frames of the recording by stream and sender that have not been compared yet."""
@@ -304,7 +306,7 @@ def replay(recording: Recording, real: Collection[str], servers: dict[str, Serve
             running = [await _launch(network, name) for name in SPANS if name in real]
             jobs = [script.play()]
             if "client" in real:
-                jobs.append(_converse(network.join(identity("client")), servers))
+                jobs.append(_converse(network.join(identity("client"), ClockError()), servers))
             await asyncio.gather(*jobs)
             await asyncio.sleep(5.0)
             assert [server.handler.num_sessions for server in running] == [0] * len(running)

@@ -185,7 +185,7 @@ def attach(
     """Give the loaded half its distributed methods."""
     base = type(model)
     names = tuple(inspect.signature(model.forward).parameters)
-    own = {"blocks": blocks, "forward_names": names}
+    own = {"remote_blocks": blocks, "forward_names": names}
     # Of the same name: transformers knows by it what a model can do.
     model.__class__ = type(base.__name__, (mixin, ModuleMixin, base), own)
     for inner in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:

@@ -54,7 +54,7 @@ class SwarmMixin:
     """What every distributed model has besides the methods of its Hugging Face class."""
 
     runtime: ClientRuntime
-    blocks: ClassVar[RemoteBlocks]
+    remote_blocks: ClassVar[RemoteBlocks]
     forward_names: ClassVar[tuple[str, ...]]
     config: Any
 
@@ -116,7 +116,9 @@ class SwarmMixin:
         wants_states = given.get("output_hidden_states") or setting(
             self.config, "output_hidden_states"
         )
-        self.blocks.on_outer_call(given, 0 if wants_states else given.get("logits_to_keep", 0))
+        self.remote_blocks.on_outer_call(
+            given, 0 if wants_states else given.get("logits_to_keep", 0)
+        )
 
     def _after_call(self, output: Any) -> Any:
         refuse_backward(output)

@@ -37,7 +37,7 @@ class RuntimeHandle:
 class ModuleMixin:
     """Put in front of the class of a model, and of the base model within it."""
 
-    blocks: ClassVar[RemoteBlocks]
+    remote_blocks: ClassVar[RemoteBlocks]
     forward_names: ClassVar[tuple[str, ...]]
     """Parameters of the whole model's `forward`, in order."""
 
@@ -63,7 +63,7 @@ class ModuleMixin:
             self._before_call(args, kwargs)
             return self._after_call(super().__call__(*args, **kwargs))  # type: ignore[misc]
         finally:
-            self.blocks.forget()
+            self.remote_blocks.forget()
 
     def _before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is about to be called with these arguments."""

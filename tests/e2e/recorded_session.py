@@ -10,6 +10,7 @@ Keys, session id and times are the same in every run, so the same code says the 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -38,7 +39,7 @@ from planetserve.testing.memory_streams import MemoryStream
 from planetserve.testing.simulated_roles import ServerPlan, SimulatedServer
 from planetserve.testing.virtual_time import ClockError, VirtualTimeLoop
 from planetserve.types import BlockSpan, Chain, Hop, ServerInfo
-from planetserve.wire.frame import HEADER_BYTES, FrameHeader
+from planetserve.wire.frame import HEADER_BYTES, FrameHeader, FrameType
 from planetserve.wire.protocols import PUSH_PROTOCOL, SESSION_PROTOCOL
 from planetserve.wire.step import HopLoad, RowSlice, StepTable
 
@@ -218,6 +219,15 @@ def record() -> Recording:
     return {"streams": recorder.streams, "events": recorder.events, "records": records}
 
 
+def _comparable(header: FrameHeader, payload: bytes) -> tuple[FrameHeader, bytes]:
+    """The frame without what its stream has counted, which is not the protocol's affair."""
+    if header.type is not FrameType.STATUS or not payload:
+        return header, payload
+    progress = json.loads(payload)
+    progress["bytes_received"] = 0
+    return dataclasses.replace(header, payload_bytes=0), json.dumps(progress).encode()
+
+
 class _Script:
     """The nodes that are read from a recording.
 
@@ -279,7 +289,9 @@ class _Script:
                 elif what == "received":
                     header, payload = await near.receive()
                     expected, expected_payload = _parts(self._sent[number, other].pop(0))
-                    assert (header, bytes(payload)) == (expected, expected_payload)
+                    assert _comparable(header, bytes(payload)) == _comparable(
+                        expected, expected_payload
+                    )
                 else:
                     near.abort()
 

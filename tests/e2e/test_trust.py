@@ -244,7 +244,7 @@ def test_a_failure_in_the_last_blocks_ends_the_session(
         model.inference_session(max_length=32) as session,
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(LocalRows, "leave", interrupted)
+            patch.setattr(LocalRows, "run_last", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 model.generate(prompt, **GREEDY)
         with pytest.raises(SessionClosed):

@@ -1,4 +1,4 @@
-"""Who may import whom, and how large things may be.
+"""Which packages may import which, and how large files and classes may be.
 
 The layers of ARCHITECTURE.md are checked against every import statement. No modules import each
 other in a circle, no file is too long, and no class has too many attributes without a reason.

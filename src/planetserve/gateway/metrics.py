@@ -62,7 +62,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def running(self, num_texts: int) -> Iterator[None]:
-        """So many texts are generated in this block."""
+        """Count `num_texts` texts as running while the block runs."""
         self._running.inc(num_texts)
         try:
             yield

@@ -32,7 +32,7 @@ class BandwidthMeter:
             self._full = None
 
     def sent(self, num_bytes: int) -> None:
-        """So many bytes more have been accepted."""
+        """Add bytes that the kernel has accepted."""
         self._sent_bytes += num_bytes
 
     def end(self, now_s: float) -> None:

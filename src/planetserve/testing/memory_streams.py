@@ -143,7 +143,7 @@ class Pipe:
         self.wake()
 
     def wake(self) -> None:
-        """Whoever waits for the pipe looks at it again."""
+        """Wake all tasks that wait for the pipe."""
         while self._changed:
             _set(self._changed.popleft())
 
@@ -221,7 +221,7 @@ class MemoryStream:
 
     @property
     def liar(self) -> Liar | None:
-        """Who lies at this end."""
+        """The lie of the server at this end, if it tells one."""
         return self._node.liar
 
     async def send(self, header: FrameHeader, payload: Buffer | Sequence[Buffer] = b"") -> None:

@@ -2,7 +2,7 @@
 
     git worktree add --detach ../before COMMIT
     (cd ../before && python setup.py build_ext --inplace)
-    python benchmarks/before_after.py ../before                 some 25 minutes
+    python benchmarks/before_after.py ../before                 some 40 minutes
     python benchmarks/before_after.py ../before --only engine   one benchmark of them
 
 Each round runs every benchmark below once in either checkout, as processes of their own with this

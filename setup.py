@@ -49,7 +49,12 @@ setup(
         "typing_extensions>=4.6",  # `override`, which Python has from 3.12
     ],
     extras_require={
-        "gateway": ["fastapi>=0.139", "prometheus-client>=0.21", "uvicorn>=0.34"],
+        "gateway": [
+            "fastapi>=0.139",
+            "llguidance>=1.5,<2",
+            "prometheus-client>=0.21",
+            "uvicorn>=0.34",
+        ],
         "nsga2": ["pymoo>=0.6.1"],
         "plot": ["matplotlib>=3.8"],
         "simulation": ["simpy>=4.1"],

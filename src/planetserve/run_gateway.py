@@ -31,7 +31,7 @@ EXAMPLES = f"""examples:
 
 GROUPS = {
     "model": ("model", "dtype", "device", "revision", "token", "cache_dir", "served_model_name",
-              "chat_template", "generation_config"),
+              "chat_template", "response_template", "generation_config"),
     "HTTP": ("host", "port", "api_key", "max_body_mib", "shutdown_timeout"),
     "limits": ("max_model_len", "max_num_seqs", "max_num_queued_reqs", "max_logprobs"),
     "swarm": ("initial_peers", "dht_prefix", "allowed_servers", "blocked_servers",
@@ -41,7 +41,7 @@ GROUPS = {
     "process": ("ready_file", "log_level"),
 }  # fmt: skip
 
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 
 def parse(argv: Sequence[str] | None = None) -> GatewayConfig:

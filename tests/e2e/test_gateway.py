@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import subprocess
@@ -18,12 +17,11 @@ import openai
 import pytest
 import torch
 from commands import Command
+from gateways import gateway
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import planetserve
-from planetserve.client.event_loop_thread import EventLoopThread
-from planetserve.config import GatewayConfig
-from planetserve.gateway.serving import Address, running
+from planetserve.gateway.serving import Address
 from planetserve.testing.swarm import LocalSwarm
 
 DEMO = Path(planetserve.__path__[0]) / "demo_model"
@@ -35,20 +33,6 @@ HELLO = [{"role": "user", "content": "What is a list?"}]
 def demo_swarm() -> Iterator[LocalSwarm]:
     with LocalSwarm("demo", ["0:3", "3:8"]) as swarm:
         yield swarm
-
-
-@contextlib.contextmanager
-def gateway(swarm: LocalSwarm, **settings: Any) -> Iterator[Address]:
-    """A gateway on a loop of its own."""
-    config = GatewayConfig(
-        model="demo", initial_peers=swarm.initial_peers, port=0, dtype="float32", **settings
-    )
-    loop_thread, stack = EventLoopThread("gateway"), contextlib.AsyncExitStack()
-    try:
-        yield loop_thread.call(stack.enter_async_context(running(config)))
-    finally:
-        loop_thread.call(stack.aclose())
-        loop_thread.close()
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,9 @@ class GatewayConfig(ClientConfig):
     """Names that requests may call the model; by default the one it was given by."""
     chat_template: str | None = None
     """File of the Jinja template to use for chats, instead of the tokenizer's."""
+    response_template: str | None = None
+    """JSON file that says how the model writes reasoning and calls of tools, in the format of
+    transformers' response templates; by default the tokenizer's, or that of its family."""
     generation_config: Literal["auto", "vllm"] = "auto"
     """Where a request's missing sampling parameters come from: auto takes those of the model's
     generation_config.json, vllm takes none from there."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from planetserve.gateway.errors import body_of
+from planetserve.gateway.messages import CallDelta
+from planetserve.gateway.protocol import ChatRequest, CompletionRequest, StreamOptions
 from planetserve.gateway.sampling import TokenLogprob
 from planetserve.gateway.text import Delta
 
@@ -20,7 +23,12 @@ class Answer:
     """One answer as far as it has come."""
 
     text: str = ""
+    """As the model wrote it."""
+    content: str = ""
+    reasoning: str = ""
+    calls: list[CallDelta] = field(default_factory=list)
     num_tokens: int = 0
+    num_reasoning: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -28,7 +36,18 @@ class Answer:
     def add(self, delta: Delta) -> None:
         """Go on with what has come."""
         self.text += delta.text
+        message = delta.as_message
+        self.content += message.content
+        self.reasoning += message.reasoning
+        for call in message.calls:
+            if call.index < len(self.calls):
+                known = self.calls[call.index]
+                call = replace(known, arguments=known.arguments + call.arguments)
+                self.calls[call.index] = call
+            else:
+                self.calls.append(call)
         self.num_tokens += len(delta.tokens)
+        self.num_reasoning += delta.num_reasoning
         self.logprobs += delta.logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
@@ -44,92 +63,175 @@ class Prompt:
     """Of its tokens but the first."""
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a request."""
+
+    num_prompt: int
+    num_answer: int
+    num_reasoning: int = 0
+    """Of the answer's."""
+    num_cached: int = 0
+    """Of the prompt's, which servers still held."""
+
+    def as_openai(self) -> dict[str, Any]:
+        """As chats and completions tell it."""
+        return {
+            "prompt_tokens": self.num_prompt,
+            "completion_tokens": self.num_answer,
+            "total_tokens": self.num_prompt + self.num_answer,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached},
+            "completion_tokens_details": {"reasoning_tokens": self.num_reasoning},
+        }
+
+
+Event = dict[str, Any]
+"""One event of a stream."""
+
+
 class Style(Protocol):
     """How one endpoint writes answers."""
 
-    def whole(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+    names_events: bool
+    """Whether a stream's events are named by their `type`."""
+    end: bytes
+    """What a stream ends with."""
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         """The response without a stream."""
         ...
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The chunk in front of the first one of an answer."""
+    def opening(self, index: int, usage: Usage) -> list[Event]:
+        """In front of the first chunk of an answer."""
         ...
 
-    def chunk(self, delta: Delta) -> dict[str, Any] | None:
-        """The next chunk; None if there is nothing to tell."""
+    def chunk(self, delta: Delta, usage: Usage) -> list[Event]:
+        """What has come next."""
         ...
 
-    def closing(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The chunk that tells what was used."""
+    def closing(self, answers: Sequence[Answer], usage: Usage) -> list[Event]:
+        """After the last chunk."""
+        ...
+
+    def failure(self, error: Exception) -> list[Event]:
+        """Instead of it, when a text has failed."""
         ...
 
 
-def usage_of(num_prompt: int, num_answer: int) -> dict[str, Any]:
-    """Tokens of a request."""
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_answer,
-        "total_tokens": num_prompt + num_answer,
-    }
+class OpenAIStyle:
+    """What chats and completions have in common.
+
+    Args:
+        head: in front of every chunk.
+        spell: for log-probabilities.
+        shows_logprobs: whether they were asked for.
+        options: what a stream contains besides the answer.
+    """
+
+    names_events = False
+    end = b"data: [DONE]\n\n"
+
+    def __init__(
+        self, head: Event, spell: Spell, shows_logprobs: bool, options: StreamOptions | None
+    ):
+        self._head = {"id": f"{head.pop('prefix')}-{uuid.uuid4().hex}", **head}
+        self._head["created"] = int(time.time())
+        self._spell = spell
+        self._shows_logprobs = shows_logprobs
+        self._options = options or StreamOptions()
+
+    def closing(self, answers: Sequence[Answer], usage: Usage) -> list[Event]:
+        """As `Style`."""
+        if not self._options.include_usage:
+            return []
+        return [{**self._head, "choices": [], "usage": usage.as_openai()}]
+
+    def failure(self, error: Exception) -> list[Event]:
+        """As `Style`."""
+        return [body_of(error)]
+
+    def _told(self, choice: dict[str, Any], usage: Usage) -> list[Event]:
+        """A chunk with one choice."""
+        chunk = {**self._head, "choices": [choice]}
+        if self._options.continuous_usage_stats:
+            chunk["usage"] = usage.as_openai()
+        elif self._options.include_usage:
+            chunk["usage"] = None
+        return [chunk]
 
 
-class ChatStyle:
+class ChatStyle(OpenAIStyle):
     """/v1/chat/completions.
 
     Args:
         model: its name.
+        body: the request.
         spell: for log-probabilities.
-        shows_logprobs: whether they were asked for.
     """
 
-    def __init__(self, model: str, spell: Spell, shows_logprobs: bool):
-        self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._spell = spell
-        self._shows_logprobs = shows_logprobs
+    def __init__(self, model: str, body: ChatRequest, spell: Spell):
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        head = {"prefix": "chatcmpl", "object": kind, "model": model}
+        super().__init__(head, spell, bool(body.logprobs), body.stream_options)
+        self._shows_reasoning = body.include_reasoning
 
-    def whole(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         """As `Style`."""
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                "message": self._message(answer),
                 "logprobs": self._logprobs(answer.logprobs),
                 "finish_reason": answer.finish_reason,
                 "stop_reason": answer.stop_reason,
             }
             for index, answer in enumerate(answers)
         ]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+        return {**self._head, "choices": choices, "usage": usage.as_openai()}
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int, usage: Usage) -> list[Event]:
         """As `Style`."""
-        return self._chunk(index, {"role": "assistant", "content": ""})
+        return self._told(self._choice(index, {"role": "assistant", "content": ""}), usage)
 
-    def chunk(self, delta: Delta) -> dict[str, Any] | None:
+    def chunk(self, delta: Delta, usage: Usage) -> list[Event]:
         """As `Style`."""
-        if not delta.text and delta.finish_reason is None and not delta.logprobs:
-            return None
-        written = {"content": delta.text} if delta.text or delta.logprobs else {}
-        chunk = self._chunk(delta.index, written, delta.finish_reason)
-        choice = chunk["choices"][0]
+        message = delta.as_message
+        written: dict[str, Any] = {}
+        if message.reasoning and self._shows_reasoning:
+            written["reasoning_content"] = message.reasoning
+        if message.content:
+            written["content"] = message.content
+        if message.calls:
+            written["tool_calls"] = [_call_chunk(call) for call in message.calls]
+        if not written and delta.finish_reason is None and not delta.logprobs:
+            return []
+        choice = self._choice(delta.index, written, delta.finish_reason)
         choice["logprobs"] = self._logprobs(delta.logprobs)
         if delta.finish_reason is not None:
             choice["stop_reason"] = delta.stop_reason
-        return chunk
+        return self._told(choice, usage)
 
-    def closing(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """As `Style`."""
-        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+    def _message(self, answer: Answer) -> dict[str, Any]:
+        found: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+        if answer.reasoning and self._shows_reasoning:
+            found["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            found["content"] = answer.content or None
+            found["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in answer.calls
+            ]
+        return found
 
-    def _chunk(
-        self, index: int, delta: dict[str, Any], finish_reason: str | None = None
+    @staticmethod
+    def _choice(
+        index: int, delta: dict[str, Any], finish_reason: str | None = None
     ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._shows_logprobs:
@@ -148,29 +250,23 @@ class ChatStyle:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-class CompletionStyle:
+class CompletionStyle(OpenAIStyle):
     """/v1/completions.
 
     Args:
         model: its name.
+        body: the request.
         spell: for log-probabilities.
-        shows_logprobs: whether they were asked for.
     """
 
-    def __init__(self, model: str, spell: Spell, shows_logprobs: bool):
-        self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._spell = spell
-        self._shows_logprobs = shows_logprobs
+    def __init__(self, model: str, body: CompletionRequest, spell: Spell):
+        head = {"prefix": "cmpl", "object": "text_completion", "model": model}
+        super().__init__(head, spell, body.logprobs is not None, body.stream_options)
         self._offsets: dict[int, int] = {}
         self.prompts: dict[int, Prompt] = {}
         """What to write in front of which answer."""
 
-    def whole(self, answers: Sequence[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
         """As `Style`."""
         choices = []
         for index, answer in enumerate(answers):
@@ -184,32 +280,28 @@ class CompletionStyle:
                     "stop_reason": answer.stop_reason,
                 }
             )
-        return {**self._head, "choices": choices, "usage": usage}
+        return {**self._head, "choices": choices, "usage": usage.as_openai()}
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int, usage: Usage) -> list[Event]:
         """As `Style`."""
         prompt = self.prompts.get(index)
         if prompt is None:
-            return None
-        return self._chunk(index, prompt.text, self._logprobs(index, (), prompt))
+            return []
+        logprobs = self._logprobs(index, (), prompt)
+        return self._told(self._choice(index, prompt.text, logprobs), usage)
 
-    def chunk(self, delta: Delta) -> dict[str, Any] | None:
+    def chunk(self, delta: Delta, usage: Usage) -> list[Event]:
         """As `Style`."""
         if not delta.text and delta.finish_reason is None and not delta.logprobs:
-            return None
+            return []
         logprobs = self._logprobs(delta.index, delta.logprobs, None)
-        chunk = self._chunk(delta.index, delta.text, logprobs)
-        choice = chunk["choices"][0]
+        choice = self._choice(delta.index, delta.text, logprobs)
         choice["finish_reason"], choice["stop_reason"] = delta.finish_reason, delta.stop_reason
-        return chunk
+        return self._told(choice, usage)
 
-    def closing(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """As `Style`."""
-        return {**self._head, "choices": [], "usage": usage}
-
-    def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
-        return {**self._head, "choices": [choice]}
+    @staticmethod
+    def _choice(index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
 
     def _logprobs(
         self, index: int, logprobs: Sequence[TokenLogprob], prompt: Prompt | None
@@ -242,3 +334,16 @@ class CompletionStyle:
             for other, logprob in (*one.top, (one.token, one.logprob)):
                 top.setdefault(self._spell(other), logprob)
         found["top_logprobs"].append(top)
+
+
+def _call_chunk(call: CallDelta) -> dict[str, Any]:
+    """What a stream tells of a call: its name first."""
+    function = {"arguments": call.arguments}
+    if call.name is None:
+        return {"index": call.index, "function": function}
+    return {
+        "index": call.index,
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, **function},
+    }

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -17,23 +14,21 @@ from starlette.exceptions import HTTPException
 import planetserve
 from planetserve.errors import PlanetServeError
 from planetserve.gateway.answers import ChatStyle, CompletionStyle, Prompt
+from planetserve.gateway.chat import format_grammar, prepare_chat
 from planetserve.gateway.errors import RequestError, body_of, error_body, headers_of, status_of
-from planetserve.gateway.metrics import Metrics
 from planetserve.gateway.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     DetokenizeResponse,
     ErrorResponse,
-    SamplingRequest,
     TokenizeRequest,
     TokenizeResponse,
 )
-from planetserve.gateway.requests import Limits, sampling_params, text_request
+from planetserve.gateway.requests import sampling_params, text_request
 from planetserve.gateway.responding import Responder
+from planetserve.gateway.service import Service
 from planetserve.gateway.text import PromptLogprobs
-from planetserve.gateway.text_engine import TextEngine
-from planetserve.gateway.texts import Texts
 
 logger = logging.getLogger(__name__)
 
@@ -41,55 +36,6 @@ _MAX_SHOWN_CHARS = 200
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 413, 429, 500, 503)
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """What the endpoints work with."""
-
-    names: Sequence[str]
-    """What the model is called; the first one is in responses."""
-    limits: Limits
-    texts: Texts
-    engine: TextEngine
-    metrics: Metrics
-    created_s: int = field(default_factory=lambda: int(time.time()))
-
-    def check_model(self, name: str | None) -> str:
-        """The name to answer with.
-
-        Raises:
-            RequestError: another model was asked for.
-        """
-        if name is None or name == "":
-            return self.names[0]
-        if name not in self.names:
-            shown = name[:_MAX_SHOWN_CHARS]
-            raise RequestError(f"the model {shown!r} does not exist here", "model", 404)
-        return name
-
-    def describe(self, name: str) -> dict[str, Any]:
-        """An entry of /v1/models."""
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.created_s,
-            "owned_by": "planetserve",
-            "root": self.names[0],
-            "parent": None,
-            "max_model_len": self.limits.max_model_len,
-        }
-
-    def room(self, n: int, prompt_ids: Sequence[int]) -> int:
-        """Tokens that an answer without a limit of its own may have."""
-        held = self.engine.room(n, len(prompt_ids)) or self.limits.max_model_len
-        return max(1, min(held, self.limits.max_model_len) - len(prompt_ids))
-
-    def spell(self, body: SamplingRequest) -> Callable[[int], str]:
-        """How log-probabilities of this request name tokens."""
-        if body.return_tokens_as_token_ids:
-            return lambda token: f"token_id:{token}"
-        return lambda token: self.texts.decode([token])
 
 
 def create_app(service: Service) -> FastAPI:
@@ -117,34 +63,10 @@ def create_app(service: Service) -> FastAPI:
 
 
 async def _chat(service: Service, body: ChatRequest, request: Request) -> Response:
-    model, limits = service.check_model(body.model), service.limits
-    body.check_supported()
-    limits.check_texts(1, body.n)
-    limits.check_logprobs(body.top_logprobs, "top_logprobs")
-    if body.top_logprobs and not body.logprobs:
-        raise RequestError("top_logprobs needs logprobs=true", "top_logprobs")
-    prompt_ids = await service.texts.encode_chat(
-        body.messages,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        add_special_tokens=body.add_special_tokens,
-        template_kwargs=_template_kwargs(body),
-    )
-    limits.check_prompt(prompt_ids, "messages")
-    logprobs = body.top_logprobs or 0 if body.logprobs else None
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    if max_tokens is None:
-        max_tokens = service.room(body.n, prompt_ids)
-    sampling = sampling_params(body, limits, logprobs)
-    text = text_request(body, limits, sampling, prompt_ids, max_tokens)
-    style = ChatStyle(model, service.spell(body), logprobs is not None)
-    return await _respond(Responder(service.engine, [text], style), body, request)
-
-
-def _template_kwargs(body: ChatRequest) -> dict[str, Any]:
-    """What the template is given, as vLLM does."""
-    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    return effort | (body.chat_template_kwargs or {})
+    model = service.check_model(body.model)
+    text = await prepare_chat(service, body)
+    style = ChatStyle(model, body, service.spell(body))
+    return await Responder(service.engine, [text], style).respond(request, body.stream)
 
 
 async def _complete(service: Service, body: CompletionRequest, request: Request) -> Response:
@@ -156,7 +78,9 @@ async def _complete(service: Service, body: CompletionRequest, request: Request)
     given = _prompts(body)
     limits.check_texts(len(given), body.n)
     sampling = sampling_params(body, limits, body.logprobs)
-    style = CompletionStyle(model, service.spell(body), body.logprobs is not None)
+    grammar = format_grammar(body)
+    matcher = grammar and await service.grammars.compile(grammar, "structured_outputs")
+    style = CompletionStyle(model, body, service.spell(body))
     shown, texts = [], []
     for prompt in given:
         if isinstance(prompt, str):
@@ -170,7 +94,9 @@ async def _complete(service: Service, body: CompletionRequest, request: Request)
         if max_tokens is None:
             max_tokens = service.room(body.n, ids)
         asked = body.logprobs if body.echo else None
-        texts.append(text_request(body, limits, sampling, ids, max_tokens or 1, asked))
+        texts.append(
+            text_request(body, limits, sampling, ids, max_tokens or 1, asked, matcher or None)
+        )
         shown.append(prompt if isinstance(prompt, str) else service.texts.decode(ids))
 
     def show(number: int, prompt: Prompt) -> None:
@@ -187,7 +113,7 @@ async def _complete(service: Service, body: CompletionRequest, request: Request)
     responder = Responder(service.engine, texts, style, see_prompt)
     if body.max_tokens == 0:
         responder.drop_answers()
-    return await _respond(responder, body, request)
+    return await responder.respond(request, body.stream)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -196,17 +122,6 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
         return [prompt]
     ids = [one for one in prompt if isinstance(one, int)]
     return [ids] if ids else [one for one in prompt if not isinstance(one, int)]
-
-
-async def _respond(responder: Responder, body: SamplingRequest, request: Request) -> Response:
-    if not body.stream:
-        return await responder.whole(request)
-    options = body.stream_options
-    return await responder.stream(
-        request,
-        include_usage=options is not None and options.include_usage,
-        always_usage=options is not None and options.continuous_usage_stats,
-    )
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
@@ -247,12 +162,13 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
             add = True if body.add_special_tokens is None else body.add_special_tokens
             tokens = await service.texts.encode(body.prompt, add_special_tokens=add, param="prompt")
         else:
-            tokens = await service.texts.encode_chat(
+            _, tokens = await service.texts.encode_chat(
                 body.messages or [],
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 add_special_tokens=bool(body.add_special_tokens),
                 template_kwargs=body.chat_template_kwargs,
+                tools=[tool.model_dump(exclude_none=True) for tool in body.tools or []],
             )
         strings = service.texts.token_strings(tokens) if body.return_token_strs else None
         return TokenizeResponse(

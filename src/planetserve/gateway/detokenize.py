@@ -22,21 +22,39 @@ class TokenDecoder:
         tokenizer: shared by all texts; only read.
         prompt_ids: what the text goes on from.
         skip_special_tokens: leave out special tokens.
+        kept_ids: special tokens that are written all the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        skip_special_tokens: bool,
+        kept_ids: frozenset[int] = frozenset(),
+    ):
         self._tokenizer = tokenizer
-        self._skips = skip_special_tokens
-        self._stream = DecodeStream(list(prompt_ids[-_CONTEXT:]), skip_special_tokens)
+        self._skips = skip_special_tokens and not kept_ids
+        self._hidden_ids: frozenset[int] = frozenset()
+        if skip_special_tokens and kept_ids:
+            self._hidden_ids = special_ids(tokenizer) - kept_ids
+        self._stream = DecodeStream(list(prompt_ids[-_CONTEXT:]), self._skips)
 
     def add(self, token: int) -> str:
         """The text that is whole with this token; may be empty."""
+        if token in self._hidden_ids:
+            return ""
         try:
             return self._stream.step(self._tokenizer, token) or ""
         except Exception:  # noqa: BLE001 - tokenizers raises nothing narrower
             # Some decoders rewrite what came before, which the stream does not allow: begin anew.
             self._stream = DecodeStream([], self._skips)
             return self._stream.step(self._tokenizer, token) or ""
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that are no text."""
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(token for token, about in added.items() if about.special)
 
 
 class StopStrings:

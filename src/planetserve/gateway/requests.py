@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llguidance import LLMatcher
+
 from planetserve.gateway.errors import RequestError
 from planetserve.gateway.protocol import SamplingRequest
 from planetserve.gateway.sampling import SamplingParams
@@ -130,6 +132,7 @@ def text_request(
     prompt_ids: Sequence[int],
     max_tokens: int,
     prompt_logprobs: int | None = None,
+    grammar: LLMatcher | None = None,
 ) -> TextRequest:
     """One prompt of a request.
 
@@ -142,6 +145,8 @@ def text_request(
             f"{limits.max_model_len} that this model takes; lower max_tokens",
             "max_tokens",
         )
+    if body.min_tokens and grammar is not None:
+        raise RequestError("min_tokens cannot hold for what a grammar ends", "min_tokens")
     if body.min_tokens > max_tokens:
         raise RequestError("min_tokens must not be larger than max_tokens", "min_tokens")
     stop = body.stop or ()
@@ -161,6 +166,7 @@ def text_request(
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

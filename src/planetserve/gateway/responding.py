@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from typing_extensions import override
 
 from planetserve.errors import PlanetServeError
-from planetserve.gateway.answers import Answer, Style, usage_of
-from planetserve.gateway.errors import RequestError, body_of
+from planetserve.gateway.answers import Answer, Event, Style, Usage
+from planetserve.gateway.errors import RequestError
 from planetserve.gateway.text import Delta, Failed, Output, Outputs, PromptLogprobs, TextRequest
 from planetserve.gateway.text_engine import TextEngine
 
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 PING_S = 15.0
 """Seconds without a token after which a stream gets a comment, so that proxies keep it open."""
-_DONE = b"data: [DONE]\n\n"
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 SeePrompt = Callable[[PromptLogprobs], None]
@@ -61,27 +60,23 @@ class Responder:
         """Only the prompts are wanted, whose answers have one token each for that."""
         self._drops_answers = True
 
-    async def whole(self, request: Request) -> Response:
-        """The response without a stream.
+    async def respond(self, request: Request, is_stream: bool) -> Response:
+        """The response, as a stream or not.
 
         Raises:
-            PlanetServeError: a text failed.
+            PlanetServeError: a text failed; in a stream, before it had a token.
             asyncio.CancelledError: the client has gone.
         """
+        return await (self._stream(request) if is_stream else self._whole(request))
+
+    async def _whole(self, request: Request) -> Response:
         async with self._engine.run(self._texts) as outputs, ends_with_client(request):
             while not self._is_done:
                 for output in await outputs.take():
                     self._take(output)
         return JSONResponse(self._style.whole(self._answers, self._usage()))
 
-    async def stream(
-        self, request: Request, *, include_usage: bool, always_usage: bool
-    ) -> Response:
-        """Server-sent events.
-
-        Raises:
-            PlanetServeError: a text failed before it had a token.
-        """
+    async def _stream(self, request: Request) -> Response:
         running = contextlib.AsyncExitStack()
         try:
             outputs = await running.enter_async_context(self._engine.run(self._texts))
@@ -94,29 +89,20 @@ class Responder:
         except BaseException:
             await running.aclose()
             raise
-        events = self._events(running, outputs, ready, include_usage, always_usage)
-        return _Stream(events, running)
+        return _Stream(self._events(running, outputs, ready), running)
 
     async def _events(
         self,
         running: contextlib.AsyncExitStack,
         outputs: Outputs,
         ready: list[Output],
-        include_usage: bool,
-        always_usage: bool,
     ) -> AsyncIterator[bytes]:
         async with running:
             try:
                 while True:
                     chunks = [chunk for output in ready for chunk in self._chunks(output)]
-                    if always_usage:
-                        for chunk in chunks:
-                            chunk["usage"] = self._usage()
-                    elif include_usage:
-                        for chunk in chunks:
-                            chunk["usage"] = None
                     if chunks:
-                        yield b"".join(map(_event, chunks))
+                        yield self._written(chunks)
                     elif not ready:
                         yield b": ping\n\n"
                     if self._is_done:
@@ -125,23 +111,32 @@ class Responder:
             except Exception as error:  # noqa: BLE001 - the client is told
                 if not isinstance(error, PlanetServeError):
                     logger.exception("a stream failed")
-                yield _event(body_of(error)) + _DONE
+                yield self._written(self._style.failure(error)) + self._style.end
                 return
-            if include_usage:
-                yield _event(self._style.closing(self._usage()))
-            yield _DONE
+            last = self._style.closing(self._answers, self._usage())
+            yield self._written(last) + self._style.end
 
-    def _chunks(self, output: Output) -> list[dict[str, Any]]:
-        chunks = []
-        if isinstance(output, Delta) and not self._answers[output.index].num_tokens:
-            chunks.append(self._style.opening(output.index))
+    def _chunks(self, output: Output) -> list[Event]:
+        is_first = isinstance(output, Delta) and not self._answers[output.index].num_tokens
         self._take(output)
-        if isinstance(output, Delta):
-            shown = output
-            if self._drops_answers:
-                shown = Delta(output.index, finish_reason=output.finish_reason)
-            chunks.append(self._style.chunk(shown))
-        return [chunk for chunk in chunks if chunk is not None]
+        if not isinstance(output, Delta):
+            return []
+        if self._drops_answers:
+            output = Delta(output.index, finish_reason=output.finish_reason)
+        usage = self._usage()
+        chunks = self._style.opening(output.index, usage) if is_first else []
+        return chunks + self._style.chunk(output, usage)
+
+    def _written(self, events: Sequence[Event]) -> bytes:
+        """As server-sent events."""
+        lines = []
+        for event in events:
+            if self._style.names_events:
+                lines.append(f"event: {event['type']}\n")
+            lines.append(
+                f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+            )
+        return "".join(lines).encode("utf-8", "replace")
 
     def _take(self, output: Output) -> None:
         if isinstance(output, Failed):
@@ -153,16 +148,19 @@ class Responder:
         answer = self._answers[output.index]
         answer.add(output)
         if self._drops_answers:
-            answer.text, answer.logprobs = "", []
+            answer.text, answer.content, answer.logprobs = "", "", []
 
     @property
     def _is_done(self) -> bool:
         return all(answer.finish_reason is not None for answer in self._answers)
 
-    def _usage(self) -> dict[str, Any]:
-        num_prompt = sum(len(text.prompt_ids) for text in self._texts)
+    def _usage(self) -> Usage:
         num_answer = sum(answer.num_tokens for answer in self._answers)
-        return usage_of(num_prompt, 0 if self._drops_answers else num_answer)
+        return Usage(
+            sum(len(text.prompt_ids) for text in self._texts),
+            0 if self._drops_answers else num_answer,
+            sum(answer.num_reasoning for answer in self._answers),
+        )
 
 
 class _Stream(StreamingResponse):
@@ -208,8 +206,3 @@ async def ends_with_client(request: Request) -> AsyncIterator[None]:
         raise RequestError("the client has gone", status=499) from None
     finally:
         watcher.cancel()
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from planetserve.errors import PlanetServeError
+from planetserve.gateway.constraints import Constraint
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below it count as 0, as in vLLM."""
@@ -67,6 +68,13 @@ class Sampled:
 
     token: int
     logprob: TokenLogprob | None = None
+    forced: tuple[int, ...] = ()
+    """Tokens that the row's grammar wants next, chosen as well."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All of them."""
+        return (self.token, *self.forced)
 
 
 class _SeenTokens:
@@ -104,10 +112,18 @@ class RowSampling:
         params: the request's.
         prompt_ids: for the repetition penalty.
         stop_ids: tokens that end the text, kept out for the first `min_tokens`.
+        constraint: what the text must follow.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], stop_ids: frozenset[int]):
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        stop_ids: frozenset[int],
+        constraint: Constraint | None = None,
+    ):
         self.params = params
+        self.constraint = constraint
         self._rng = random.Random(params.seed)
         self.num_sampled = 0
         self.bias: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -128,17 +144,31 @@ class RowSampling:
     @property
     def changes_logits(self) -> bool:
         """Whether something comes before the temperature."""
-        return self.bias is not None or self.seen is not None or self.forbidden is not None
+        return any(
+            one is not None for one in (self.bias, self.seen, self.forbidden, self.constraint)
+        )
 
     def draw(self) -> float:
         """A uniform number in `[0, 1)`."""
         return self._rng.random()
 
-    def take(self, token: int) -> None:
-        """Note what was chosen."""
+    def take(self, token: int) -> tuple[int, ...]:
+        """Note what was chosen; returns the tokens that must follow, noted as well."""
+        self._note(token)
+        # A forced token has no log-probability to show.
+        if self.constraint is None or self.params.logprobs is not None:
+            return ()
+        forced = self.constraint.forced()
+        for one in forced:
+            self._note(one)
+        return forced
+
+    def _note(self, token: int) -> None:
         self.num_sampled += 1
         if self.seen is not None:
             self.seen.add(token)
+        if self.constraint is not None:
+            self.constraint.take(token)
 
 
 def sample(logits_NV: torch.Tensor, rows: Sequence[RowSampling]) -> list[Sampled]:
@@ -165,9 +195,9 @@ def sample(logits_NV: torch.Tensor, rows: Sequence[RowSampling]) -> list[Sampled
     tokens: list[int] = tokens_N.tolist()
     sampled = []
     for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-        row.take(token)
+        forced = row.take(token)
         of = logprobs.get(index)
-        sampled.append(Sampled(token, None if of is None else of.at(token)))
+        sampled.append(Sampled(token, None if of is None else of.at(token), forced))
     return sampled
 
 
@@ -214,7 +244,7 @@ def _chosen_logprobs(
 
 
 def _change(logits_V: torch.Tensor, row: RowSampling) -> None:
-    """Bias, forbidden tokens and penalties, in place."""
+    """Bias, forbidden tokens, penalties and grammar, in place."""
     params = row.params
     if row.bias is not None:
         ids, values = row.bias
@@ -228,6 +258,8 @@ def _change(logits_V: torch.Tensor, row: RowSampling) -> None:
         found -= params.frequency_penalty * counts
         found -= params.presence_penalty * (counts > 0)
         logits_V[ids] = found
+    if row.constraint is not None:
+        row.constraint.allow(logits_V)
 
 
 def _draw(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:

@@ -21,11 +21,14 @@ from planetserve.client.planning.chain_manager import ChainManager
 from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.config import GatewayConfig
 from planetserve.errors import ConfigError
-from planetserve.gateway.app import Service, create_app
+from planetserve.gateway.app import create_app
 from planetserve.gateway.client_half import ClientHalf
+from planetserve.gateway.constraints import Grammars
 from planetserve.gateway.guard import Guard
 from planetserve.gateway.metrics import Metrics
 from planetserve.gateway.requests import Limits, ignored_processors, sampling_defaults
+from planetserve.gateway.response_templates import ResponseTemplates
+from planetserve.gateway.service import Service
 from planetserve.gateway.text_engine import TextEngine, TextSlots
 from planetserve.gateway.texts import Texts, read_template
 from planetserve.gateway.turns import Turns
@@ -55,6 +58,7 @@ class _Loaded:
     facts: ModelFacts
     texts: Texts
     limits: Limits
+    templates: ResponseTemplates | None
 
 
 async def serve(
@@ -110,8 +114,18 @@ async def _start(config: GatewayConfig, stack: contextlib.AsyncExitStack) -> Ser
     slots = TextSlots(config.max_num_seqs, config.max_num_queued_reqs)
     engine = TextEngine(manager, turns, loaded.texts.decoder, slots, metrics)
     stack.push_async_callback(engine.close)
+    grammars = Grammars(
+        loaded.texts.decoder, loaded.limits.vocab_size, sorted(loaded.limits.eos_ids)
+    )
+    stack.callback(grammars.close)
     return Service(
-        names=names, limits=loaded.limits, texts=loaded.texts, engine=engine, metrics=metrics
+        names=names,
+        limits=loaded.limits,
+        texts=loaded.texts,
+        engine=engine,
+        metrics=metrics,
+        grammars=grammars,
+        templates=loaded.templates,
     )
 
 
@@ -146,7 +160,8 @@ def _load(config: GatewayConfig) -> _Loaded:
         eos_ids=_eos_ids(own.eos_token_id, texts.eos_id),
         defaults=sampling_defaults(own) if config.generation_config == "auto" else {},
     )
-    return _Loaded(half, ModelFacts.of(checkpoint, dtype), texts, limits)
+    templates = texts.response_template(config.response_template)
+    return _Loaded(half, ModelFacts.of(checkpoint, dtype), texts, limits, templates)
 
 
 def _eos_ids(of_model: int | list[int] | None, of_tokenizer: int | None) -> frozenset[int]:

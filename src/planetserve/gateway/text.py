@@ -9,9 +9,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
+from planetserve.gateway.constraints import Constraint
 from planetserve.gateway.detokenize import StopStrings, TokenDecoder
+from planetserve.gateway.messages import MessageDelta, MessageFormat, MessageReader
 from planetserve.gateway.sampling import RowSampling, Sampled, SamplingParams, TokenLogprob
 
 
@@ -30,6 +33,14 @@ class TextRequest:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    kept_ids: frozenset[int] = frozenset()
+    """Special tokens that are written all the same: they tell the parts of a message apart."""
+    form: MessageFormat | None = None
+    """How a message is read; None: all text is content."""
+    grammar: LLMatcher | None = None
+    """What every answer must follow."""
+    reasoning_id: int | None = None
+    """Token that begins reasoning, which may come before what the grammar binds."""
     prompt_logprobs: int | None = None
     """How many most likely tokens to report for each token of the prompt; None: nothing."""
 
@@ -44,9 +55,18 @@ class Delta:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
-    """"stop" or "length" with the last one."""
+    """"stop", "length" or "tool_calls" with the last one."""
     stop_reason: int | str | None = None
     """The stop string or token of the request that ended it."""
+    message: MessageDelta | None = None
+    """What the text is of a message, if it is read as one."""
+    num_reasoning: int = 0
+    """How many of the tokens are reasoning."""
+
+    @property
+    def as_message(self) -> MessageDelta:
+        """Its part of a message."""
+        return MessageDelta(content=self.text) if self.message is None else self.message
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +135,65 @@ class Row:
             params = dataclasses.replace(params, seed=params.seed + number)
         self.number = number
         """Its row in the session."""
-        self.sampling = RowSampling(params, request.prompt_ids, request.eos_ids | request.stop_ids)
+        self._reader = None if request.form is None else MessageReader(request.form)
+        self.sampling = RowSampling(
+            params,
+            request.prompt_ids,
+            request.eos_ids | request.stop_ids,
+            _constraint(request, self._reader),
+        )
         self.num_held = len(request.prompt_ids)
         """Tokens that the servers hold of it."""
         self._index = index
         self._request = request
-        self._decoder = TokenDecoder(tokenizer, request.prompt_ids, request.skip_special_tokens)
+        self._num_tokens = 0
+        self._decoder = TokenDecoder(
+            tokenizer, request.prompt_ids, request.skip_special_tokens, request.kept_ids
+        )
         self._stop = StopStrings(request.stop, request.include_stop)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the answer so far."""
-        return self.sampling.num_sampled
-
     def add(self, sampled: Sampled) -> Delta:
-        """Take in the next token."""
-        request, token = self._request, sampled.token
+        """Take in what was chosen next.
+
+        Raises:
+            RequestError: the grammar cannot be followed any further.
+        """
+        reader = self._reader
+        text, message, num_tokens, num_reasoning = "", MessageDelta(), 0, 0
+        for token in sampled.tokens:
+            num_reasoning += reader is not None and reader.is_reasoning
+            num_tokens += 1
+            new_text, reason, stop_reason = self._add_token(token)
+            is_last = num_tokens == len(sampled.tokens)
+            if reason != "stop" and is_last and self._is_done():
+                reason = "stop"
+                new_text += self._stop.flush()
+            text += new_text
+            if reader is not None:
+                message += reader.add(new_text)
+                if reason is not None:
+                    message += reader.finish()
+                    if reason == "stop" and reader.ends_with_calls:
+                        reason = "tool_calls"
+            if reason is not None:
+                break
+        if self.sampling.constraint is not None and reader is not None:
+            self.sampling.constraint.is_active = not reader.is_reasoning
+        return Delta(
+            self._index,
+            text,
+            sampled.tokens[:num_tokens],
+            () if sampled.logprob is None else (sampled.logprob,),
+            reason,
+            stop_reason,
+            None if reader is None else message,
+            num_reasoning,
+        )
+
+    def _add_token(self, token: int) -> tuple[str, str | None, int | str | None]:
+        """The text that can be passed on, and why it ends with this token, if it does."""
+        request = self._request
+        self._num_tokens += 1
         reason: str | None = None
         stop_reason: int | str | None = None
         if token in request.eos_ids:
@@ -139,13 +202,32 @@ class Row:
             reason, stop_reason = "stop", token
         text, found = "", None
         if reason is None or request.include_stop:
-            may_stop = self.num_tokens > request.sampling.min_tokens
+            may_stop = self._num_tokens > request.sampling.min_tokens
             text, found = self._stop.add(self._decoder.add(token), may_stop=may_stop)
         if found is not None:
             reason, stop_reason = "stop", found
-        elif reason is None and self.num_tokens >= request.max_tokens:
+        elif reason is None and self._num_tokens >= request.max_tokens:
             reason = "length"
         if reason is not None and found is None:
             text += self._stop.flush()
-        logprobs = () if sampled.logprob is None else (sampled.logprob,)
-        return Delta(self._index, text, (token,), logprobs, reason, stop_reason)
+        return text, reason, stop_reason
+
+    def _is_done(self) -> bool:
+        """Whether the grammar allows nothing more."""
+        constraint = self.sampling.constraint
+        if constraint is None:
+            return False
+        constraint.check()
+        return constraint.is_done
+
+
+def _constraint(request: TextRequest, reader: MessageReader | None) -> Constraint | None:
+    """A new answer's way through the grammar of its request."""
+    if request.grammar is None:
+        return None
+    may_reason = reader is not None and not reader.has_reasoned
+    constraint = Constraint(
+        request.grammar.deep_copy(), request.reasoning_id if may_reason else None
+    )
+    constraint.is_active = reader is None or not reader.is_reasoning
+    return constraint

@@ -214,22 +214,26 @@ class TextEngine:
                 chosen = await self._turns.choose(
                     [row.sampling for row in rows], hidden_ND, [row.num_held for row in rows]
                 )
-                self._metrics.tokens_done(len(rows), times)
-                alive = []
-                for place, (row, sampled) in enumerate(zip(rows, chosen.sampled, strict=True)):
+                alive, places, start, num_new = [], list[int](), 0, 0
+                for row, sampled in zip(rows, chosen.sampled, strict=True):
                     delta = row.add(sampled)
                     outputs.put(delta)
+                    num_new += len(delta.tokens)
+                    end = start + len(sampled.tokens)
                     if delta.finish_reason is None:
-                        alive.append(place)
+                        alive.append((row, len(sampled.tokens)))
+                        places += range(start, end)
                     else:
-                        reasons.append(delta.finish_reason)
+                        reasons.append("length" if delta.finish_reason == "length" else "stop")
+                    start = end
+                self._metrics.tokens_done(num_new, times)
                 if not alive:
                     return
-                hidden_ND = chosen.hidden_ND
-                if len(alive) < len(rows):
-                    rows = [rows[place] for place in alive]
-                    hidden_ND = hidden_ND[torch.tensor(alive)]
-                hidden_ND = await self._step(session, request.n, rows, hidden_ND, reorder)
+                rows = [row for row, _ in alive]
+                hidden_TD = chosen.hidden_ND
+                if len(places) < len(hidden_TD):
+                    hidden_TD = hidden_TD[torch.tensor(places)]
+                hidden_ND = await self._step(session, request.n, alive, hidden_TD, reorder)
                 reorder = None
         finally:
             # Also when this is cancelled: the servers' memory is free at once.
@@ -239,15 +243,17 @@ class TextEngine:
     async def _step(
         session: SessionCore,
         num_rows: int,
-        rows: Sequence[Row],
-        hidden_ND: torch.Tensor,
+        rows: Sequence[tuple[Row, int]],
+        hidden_TD: torch.Tensor,
         reorder: tuple[int, ...] | None,
     ) -> torch.Tensor:
-        """One token of each row through the chain."""
-        slices = tuple(RowSlice(row.number, row.num_held, 1) for row in rows)
+        """The new tokens of each row, nearly always one, through the chain; returns the outputs for
+        the last of each row."""
+        slices = tuple(RowSlice(row.number, row.num_held, number) for row, number in rows)
         table = StepTable(slices, None, reorder)
-        session.prepare_step(num_rows, table, hidden_ND)
-        output_ND = await session.run(num_rows, table, hidden_ND)
-        for row in rows:
-            row.num_held += 1
-        return output_ND
+        session.prepare_step(num_rows, table, hidden_TD)
+        keep_last = not table.is_decode
+        output_TD = await session.run(num_rows, table, hidden_TD, keep_last=keep_last)
+        for row, number in rows:
+            row.num_held += number
+        return output_TD[table.last_tokens()] if keep_last else output_TD

@@ -6,6 +6,7 @@ A tokenizer is not safe to use from several threads, so one thread does all of i
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,12 @@ from tokenizers import Tokenizer
 
 from planetserve.errors import ConfigError, ModelError
 from planetserve.gateway.errors import RequestError
-from planetserve.gateway.protocol import Message
+from planetserve.gateway.protocol import Message, ToolCall
+from planetserve.gateway.response_templates import ResponseTemplates, find_response_template
 
 T = TypeVar("T")
+
+_NOT_FOR_TEMPLATES = ("chat_template", "tokenize", "return_dict", "conversation", "tools")
 
 
 class Texts:
@@ -47,6 +51,20 @@ class Texts:
         self._max_chars = max_tokens * longest
         self._max_tokens = max_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planetserve-gateway-text")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of chats, if there is one."""
+        found = self._template or self._tokenizer.chat_template
+        return found if isinstance(found, str) else None
+
+    def response_template(self, path: str | None) -> ResponseTemplates | None:
+        """How the model's answers are read, as `find_response_template` finds it.
+
+        Raises:
+            ConfigError: it cannot be used.
+        """
+        return find_response_template(self._tokenizer, self.chat_template, path)
 
     @property
     def eos_id(self) -> int | None:
@@ -81,8 +99,9 @@ class Texts:
         continue_final_message: bool,
         add_special_tokens: bool,
         template_kwargs: dict[str, Any] | None,
-    ) -> list[int]:
-        """The tokens of a chat, as its template writes it.
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> tuple[str, list[int]]:
+        """A chat as its template writes it, and the tokens of that.
 
         Raises:
             RequestError: there is no template, it refuses the messages, or they are not text.
@@ -92,11 +111,12 @@ class Texts:
                 "continue_final_message needs add_generation_prompt=false", "continue_final_message"
             )
         kwargs = dict(template_kwargs or {})
-        for name in ("chat_template", "tokenize", "return_dict", "conversation"):
+        for name in _NOT_FOR_TEMPLATES:
             if name in kwargs:
                 raise RequestError(f"{name} cannot be given to a template", "chat_template_kwargs")
         chat = [_as_dict(message) for message in messages]
-        self._check_length("".join(message["content"] or "" for message in chat), "messages")
+        self._check_length("".join(message["content"] for message in chat), "messages")
+        self._check_length(json.dumps(tools), "tools")
 
         def render() -> str:
             if self._template is None and not self._tokenizer.chat_template:
@@ -109,6 +129,7 @@ class Texts:
                 "add_generation_prompt": add_generation_prompt,
                 "continue_final_message": continue_final_message,
                 "chat_template": self._template,
+                "tools": list(tools) or None,
             }
             try:
                 text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, **settings)
@@ -119,7 +140,8 @@ class Texts:
             return text
 
         text = await self._call(render)
-        return await self.encode(text, add_special_tokens=add_special_tokens, param="messages")
+        ids = await self.encode(text, add_special_tokens=add_special_tokens, param="messages")
+        return text, ids
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of some tokens."""
@@ -169,5 +191,29 @@ def _as_dict(message: Message) -> dict[str, Any]:
                     f"message content of type {part.type!r} is not supported; send text", "messages"
                 )
         content = "\n".join(part.text or "" for part in content)
-    extra = message.model_extra or {}
-    return {**extra, "role": message.role, "content": content}
+    found: dict[str, Any] = {**(message.model_extra or {})}
+    found |= {"role": message.role, "content": content or ""}
+    if "reasoning" in found:  # as vLLM answers
+        found.setdefault("reasoning_content", found["reasoning"])
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        found["tool_calls"] = [_call_as_dict(call) for call in message.tool_calls]
+    return found
+
+
+def _call_as_dict(call: ToolCall) -> dict[str, Any]:
+    """With its arguments as an object, which templates write in the family's own way."""
+    arguments: Any = call.function.arguments or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise RequestError(
+                f"the arguments of the call of {call.function.name[:100]!r} are no JSON object",
+                "messages",
+            )
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}

@@ -29,7 +29,7 @@ class Chosen:
 
     sampled: list[Sampled]
     hidden_ND: torch.Tensor
-    """The chosen tokens, embedded."""
+    """The chosen tokens of one row after another, embedded."""
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class Turns:
         Args:
             rows: their sampling.
             hidden_ND: the last layer's outputs for their last tokens.
-            positions: of the tokens that are chosen.
+            positions: of the first token that is chosen for each row.
         """
         done: asyncio.Future[Chosen] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Turn(rows, hidden_ND, positions, done))
@@ -119,10 +119,19 @@ def _compute(half: ClientHalf, turns: Sequence[_Turn]) -> list[Chosen]:
     logits_NV = half.logits(torch.cat([turn.hidden_ND for turn in turns]))
     sampled = sample(logits_NV, [row for turn in turns for row in turn.rows])
     positions = [position for turn in turns for position in turn.positions]
-    hidden_ND = half.embed([[one.token] for one in sampled], positions)
-    results, start = [], 0
+    hidden_ND = half.embed(
+        [[token] for one in sampled for token in one.tokens],
+        [
+            position + place
+            for position, one in zip(positions, sampled, strict=True)
+            for place in range(len(one.tokens))
+        ],
+    )
+    results, start, place = [], 0, 0
     for turn in turns:
-        end = start + len(turn.rows)
-        results.append(Chosen(sampled[start:end], hidden_ND[start:end]))
-        start = end
+        own = sampled[start : start + len(turn.rows)]
+        num_tokens = sum(len(one.tokens) for one in own)
+        results.append(Chosen(own, hidden_ND[place : place + num_tokens]))
+        start += len(turn.rows)
+        place += num_tokens
     return results

@@ -8,6 +8,7 @@ command line, imports none of them. Third cohorts add their own through the entr
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import types
@@ -124,6 +125,7 @@ def _value(text: str) -> int | float | bool | str:
     return text
 
 
+@functools.cache
 def _parameters(factory: Callable[..., object]) -> tuple[dict[str, Any], bool]:
     """Names and annotations of what a factory takes, and whether it takes any other name."""
     try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import secrets
@@ -161,6 +162,7 @@ def verify(peer_id: PeerId, context: bytes, message: bytes, signature: bytes) ->
     return True
 
 
+@functools.lru_cache(maxsize=1024)
 def public_key_of(peer_id: PeerId) -> bytes:
     """The 32-byte Ed25519 public key inside a peer id.
 

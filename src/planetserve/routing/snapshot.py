@@ -34,6 +34,16 @@ MAX_BLOCKS = 4096
 MAX_ID_CHARS = 128
 _MAX_NUMBER = 1e15
 _MIN_RATE = 1e-9
+_LEAST_NUMBERS = {
+    "tokens_per_s_per_block": _MIN_RATE,
+    "network_bytes_per_s": _MIN_RATE,
+    "decode_ms_per_block": 0.0,
+    "free_cache_tokens": 0.0,
+    "reputation": 0.0,
+    "price": 0.0,
+    "wait_ms": 0.0,
+}
+"""The least value of each number of a server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +87,10 @@ class ServerPoint:
             raise ConfigError(
                 f"server {self.id!r}: span {self.start}:{self.end} is empty or reversed"
             )
-        for name in ("tokens_per_s_per_block", "network_bytes_per_s"):
-            _check_number(getattr(self, name), f"server {self.id!r}: {name}", least=_MIN_RATE)
-        for name in ("decode_ms_per_block", "free_cache_tokens", "reputation", "price", "wait_ms"):
-            _check_number(getattr(self, name), f"server {self.id!r}: {name}")
+        for name, least in _LEAST_NUMBERS.items():
+            value = getattr(self, name)
+            if not least <= value <= _MAX_NUMBER:  # so that no text is made for a good number
+                _check_number(value, f"server {self.id!r}: {name}", least)
 
     @property
     def span(self) -> BlockSpan:

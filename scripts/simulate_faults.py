@@ -67,9 +67,8 @@ def main() -> int:
     shape = SwarmShape(options.servers, options.clients, tuple(options.faults))
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     totals = Totals(len(seeds))
-    # The server that forks the workers imports everything once, for all of them.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["planetserve.testing.fault_simulation"])
+    # What takes seconds to import is here already, and no thread runs yet.
+    context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(
         min(options.jobs, max(1, len(seeds))), mp_context=context, initializer=prepare
     )

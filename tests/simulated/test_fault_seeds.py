@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from planetserve.client.ring.ring import RingSession
@@ -20,7 +21,7 @@ from planetserve.scheduler.scheduler import Scheduler
 from planetserve.testing import virtual_time
 from planetserve.testing.fault_plan import FAULTS
 from planetserve.testing.fault_simulation import simulate
-from planetserve.testing.integer_model import IntegerRunner, LoopEngine, embed
+from planetserve.testing.integer_model import IntegerRunner, LoopEngine, PlainModel, embed
 from planetserve.testing.virtual_time import VirtualClock, VirtualTimeLoop
 from planetserve.types import BlockSpan
 from planetserve.wire.step import RowSlice, StepTable
@@ -50,19 +51,29 @@ def test_a_seed_gives_the_same_events_every_time() -> None:
 def test_a_ring_that_is_given_up_while_it_opens_is_no_hops_fault() -> None:
     """Clients that had opened some hops when another one refused sent CLOSE instead of EDGE_KEYS,
     and servers counted that as a breach of the protocol."""
-    for seed in (14, 25, 34):
+    for seed in (0, 4, 5):
         assert simulate(seed).violations == []
 
 
 def test_a_session_that_was_idle_while_its_servers_restarted_bans_none_of_them() -> None:
     """They were back for long when the session went on, and were left alone for a minute."""
-    for seed in (212, 312):
+    for seed in (98, 212):
         assert simulate(seed).violations == []
 
 
 def test_two_hops_that_are_one_server_are_no_pair_to_avoid() -> None:
     """Nothing passed between them; then every plan was refused as a mistake in the settings."""
     assert simulate(606).violations == []
+
+
+def test_one_token_at_a_time_gives_what_a_prompt_gives() -> None:
+    """Single tokens are computed in a way of their own."""
+    whole, single = PlainModel(5), PlainModel(5)
+    tokens = [3, 1, 4, 1, 5, 9]
+    outputs = whole.extend(tokens)
+    assert np.concatenate([single.extend([token]) for token in tokens]).tolist() == outputs.tolist()
+    whole.truncate(2)
+    assert whole.extend(tokens[2:]).tolist() == outputs[2:].tolist()
 
 
 def test_a_failed_step_that_nobody_waits_for_is_not_logged() -> None:

@@ -135,7 +135,7 @@ def _server(rng: random.Random, span: BlockSpan, *, is_roomy: bool) -> ServerPla
         clock=_clock(rng),
         max_chunk_tokens=rng.choice((16, 32, 512)),
         overcommit=rng.choice((1.0, 2.0)),
-        update_period_s=rng.choice((45.0, 60.0, 120.0)),
+        update_period_s=rng.choice((60.0, 120.0, 240.0)),
     )
 
 

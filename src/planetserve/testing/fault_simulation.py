@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import random
@@ -144,12 +145,12 @@ class _Simulation:
             except PlanetServeError:
                 await asyncio.sleep(5.0)
         self._servers[number] = server
-        name = number.to_bytes(2, "big")
-        server.node.taps.append(lambda *frame: self._note(name, *frame))
+        server.memory_node.taps.append(functools.partial(self._note, number))
 
-    def _note(self, node: bytes, way: str, remote: PeerId, header: FrameHeader) -> None:
-        line = f"{self._loop.time():.9f} {way} {remote} {header.type.name} {header.payload_bytes}\n"
-        self._trace.update(node + line.encode())
+    def _note(self, number: int, way: str, remote: PeerId, header: FrameHeader) -> None:
+        line = f"{number} {self._loop.time()!r} {way} {remote} {header.payload_bytes} "
+        self._trace.update(line.encode() + header.pack()[:2])
+        self._checks.touched[number] = None
 
     def _peer(self, number: int) -> PeerId:
         servers = self._plan.servers
@@ -262,7 +263,7 @@ class _Simulation:
         config = ClientConfig(
             step_timeout=20.0,
             ban_timeout=5.0,
-            update_period=rng.choice((15.0, 60.0)),
+            update_period=rng.choice((30.0, 60.0)),
             replan_period=5.0,
             show_route=False,
         )
@@ -282,18 +283,20 @@ class _Simulation:
             except PlanetServeError:
                 await asyncio.sleep(1.0)
         texts = [
-            self._converse(manager, number, random.Random(rng.random()))
+            self._converse(manager, number, random.Random(rng.random()), rng.randint(1, 2))
             for _ in range(rng.randint(1, 3))
         ]
         await asyncio.gather(*texts)
         if self._plan.is_roomy:
             over_s = self._plan.calm_s + RECOVERY_S + 1.0
             await asyncio.sleep(max(0.0, over_s - self._now_s()))
-            await self._converse(manager, number, random.Random(rng.random()))
+            await self._converse(manager, number, random.Random(rng.random()), 1)
 
-    async def _converse(self, manager: ChainManager, client: int, rng: random.Random) -> None:
+    async def _converse(
+        self, manager: ChainManager, client: int, rng: random.Random, num_sessions: int
+    ) -> None:
         await asyncio.sleep(rng.uniform(0.0, 20.0))
-        for _ in range(rng.randint(1, 2)):
+        for _ in range(num_sessions):
             core = SessionCore(manager, lease_tokens=rng.choice((None, 64)))
             self._sessions[core] = client
             try:

@@ -111,6 +111,8 @@ class Pipe:
         self._flying: deque[tuple[float, Arriving | None]] = deque()
         self._arrives_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        # One timer for all waits: most waits end early, and a timer for each is expensive.
+        self._deadline_timer: asyncio.TimerHandle | None = None
 
     def put(self, frame: Arriving | None) -> None:
         """Send a frame, or say that no other comes."""
@@ -148,16 +150,26 @@ class Pipe:
             _set(self._changed.popleft())
 
     async def wait(self, until_s: float = math.inf) -> None:
-        """Until `wake`, or until then."""
-        loop = self._network.loop
-        future: asyncio.Future[None] = loop.create_future()
-        self._changed.append(future)
-        timer = loop.call_at(until_s, _set, future) if until_s < math.inf else None
-        try:
-            await future
-        finally:
+        """Wait for `wake`, at most until then. May return early: the caller checks again."""
+        loop, timer = self._network.loop, self._deadline_timer
+        if until_s < (math.inf if timer is None else timer.when()):
             if timer is not None:
                 timer.cancel()
+            self._deadline_timer = loop.call_at(until_s, self._on_deadline)
+        future: asyncio.Future[None] = loop.create_future()
+        self._changed.append(future)
+        await future
+
+    def _on_deadline(self) -> None:
+        self._deadline_timer = None
+        self.wake()
+
+    def stop_waiting(self) -> None:
+        """Wake all tasks that wait for the pipe, for the last time."""
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+            self._deadline_timer = None
+        self.wake()
 
     def retime(self) -> None:
         """The link has changed."""
@@ -226,7 +238,9 @@ class MemoryStream:
 
     async def send(self, header: FrameHeader, payload: Buffer | Sequence[Buffer] = b"") -> None:
         data = bytes(payload) if isinstance(payload, Buffer) else b"".join(map(bytes, payload))
-        header = FrameHeader.unpack(header.numbered(header.sequence, len(data)).pack())
+        if header.payload_bytes != len(data):
+            header = header.numbered(header.sequence, len(data))
+        header = FrameHeader.unpack(header.pack())
         async with self._sending:
             while not self.closed and self.outward.num_bytes >= WINDOW_BYTES:
                 await self.outward.wait()
@@ -290,7 +304,7 @@ class MemoryStream:
         self._node.streams.pop(self, None)
         if not self._is_broken:
             self.outward.put(None)
-        self.inward.wake()
+        self.inward.stop_waiting()
         self.outward.wake()
 
     def break_off(self) -> None:

@@ -34,11 +34,11 @@ class SimulatedText:
     async def write(self) -> None:
         """Write some texts."""
         rng = self._rng
-        prompt = rng.choice((1, 3, 20, 60, 300))
+        prompt = rng.choice((1, 3, 20, 60, 150))
         await self._extend([[rng.randrange(90) for _ in range(prompt)] for _ in self._rows])
-        for _ in range(rng.randint(3, 16)):
+        for _ in range(rng.randint(3, 10)):
             reorder = None
-            match rng.randrange(16):
+            match rng.randrange(11):
                 case 0 if len(self._rows) > 1:
                     reorder = tuple(rng.randrange(len(self._rows)) for _ in self._rows)
                 case 1:

@@ -58,6 +58,8 @@ class SwarmChecks:
         """Faults that have begun."""
         self.altered: dict[bytes, None] = {}
         """Ids of sessions in which a hostile server may have altered results."""
+        self.touched: dict[int, None] = {}
+        """Servers that have sent or received since the last look at them."""
         self._plan = plan
         self._servers = servers
         self._now_s = now_s
@@ -110,8 +112,10 @@ class SwarmChecks:
         """Look at what is bounded, again and again."""
         while True:
             await asyncio.sleep(SAMPLE_S)
-            for number, server in self._servers.items():
-                self._check_bounds(number, server)
+            touched = [number for number in self.touched if number in self._servers]
+            self.touched.clear()
+            for number in touched:
+                self._check_bounds(number, self._servers[number])
 
     def _check_bounds(self, number: int, server: SimulatedServer) -> None:
         node, stats, handler = server.memory_node, server.engine.stats(), server.handler

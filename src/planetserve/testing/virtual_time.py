@@ -110,8 +110,8 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
                     due.append(timer)
             for _ in range(len(due)):
                 handle = due.popleft()
-                if not handle.cancelled():
-                    handle._run()  # noqa: SLF001 - as every event loop does
+                if not handle._cancelled:  # noqa: SLF001 - as every event loop does
+                    handle._run()  # noqa: SLF001
 
     @override
     def run_in_executor(  # type: ignore[override]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from planetserve.client.hf import batched_lm_head
 from planetserve.client.hf.batched_lm_head import (
     BatchedCalls,
     BatchedLmHead,
@@ -106,6 +107,35 @@ def test_an_error_reaches_only_the_call_that_caused_it() -> None:
     assert [type(result) for result in results] == [
         torch.Tensor, torch.Tensor, ValueError, torch.Tensor,
     ]  # fmt: skip
+
+
+def test_a_product_waits_for_threads_that_called_lately(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, calls = Recorder(), BatchedCalls()
+    recorder.opened.set()
+    hidden = torch.randn(1, HIDDEN)
+
+    def wait_long() -> None:
+        monkeypatch.setattr(batched_lm_head, "_MAX_WAIT_S", 60.0)
+        monkeypatch.setattr(batched_lm_head, "_WAIT_SHARE", 1e9)
+
+    both_called = threading.Barrier(2, action=wait_long)
+
+    def ask_twice() -> None:
+        calls.run(hidden, recorder)
+        both_called.wait()
+        calls.run(hidden, recorder)
+
+    threads = [threading.Thread(target=ask_twice) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert recorder.rows[-1] == 2
+
+    # The two threads are gone, and nobody waits for them.
+    monkeypatch.setattr(batched_lm_head, "_RECENT_S", 0.0)
+    calls.run(hidden, recorder)
+    assert recorder.rows[-1] == 1
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 Its parameters are the plain ones, and every product reads them, so whatever is done to them counts
 at once. Concurrent `generate()` calls each ask for the logits of a token or two, and a product of
 few rows costs about as much as one of sixteen: most of the time goes into reading the weight. So
-whoever finds the head free computes for everybody who has asked by then. Nobody waits for company.
+the thread that finds the head free computes for all that have asked by then. If other threads have
+called lately, it first waits a moment for them: their hidden states often arrive together, and on
+a machine with few cores none of them would reach the head while it computes.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +25,12 @@ from planetserve.model import few_rows
 
 _MAX_ROWS = 8
 """Calls with more rows are computed on their own: they use the processor well enough."""
+_RECENT_S = 0.5
+"""A thread that called within this time may call again soon."""
+_MAX_WAIT_S = 0.001
+"""Maximum wait for other threads' calls."""
+_WAIT_SHARE = 0.33
+"""Maximum wait over the time of a product."""
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 """Other types may mean something else by a product."""
 
@@ -39,9 +48,12 @@ class BatchedCalls:
     """Computes the calls of many threads together. A copy of it has none."""
 
     def __init__(self) -> None:
+        self._called_s: dict[int, float] = {}
+        """When each thread called last, on the monotonic clock."""
         self._waiting: list[_Call] = []
-        self._waiting_lock = threading.Lock()
+        self._arrived = threading.Condition()
         self._turn = threading.Lock()
+        self._product_s = 0.0
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
@@ -51,23 +63,44 @@ class BatchedCalls:
         self, rows_ND: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """`compute(rows_ND)`, together with what other threads ask for."""
-        if not self._waiting and self._turn.acquire(blocking=False):
+        with self._arrived:
+            self._called_s[threading.get_ident()] = time.monotonic()
+            alone = len(self._called_s) == 1
+        if alone and self._turn.acquire(blocking=False):
             try:
                 return compute(rows_ND)
             finally:
                 self._turn.release()
         call = _Call(rows_ND)
-        with self._waiting_lock:
+        with self._arrived:
             self._waiting.append(call)
+            self._arrived.notify()
         with self._turn:
             if call.output_NV is None and call.error is None:
-                with self._waiting_lock:
-                    calls, self._waiting = self._waiting, []
+                calls = self._gather()
+                started_s = time.monotonic()
                 _compute(calls, compute)
+                self._product_s = time.monotonic() - started_s
         if call.output_NV is None:
             # Whatever was wrong may have been somebody else's input.
             return compute(rows_ND)
         return call.output_NV
+
+    def _gather(self) -> list[_Call]:
+        """The calls to compute now, after a short wait for those of other recent threads."""
+        now_s = time.monotonic()
+        with self._arrived:
+            self._called_s = {
+                thread: called_s
+                for thread, called_s in self._called_s.items()
+                if now_s - called_s <= _RECENT_S
+            }
+            self._arrived.wait_for(
+                lambda: len(self._waiting) >= len(self._called_s),
+                timeout=min(_MAX_WAIT_S, _WAIT_SHARE * self._product_s),
+            )
+            calls, self._waiting = self._waiting, []
+        return calls
 
 
 def _compute(calls: Sequence[_Call], compute: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The cost of a chain, exactly as the planner's problem is stated, and what a chain is.
+"""The cost of a chain, exactly as in the planner's problem, and the definition of a chain.
 
 One token travels client -> first hop -> ... -> last hop -> client, so every link is paid at half
 its round-trip time:
@@ -7,8 +7,8 @@ its round-trip time:
                  + hops * hop_overhead_ms + sum blocks * decode_ms_per_block + sum over hops wait_ms
                  + sum over hops 1000 * activation_bytes / network_bytes_per_s
 
-and a chain is as fast as its slowest stage, compute or link, where a server that is visited twice
-shares itself between its visits:
+and the throughput of a chain is that of its slowest stage, compute or link, where a server that is
+visited twice divides its capacity between its visits:
 
     throughput = min over servers of min(tokens_per_s_per_block / blocks it runs in the whole chain,
                                          network_bytes_per_s / (activation_bytes * its hops))
@@ -61,7 +61,8 @@ def latency_ms(snapshot: SwarmSnapshot, chain: Chain) -> float:
 
 
 def hop_ms(snapshot: SwarmSnapshot, server: ServerPoint) -> float:
-    """What a visit to `server` costs besides links and blocks: overhead, waiting, sending."""
+    """Time in milliseconds of a visit to `server` besides links and blocks: overhead, waiting,
+    sending."""
     sending = 1000.0 * snapshot.activation_bytes_per_token / server.network_bytes_per_s
     return snapshot.hop_overhead_ms + server.wait_ms + sending
 

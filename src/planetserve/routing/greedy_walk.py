@@ -1,4 +1,4 @@
-"""Chains built from left to right, one run at a time: what the simple optimisers share."""
+"""Chains built from left to right, one run at a time; shared by the simple optimisers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def walk(
 
     Args:
         problem: where to walk.
-        choose: from the next block and the server before (None: the client), the next server.
-        run_end: from the first block and the server of a run, where it ends.
+        choose: returns the next server, given the next block and the server before (None: the
+            client).
+        run_end: returns the end of a run, given its first block and its server.
     """
     hosts: list[int] = []
     previous: int | None = None

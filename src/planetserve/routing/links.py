@@ -1,8 +1,8 @@
-"""Half round-trip times between the servers of a problem, as the methods of planning read them.
+"""Half round-trip times between the servers of a problem, as the planning methods read them.
 
-Small swarms, and those that know most of their pairs, have a table of all pairs. A large swarm
-knows few pairs, a server some dozens of others, and all other pairs have the default. It keeps only
-the pairs it knows: a table of 10,000 servers would take 800 MB.
+Small swarms, and those that know most of their pairs, have a table of all pairs. In a large swarm
+few pairs are known, some dozens per server, and all other pairs have the default. Only the known
+pairs are kept: a table of 10,000 servers would take 800 MB.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Links(Protocol):
         """`[to]` the least of `cost[t]` and the link from `t`, times `scale`, over all servers `t`.
 
         Args:
-            cost: `[n]`, infinite for servers that are not to be come from.
-            to: the servers to come to.
+            cost: `[n]`, infinite for servers that cannot be the previous one.
+            to: the next servers.
             scale: `[n]` factors on the links to each server.
         """
         ...

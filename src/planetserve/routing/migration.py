@@ -1,9 +1,9 @@
 """Whether a running session should move to another chain.
 
 It should when another chain has been clearly better for several checks in a row (`replan_gain`,
-`replan_checks`) and what it saves on the tokens still to come is more than what filling the new
-hops costs. Then it moves at one check in two, so that sessions which see the same idle server do
-not all arrive there at once. Decisions only: times come in.
+`replan_checks`) and saves more time on the remaining tokens than filling the new hops costs. Then
+it moves at every second check on average, so that sessions which see the same idle server do not
+all move there at once. Decisions only: times come in as arguments.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from planetserve.types import CLIENT, Chain, Hop
 
 _NUM_STEPS = 16
 _LEAST_STEPS = 8
-"""Decode steps on one chain before it is judged; the median of the latest counts."""
+"""Number of decode steps on one chain before it is judged, by the median of the latest."""
 _MOVE_SHARE = 0.5
 _SETUP_ROUND_TRIPS = 4
-"""To connect, open, deal and rewire."""
+"""Number of round trips to connect, open, deal and rewire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Offer:
         Args:
             measured_ms: time per token of the chain in use, as measured.
             tokens_left: that the session will probably still decode.
-            gain: the least share of the present time per token that must be saved.
+            gain: minimum fraction of the present time per token that must be saved.
         """
         saved_ms = self.now_ms - self.offered_ms
         enough = saved_ms >= gain * max(self.now_ms, measured_ms)
@@ -93,7 +93,7 @@ class MigrationPolicy:
     def decide(self, offer: Offer | None, tokens_left: float) -> Chain | None:
         """The chain to move to, after a check that has found this offer or none."""
         gain = self._config.replan_gain
-        # Another chain may have come in between, which has to be measured first.
+        # The chain may have changed meanwhile; the new one has to be measured first.
         known = bool(self._steps_ms)
         if not known or offer is None or not offer.is_worth(self.measured_ms, tokens_left, gain):
             self._num_good = 0

@@ -2,7 +2,8 @@
 
 A chain is the same thing as one host per block, because neighbouring blocks on one server are one
 hop. So a problem says which servers may host which block, and what staying and switching cost.
-Servers that no filter leaves a block for are not part of it; `n` below is the number of the others.
+Servers that may run no block after the filters are not part of it; `n` below is the number of the
+others.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from planetserve.types import CLIENT, Chain, Hop
 
 @dataclass(frozen=True, slots=True)
 class RoutingProblem:
-    """Who may run what, and at which cost. Every block has at least one legal host."""
+    """The servers that may run each block, and their costs. Every block has at least one legal
+    host."""
 
     snapshot: SwarmSnapshot
     members: IntArray
@@ -49,8 +51,8 @@ class RoutingProblem:
         """Apply the request's filters to the snapshot.
 
         Raises:
-            MissingBlocksError: after the filters on whom to use, nobody is left for some blocks.
-            NoChainAvailable: somebody is, but without free cache for `request.tokens`.
+            MissingBlocksError: some blocks have no server that the request may use.
+            NoChainAvailable: they have, but none with free cache for `request.tokens`.
         """
         legal = _legal_hosts(snapshot, request)
         missing = uncovered_spans(np.any(legal, axis=1))

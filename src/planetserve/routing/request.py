@@ -1,4 +1,5 @@
-"""What one request asks of a chain: room for its tokens, whom it trusts, and what it optimises for.
+"""The requirements of one request on a chain: room for its tokens, trusted servers, and the
+objective.
 
 The filters are hard: no optimiser ever returns a hop that breaks one. `pick` says which chain of a
 latency/throughput front to take (see `planetserve.routing.front`); optimisers that know one chain

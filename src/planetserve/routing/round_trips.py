@@ -1,6 +1,6 @@
 """The round-trip times that a snapshot holds: by name, or as a matrix of all pairs.
 
-Whoever plans, prices or draws reads them through `RoundTrips`, whatever they were given as.
+Planning, pricing and drawing read them through `RoundTrips`, in either form.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from planetserve.routing.arrays import FloatArray, IntArray
 from planetserve.routing.links import KnownLinks, Links, LinkTable
 
 _MAX_CELLS = 2000**2
-"""Of a table of which less than `_FULL` is known."""
+"""Maximum cells of a table of which a fraction below `_FULL` is known."""
 _FULL = 0.2
 
 

@@ -22,7 +22,7 @@ from planetserve.routing.problem import RoutingProblem
 
 Counts = NDArray[np.int64]
 _MAX_CELLS = 10**8
-"""Links of all boundaries, 8 bytes each."""
+"""Maximum number of links of all boundaries, 8 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class RunGraph:
-    """What every bound on one problem shares."""
+    """The data shared by all bounds on one problem."""
 
     problem: RoutingProblem
     holders: tuple[IntArray, ...]
@@ -64,7 +64,7 @@ class RunGraph:
 
     @classmethod
     def build(cls, problem: RoutingProblem) -> RunGraph:
-        """All links there are.
+        """The graph with all links.
 
         Raises:
             ConfigError: they would take gigabytes.
@@ -107,7 +107,7 @@ class Bounds:
     leave: FloatArray
     """`[num_blocks + 1, n]` when the server has ended a run at the boundary."""
     total: float
-    """Of the whole chain, or of the part asked for; infinite when there is none."""
+    """Cost of the whole chain, or of the requested part; infinite when there is none."""
     hosts: tuple[int, ...]
     """The chain that has this cost, as a host per block; empty when there is none."""
 

@@ -1,4 +1,4 @@
-"""From what servers announce to what planners read."""
+"""Directory records converted to what planners read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ logger = logging.getLogger(__name__)
 
 
 def usable_point(info: ServerInfo, num_blocks: int) -> ServerPoint | None:
-    """`server_point` of a stranger's record; None if it cannot be true of a model of `num_blocks`
-    blocks, or if no plan could use it."""
+    """`server_point` of an untrusted record; None if it does not fit a model of `num_blocks` blocks
+    or no plan could use it."""
     if info.num_blocks != num_blocks:
         return None
     try:
@@ -47,9 +47,9 @@ def server_point(info: ServerInfo) -> ServerPoint:
 def split_load(decode_ms: float, alone_ms: float, num_blocks: int) -> tuple[float, float]:
     """Time per block and wait per visit, from time per block with and without load.
 
-    Load makes a step wait for the batch under way and for the end of its own, in which others use
-    the rest of the span. Both take as long however few blocks the step itself uses, so load is
-    charged by the visit. Through the whole span it comes to the same.
+    Under load, a step waits for the running batch and for the end of its own batch, in which others
+    use the rest of the span. Both waits are the same however few blocks the step itself uses, so
+    load is charged per visit. For the whole span the sum is the same.
 
     Args:
         decode_ms: per block under load.

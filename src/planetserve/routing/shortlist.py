@@ -1,7 +1,7 @@
-"""Which of very many servers are worth planning on.
+"""Selection of the servers to plan on, out of very many.
 
 Planning time grows with the square of the servers. In a large swarm nearly all of them are too far
-away or too slow to be in a good chain, so the best few hundred holders do: for every block in turn
+away or too slow to be in a good chain, so the best few hundred are enough: for every block in turn
 its best holder, then its second best, and so on.
 """
 
@@ -20,8 +20,8 @@ def best_holders(
     num_blocks: int,
     limit: int,
 ) -> NDArray[np.intp]:
-    """Positions, sorted, of at most `limit` servers such that no block has lost a better holder
-    than it has kept, as far as the limit goes.
+    """Positions, sorted, of at most `limit` servers. Every block keeps its best holders, as many as
+    the limit allows.
 
     Args:
         start, end: `[n]` spans.

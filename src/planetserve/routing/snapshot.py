@@ -1,13 +1,13 @@
-"""What a planner knows of a swarm at one moment: spans, speeds, free cache, trust, prices, RTTs.
+"""A planner's view of a swarm at one moment: spans, speeds, free cache, trust, prices, RTTs.
 
-A snapshot is immutable and complete: the same snapshot and request give the same chain, so a
-client can save the one it planned on and anybody can replay it. Values are checked when a snapshot
+A snapshot is immutable and complete: the same snapshot and request give the same chain, so a client
+    can save the one it planned on, and the plan can be repeated. Values are checked when a snapshot
 is built, whether it comes from the directory or from a file; the file format is strict JSON,
 in the shape that `from_json` checks.
 
-Round-trip times are symmetric; `"client"` names the client's end of the ring. They come as a table
-by names, in which pairs may be missing, or as a matrix, and are read as `round_trips` whatever they
-came as. Nothing here measures or fetches.
+Round-trip times are symmetric; `"client"` names the client's end of the ring. They are given as a
+table by names, in which pairs may be missing, or as a matrix, and are read as `round_trips` in
+either form. Nothing here measures or fetches.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class ServerPoint:
     start: int
     end: int
     decode_ms_per_block: float
-    """Time one decode step of one sequence spends in one block, under the server's current load but
-    for `wait_ms`."""
+    """Time of one decode step of one sequence in one block, under the server's current load,
+    without `wait_ms`."""
     tokens_per_s_per_block: float
     """Tokens per second through one block when batched."""
     network_bytes_per_s: float
@@ -69,7 +69,7 @@ class ServerPoint:
     price: float = 0.0
     """Price of one token through one block, in whatever unit the swarm uses."""
     wait_ms: float = 0.0
-    """What a decode step waits for others at every visit, however many blocks it uses here."""
+    """Time that a decode step waits for others at every visit, however many blocks it uses."""
 
     def __post_init__(self) -> None:
         if not self.id or len(self.id) > MAX_ID_CHARS or not self.id.isprintable():
@@ -89,7 +89,7 @@ class ServerPoint:
             )
         for name, least in _LEAST_NUMBERS.items():
             value = getattr(self, name)
-            if not least <= value <= _MAX_NUMBER:  # so that no text is made for a good number
+            if not least <= value <= _MAX_NUMBER:  # no error text is made for a good number
                 _check_number(value, f"server {self.id!r}: {name}", least)
 
     @property
@@ -100,7 +100,8 @@ class ServerPoint:
 @final
 @dataclass(frozen=True)
 class SwarmSnapshot:
-    """A swarm at one moment. No slots: what is made of the RTT table is made once, on first use.
+    """A swarm at one moment. No slots: what is derived from the RTT table is computed once, on
+    first use.
 
     Raises:
         ConfigError: a value is out of range, an id is used twice, a span leaves the model, the RTT
@@ -111,11 +112,11 @@ class SwarmSnapshot:
     activation_bytes_per_token: float
     hop_overhead_ms: float
     default_rtt_ms: float
-    """Of pairs that `rtt_ms` does not hold; a matrix holds all."""
+    """Round-trip time of pairs that `rtt_ms` does not hold; a matrix holds all."""
     servers: tuple[ServerPoint, ...]
     rtt_ms: Mapping[str, Mapping[str, float]] | RttMatrix = field(default_factory=dict)
-    """By names; or a matrix in the order of `servers`, the client last, where a table of all pairs
-    would have to be made and checked for every plan."""
+    """By names; or a matrix in the order of `servers`, the client last, which is cheaper than a
+    table of all pairs that is made and checked for every plan."""
     version: int = SNAPSHOT_VERSION
 
     def __post_init__(self) -> None:

@@ -1,19 +1,19 @@
 """Whether a pass should wait a moment for decode steps that are about to come back.
 
 A pass of few tokens takes hardly longer than one of a single token, because it reads the same
-weights. Two sessions that write through one server fall into step against each other: while the
-step of one runs, the other's comes back, and each token costs two passes. Had the server waited
-until the first one's next step came back too, both would have shared a pass, and would go on doing
-so, since they are answered together. With `R` seconds until all that are answered together are
-back, and `F` the part of a pass that does not depend on its tokens, a round of all takes `R + F`
-and a bit instead of `2 F`: waiting can pay while `R < F`. Less is asked for, because while the
-server waits it does not work beside its clients. Where the way back takes longer, as over the
-other stages of a chain or a slow link, nobody is waited for.
+weights. Without waiting, two sessions on one server alternate: the step of one returns while the
+step of the other runs, so each round of tokens costs two passes. If the server waits until both
+steps are there, they share a pass, and go on sharing passes, because they are answered together.
+Let `R` be the seconds until all sessions that are answered together are back, and `F` the part of a
+pass that does not depend on its tokens. A round then takes slightly more than `R + F` instead of
+twice `F`, so waiting can pay while `R < F`. The limit used is lower, because a server that waits
+does not compute while its clients do. There is no waiting where the return takes longer, as over
+the other stages of a chain or a slow link.
 
-How long each session stays away is learned as TCP learns its round-trip times (RFC 6298, section
+The return time of each session is estimated as TCP estimates round-trip times (RFC 6298, section
 2): a mean and a mean deviation. `R` grows with the number of sessions where one client serves
-several; it and `F` are read from lines through what was measured lately. A session that does not
-come back, because its text has ended, is waited for once.
+several; `R` and `F` are read from linear fits of recent measurements. A session that does not
+return, because its text has ended, causes one wait.
 
 Pure: times come in as arguments.
 """
@@ -28,12 +28,12 @@ from planetserve.types import BlockSpan
 _MEAN_WEIGHT = 1 / 8
 _DEVIATION_WEIGHT = 1 / 4
 _DEVIATIONS = 2
-"""A step is late after the mean and so many mean deviations."""
+"""Number of mean deviations past the mean return time after which a step is late."""
 _PAUSE_S = 1.0
-"""Who stays away for longer has paused; that says nothing about the way back."""
+"""Seconds after which a session counts as paused; its return time is then not a measurement."""
 _NEWEST_WEIGHT = 0.05
 _SLOPE_WEIGHT = 0.25
-"""How firmly a line's slope is believed to be the likely one, as a variance of its numbers."""
+"""Weight of the likely slope in a fit, as a variance of the numbers."""
 
 
 class _AwayTime:
@@ -85,7 +85,7 @@ class LineFit:
         self._number = self._time_s = self._variance = self._covariance = 0.0
 
     def record(self, number: float, time_s: float) -> None:
-        """Take a measurement into account; older ones fade."""
+        """Add a measurement; older ones lose weight."""
         self._weight += _NEWEST_WEIGHT * (1 - self._weight)
         share = _NEWEST_WEIGHT / self._weight
         off_number, off_s = number - self._number, time_s - self._time_s
@@ -117,26 +117,26 @@ class BatchDelay:
     def __init__(self, patience: float):
         self._patience = patience
         self._block_times = LineFit()
-        """Of passes of decode steps, by tokens."""
+        """Time per block of passes of decode steps, by tokens."""
         self._return_times = LineFit()
-        """Until the last of those who were answered together is back, by how many they are."""
+        """Time until the last of the sessions answered together is back, by their number."""
         self._saved_s = 0.0
         """What a shared pass saves for each block, times `patience`."""
         self._sessions: dict[bytes, _Session] = {}
         self._away: dict[bytes, float] = {}
-        """Who comes back sooner than a pass takes, and when they are late."""
+        """Sessions that return sooner than a pass takes, and the times at which they are late."""
 
     def open(self, session_id: bytes, span: BlockSpan) -> None:
         """A session over `span` begins."""
         self._sessions[session_id] = _Session(span)
 
     def forget(self, session_id: bytes) -> None:
-        """It has ended."""
+        """The session has ended."""
         self._sessions.pop(session_id, None)
         self._away.pop(session_id, None)
 
     def record(self, num_tokens: float, num_blocks: int, elapsed_s: float) -> None:
-        """Take a pass of decode steps alone into account."""
+        """Record a pass of decode steps alone."""
         self._block_times.record(num_tokens, elapsed_s / num_blocks)
 
     def answered(self, session_ids: Collection[bytes], now_s: float, likely_token_s: float) -> None:
@@ -176,7 +176,7 @@ class BatchDelay:
                 self._return_times.record(cohort.size, now_s - cohort.answered_s)
 
     def wait_s(self, ready: Collection[bytes], now_s: float) -> float:
-        """For how long the decode steps of `ready` should wait for others; 0 to run them now."""
+        """Seconds for which the decode steps of `ready` should wait for others; 0: run them now."""
         for session_id, late_s in list(self._away.items()):
             if late_s <= now_s:
                 del self._away[session_id]

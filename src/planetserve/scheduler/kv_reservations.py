@@ -1,12 +1,12 @@
 """Admission to the KV cache: how many pages each session may use.
 
 A lease is a promise made when a session opens: the engine thread can give the session that many
-pages. A session may grow past its lease while pages are unleased. What cannot be promised is
-refused at once; nobody waits.
+pages. A session may grow past its lease while pages are unleased. A request that cannot be promised
+is refused at once; no request waits.
 
-Most sessions never use all that they lease, so more may be promised than there is (`overcommit`).
-If too many promises are kept at once, sessions lose pages for a while (`preemption.py`), and until
-that is over nothing is promised beyond the pages that exist.
+Most sessions never use all that they lease, so more pages may be promised than exist
+(`overcommit`). If sessions use more pages than exist, some lose theirs for a while
+(`preemption.py`); during that time nothing is promised beyond the pages that exist.
 
 Owned by the event loop's thread; the pages themselves belong to the engine thread. A closed lease
 may be promised again immediately, because the engine hears of the close before it hears of any
@@ -35,20 +35,21 @@ class _Reservation:
 
 
 class KvReservations:
-    """Who may use how many of `total_pages`.
+    """The leases of all sessions over `total_pages`.
 
-    While other peers hold pages, a peer may hold its share (`max_peer_share`). While it is alone it
-    may hold everything, and what it holds over its share is taken back when somebody else needs it
-    for his (`over_share`): memory is not idle for the sake of nobody, and yet no single peer can
-    fill the cache and lock the others out.
+    While other peers hold pages, a peer may hold its share (`max_peer_share`). A peer that is alone
+    may hold everything. The part above its share is taken back when another peer needs it for its
+    own share (`over_share`), so memory is not left idle, and no single peer can keep the others
+    out.
 
     Args:
         total_pages: pages of the KV cache.
         page_size: tokens per page.
         clock: tells how long sessions live, from which `retry_after_s` is estimated.
-        max_peer_share: the largest part of what may be promised that one peer's sessions may lease
-            while others hold any; 1 means no limit.
-        overcommit: how many times all pages are promised. One session gets all pages at most.
+        max_peer_share: largest fraction of the promised pages that one peer's sessions may lease
+            while others hold any; 1: no limit.
+        overcommit: promised pages divided by existing pages. One session gets all existing pages at
+            most.
     """
 
     def __init__(
@@ -141,9 +142,9 @@ class KvReservations:
     def over_share(self, peer_id: str, num_rows: int, max_length: int) -> list[bytes]:
         """Sessions to end so that `peer_id` can lease so much within its share.
 
-        Of the peers that hold more than theirs, the one that holds most loses its newest session
-        first, and none of them gets below its share by more than the session that takes it there.
-        Empty if that would not make enough room.
+        Of the peers above their share, the one that holds most loses its newest session first. A
+        peer stops losing sessions once it is within its share. Empty if that would not make enough
+        room.
         """
         wanted = num_rows * self._pages_of(max_length)
         within_share = self._peer_pages.get(peer_id, 0) + wanted <= self._max_peer_pages

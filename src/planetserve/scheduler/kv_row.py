@@ -24,8 +24,8 @@ class Appended:
         slots: one per new token.
         copy: `(source page, destination page)` to copy before anything is written, or None.
         cleared_page: a new page that stays partly empty, or None. It must be zeroed after the
-            copies and before it is written, so that a batched read of whole pages meets nothing
-            that another session left there (a masked NaN would still spoil the result).
+            copies and before it is written, so that a batched read of whole pages reads nothing
+            that another session left there (a masked NaN would still make the result NaN).
     """
 
     slots: array[int]

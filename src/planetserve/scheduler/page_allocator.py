@@ -5,8 +5,8 @@ prefers the page right after the one a sequence ends with, and starts new sequen
 room to grow, because an engine can read consecutive pages in place. That is a preference only:
 any free page is correct.
 
-Owned by the thread that owns the scheduler. Never runs out while admission goes through
-`kv_reservations.py`, so running out is an internal error, not a refusal.
+Owned by the thread that owns the scheduler. It never runs out while admission goes through
+`kv_reservations.py`, so running out is an internal error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FREE_RUN = re.compile(rb"\x00+")
 
 
 class PageAccountingError(PlanetServeError):
-    """Page tables and reference counts disagree: a bug in this package, never a peer's doing."""
+    """Page tables and reference counts disagree: a bug in this package, never caused by a peer."""
 
 
 class PageAllocator:

@@ -1,17 +1,16 @@
-"""Who gives up pages when they run out, and what has to be recomputed then.
+"""Preemption: which sessions give up pages when none are free, and what is recomputed afterwards.
 
 Sessions come in the order in which they were opened: the oldest is served first, the newest gives
-up its pages first (first come, first served with recomputation, as in vLLM). Sessions that
-take their owner beyond his share of the pages come after all others, so nobody who keeps to his
-share loses a page to one who does not; and those that have had no step for a while come last,
-since two servers could otherwise each hold what a session on the other waits for. A session only
-ever takes pages from those behind it. Each fits into the cache when it is alone there, so the
-first one always goes on.
+up its pages first (first come, first served with recomputation, as in vLLM). Sessions that take
+their owner above its share of the pages come after all others, so an owner within its share loses
+no page to one above it. Sessions that have had no step for a while come last; otherwise two servers
+could each hold pages that a session on the other waits for. A session takes pages only from
+sessions behind it. Each session alone fits into the cache, so the first one always makes progress.
 
 Only as many pages are taken as are needed, from the ends of the rows: what is left of a session
-stays valid. Rows that shared pages share them again afterwards. Before a session begins a prompt
-or a recomputation, there must be room for all of it and a page more for each row in front of it;
-otherwise it would be begun again and again.
+stays valid. Rows that shared pages share them again afterwards. A session begins a prompt or a
+recomputation only when there is room for all of it and for one more page per row in front of it;
+otherwise it would be started again and again.
 
 Decisions on numbers only; owned by the scheduler.
 """
@@ -104,7 +103,7 @@ class Preemption:
     ) -> bool:
         """Take pages from sessions behind this one until its next `num_tokens` tokens fit.
 
-        False if even all of theirs would not do; then nobody loses any.
+        Returns False if all of them would not be enough; then no pages are taken.
         """
         need = self._pages_needed(sessions[session_id], num_tokens)
         if need <= self._allocator.num_free:
@@ -150,7 +149,7 @@ class Preemption:
         session.restoring = Progress(item, step.arrival, item.num_tokens, False, is_restored=True)
 
     def finish(self, session: Session) -> None:
-        """Everything that the session had lost is there again."""
+        """All lost tokens of the session have been recomputed."""
         self.fork(session, len(session.rows))
         session.lost = session.restoring = None
 
@@ -159,7 +158,8 @@ class Preemption:
         return session.lost is not None and any(other <= row for other in session.lost.pending)
 
     def fork(self, session: Session, last_row: int) -> None:
-        """Let rows up to `last_row` share the pages of earlier rows again, if they are to."""
+        """Let rows up to `last_row` share the pages of earlier rows again, where they shared them
+        before."""
         lost = session.lost
         if lost is None:
             return
@@ -178,8 +178,9 @@ class Preemption:
         beyond: list[bytes] = []
         last: list[bytes] = []
         owned: dict[str, int] = {}
-        # Dictionaries keep the order in which sessions were opened. What a session will need
-        # counts, not what it holds: or it would be in front again as soon as it has lost pages.
+        # Dictionaries keep the order in which sessions were opened. The order uses what a session
+        # will need, not what it holds; otherwise a session would be in front again as soon as it
+        # has lost pages.
         for session_id, session in sessions.items():
             pages = sum(map(self._pages_of, session.planned_lengths))
             owned[session.owner] = owned.get(session.owner, 0) + pages
@@ -209,7 +210,8 @@ class Preemption:
             session.lost = None
 
     def _rewind(self, session: Session, lost: Lost, draft: Draft) -> None:
-        """What the step under way has done in lost tokens, and after them, it will do again."""
+        """Mark for recomputation what the current step has computed in lost tokens and after
+        them."""
         step = session.queue[0] if session.queue else None
         if step is None or not step.num_done:
             return
@@ -273,10 +275,11 @@ class Preemption:
 
 
 def _shared(rows: list[Sequence], page_size: int) -> list[tuple[int, int]]:
-    """For each row the earliest one before it with which it shares most, and how many tokens.
+    """For each row, the earliest row before it with which it shares the most tokens, and their
+    number.
 
-    Rows get common pages by forking alone, so those that have one have all the pages before it as
-    well: the last page that a row has in common tells everything, and only its own are passed.
+    Rows share pages only by forking, so rows with a common page also share all pages before it. So
+    it is enough to find the last common page of a row.
     """
     # Per page the rows that hold it and fill it further than those before them, at most one for
     # each of its slots: (row, tokens up to the end of the page).

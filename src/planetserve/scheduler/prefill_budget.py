@@ -1,13 +1,13 @@
-"""How many prompt tokens a batch may take along, so that those who decode hardly notice.
+"""How many prompt tokens a batch may hold, so that sessions that decode are hardly slowed down.
 
 A prompt is computed in chunks next to other sessions' decode steps (Sarathi's stall-free batching,
-OSDI 2024, section 4). What a batch takes depends on the machine and the model, so it is learned:
-batches of decode steps alone say what these take, the others what a token more takes. From both
-follows how many prompt tokens make a batch `slowdown` times as long. While nobody decodes, a chunk
-may be as large as a batch.
+OSDI 2024, section 4). The time of a batch depends on the machine and the model, so it is measured:
+batches of decode steps alone give the base time, the others the time per additional token. From
+both follows how many prompt tokens make a batch `slowdown` times as long. While no session decodes,
+a chunk may be as large as a batch.
 
-Where many wait for their first token and few decode, the few may be slowed down more: everybody's
-time counts the same.
+If many sessions wait for their first token and few decode, the few may be slowed down more: the
+time of all sessions counts the same.
 
 Pure: times come in as arguments.
 """
@@ -22,13 +22,14 @@ from planetserve.errors import ConfigError
 
 MIN_TOKENS = 8
 MOST_SLOWDOWN = 4.0
-"""However many prompts wait, a batch may take no more than this many times decode steps alone."""
+"""Maximum time of a batch as a multiple of decode steps alone, however many prompts wait."""
 
 _FIRST_TOKENS = 32
 _DECODE_BATCHES = 5
-"""The median of so many batches says what decode steps alone take."""
+"""Number of batches whose median is the time of decode steps alone."""
 _RENEW_AFTER = 64
-"""After so many batches with prompt tokens one is run without, to see what these take now."""
+"""Number of batches with prompt tokens after which one without them is run, to measure decode steps
+again."""
 _TOKEN_WEIGHT = 0.2
 _LEAST_TOKENS_MORE = 4
 _QUIET_S = 0.25
@@ -91,7 +92,7 @@ class PrefillBudget:
         """The session has ended."""
         self._last_decode_s.pop(session_id, None)
         if not self._last_decode_s:
-            self._decode_batches.clear()  # whoever comes next may use other blocks
+            self._decode_batches.clear()  # the next sessions may use other blocks
 
     def record(
         self,
@@ -101,7 +102,7 @@ class PrefillBudget:
         work_s: float,
         now_s: float,
     ) -> None:
-        """Take a batch into account that ran until `now_s`.
+        """Record a batch that ran until `now_s`.
 
         Args:
             decoding: sessions of its decode steps.

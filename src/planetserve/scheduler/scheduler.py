@@ -7,9 +7,9 @@ stalls the others. `commit` reports the batch done. Only one batch is open at a 
 Steps of one session run in the order they were added, at most one per batch. A step that starts
 before the end of a row's tokens cuts the row first (rollback); one that starts after it is refused.
 
-A scheduler that preempts may be promised to more sessions than its pages can hold. When they run
-out, `preemption.py` decides who waits and who gives up pages; what was lost is recomputed before
-the session's next step.
+A scheduler that preempts may admit more sessions than its pages can hold. When they run out,
+`preemption.py` decides which sessions wait and which give up pages; what was lost is recomputed
+before the session's next step.
 
 Owned by the engine thread; does no locking, no input or output, and knows no time.
 """
@@ -44,7 +44,8 @@ class SchedulerConfig:
         can_rollback: whether a sequence can be cut anywhere, not only to nothing.
         preempts: whether sessions may lose pages to others when these run out. Needs pages that can
             be taken one by one, and steps that can be spread; each session alone must fit.
-        max_owner_share: the part of the pages within which an owner's sessions keep them by age.
+        max_owner_share: fraction of the pages that one owner's sessions may hold before they lose
+            their place in the order of age.
     """
 
     num_pages: int
@@ -126,7 +127,8 @@ class Scheduler:
 
     @property
     def num_live_tokens(self) -> int:
-        """Slots of the used pages that hold a token; one that several rows share counts once."""
+        """Number of slots in used pages that hold a token; a slot that several rows share counts
+        once."""
         size = self._config.page_size
         empty = 0
         # Only the last page of a row can have empty slots; another row may have filled it further.
@@ -148,7 +150,7 @@ class Scheduler:
         return self._allocator.num_used * size - empty
 
     def ready(self) -> Ready:
-        """Who has something to run, without those that wait for pages."""
+        """Sessions that have something to run, without those that wait for pages."""
         ready = Ready(set(), {})
         for session_id, session in self._ready.items():
             if session_id in self._waiting:
@@ -237,7 +239,7 @@ class Scheduler:
         )
 
     def commit(self, batch: ScheduledBatch) -> tuple[int, ...]:
-        """Take note that `batch` has run.
+        """Record that `batch` has run.
 
         Returns:
             Ids of the items that are now finished.
@@ -305,7 +307,7 @@ class Scheduler:
         return self._token_budget.share(decode, prefill, max_prefill_tokens)
 
     def _start(self, session: Session, draft: Draft) -> None:
-        """Let the session's next step reorder and cut rows before it is the first time to run."""
+        """Let the session's next step reorder and cut rows before it runs for the first time."""
         head = session.head
         if head.started:
             return

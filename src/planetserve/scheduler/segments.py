@@ -1,4 +1,4 @@
-"""How a batch passes through a span when its sessions use different parts of it.
+"""The passes of a batch whose sessions use different parts of the span.
 
 Sessions whose parts overlap share a pass wherever they do: the blocks are cut where some part
 begins or ends, and all chunks that pass a segment between two cuts go through it together. One read
@@ -14,7 +14,7 @@ from planetserve.types import BlockSpan
 
 
 def segments(spans: Sequence[BlockSpan]) -> list[tuple[BlockSpan, list[int]]]:
-    """The passes that take a state through each of `spans`, in order.
+    """The passes that together run each of `spans`, in order.
 
     Returns:
         Segments that follow one another, each with the indices of the spans that cover it in

@@ -1,4 +1,4 @@
-"""How fast a span runs lately, in the units that servers announce.
+"""Recent speed of a span, in the units that servers announce.
 
 A step through `n` blocks takes `overhead_ms + n * decode_ms_per_block`: the first part is what a
 step costs whatever its blocks, the second grows with them. Both are timed once at load
@@ -16,18 +16,18 @@ from dataclasses import dataclass
 
 _PASS_WEIGHT = 0.1
 _MIN_LARGE_PASS = 16
-"""Only passes of at least this many tokens say something about throughput."""
+"""Minimum tokens of a pass that counts for the throughput."""
 
 _AVERAGE_S = 5.0
-"""Steps of about this long a time are averaged, however many they are."""
+"""Time constant in seconds of the average over steps."""
 _MAX_WEIGHT = 0.2
 _LEAST_ALONE_WEIGHT = 0.05
 _HANDLING_MS = 0.5
-"""Until steps have shown it."""
+"""Handling time in milliseconds that is assumed before any step was measured."""
 _HANDLING_WEIGHT = 0.05
 _FORGET_S = 30.0
-"""Time constant with which the load of a server fades that has been idle for `_AVERAGE_S`: nobody
-measures it any more."""
+"""Time constant in seconds with which the measured load decays once a server has been idle for
+`_AVERAGE_S`."""
 _LEAST_MS = 1e-6
 
 
@@ -66,7 +66,7 @@ class StepLatency:
         self._latest_s = now_s
 
     def add(self, elapsed_ms: float, num_blocks: int, *, alone: bool, now_s: float) -> None:
-        """Count in one decode step.
+        """Record one decode step.
 
         Args:
             elapsed_ms: from its arrival to its result.
@@ -85,7 +85,7 @@ class StepLatency:
         self._latest_s = now_s
 
     def add_handling(self, elapsed_ms: float) -> None:
-        """Count in what a step took outside the engine: receiving, opening, sealing, sending."""
+        """Record the time of a step outside the engine: receiving, opening, sealing, sending."""
         self._handling_ms += _HANDLING_WEIGHT * (elapsed_ms - self._handling_ms)
 
     @property
@@ -95,7 +95,7 @@ class StepLatency:
 
     @property
     def alone_ms_per_block(self) -> float:
-        """Time per block of a step that meets nobody."""
+        """Time per block of a step that runs alone."""
         return self._alone_ms
 
     def ms_per_block(self, now_s: float) -> float:
@@ -112,7 +112,7 @@ class PassSpeed:
         """0 until a large pass has run."""
 
     def record(self, num_tokens: float, num_blocks: int, elapsed_s: float) -> None:
-        """Take a pass into account that ran for `elapsed_s`.
+        """Record a pass that ran for `elapsed_s`.
 
         Args:
             num_tokens: that went through each of its blocks, on average.

@@ -1,9 +1,9 @@
 """The first population: chains that are good in some direction, and random ones.
 
-The good ones are what the bounded sweep for the front of latency and throughput finds and the
-greedy chain; with more objectives also every chain worth having that leaves servers only at the end
+The good ones are those of the bounded sweep for the front of latency and throughput, and the greedy
+chain. With more objectives there are also the undominated chains that leave servers only at the end
 of their spans, and chains with the least weighted sum of latency, mistrust and price. So evolution
-begins where the exact methods stopped; without them (a cold start) it shows what it can do alone.
+begins with the results of the exact methods; a cold start has random chains only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from planetserve.routing.problem import RoutingProblem
 
 _WEIGHTS = 16
 _EFFORT = 320_000
-"""Of the sweep, some 1 s at most, when latency and throughput are all that counts."""
+"""Effort of the sweep with two objectives: 1 s at most."""
 
 
 def good_chains(

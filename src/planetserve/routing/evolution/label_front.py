@@ -2,9 +2,9 @@
 
 These chains are few enough to be searched exactly on swarms of some dozens of servers: a label is a
 partial chain, and one is dropped when another that ends on the same server at the same boundary is
-no worse in any objective. Greedy chains, random ones and those of Petals are among them, so with
-these as a start no chain of theirs is outside what the front of the evolution covers. On larger
-swarms labels are thinned out to boxes of some percent (epsilon dominance; Laumanns et al., 2002).
+no worse in any objective. Greedy chains, random ones and those of Petals are among them, so a
+search that starts with these chains covers all of theirs. On larger swarms labels are thinned out
+to boxes of some percent (epsilon dominance; Laumanns et al., 2002).
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from planetserve.routing.greedy_walk import run_ends
 from planetserve.routing.problem import RoutingProblem
 
 _MAX_LABELS = 2000
-"""Labels kept at one boundary, and chains in the end."""
+"""Maximum labels at one boundary, and maximum chains in the result."""
 _MAX_PRODUCT = 200_000
-"""Of that number and the number of servers, which bounds the time for large swarms."""
+"""Maximum product of labels and servers, which bounds the time for large swarms."""
 _LEAST = 8
 _COMPARED = 5
-"""Times as many labels as may be left are compared with each other; of more, one of each box."""
+"""Multiple of the labels to keep, up to which all are compared with each other; of more labels, one
+per box is kept."""
 _BOX = 0.005
-"""Relative size of the first boxes; doubled until few enough labels are left."""
+"""Relative size of the first boxes; doubled until few enough labels remain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class _Labels:
     """Partial chains that end at one boundary."""
 
     server: IntArray
-    """The last one; -1 for the client."""
+    """The last server; -1 for the client."""
     costs: FloatArray
     """`[labels, 4]` latency, negative throughput, mistrust, price."""
     from_block: IntArray
@@ -86,7 +87,7 @@ def walk_front(problem: RoutingProblem, num_objectives: int) -> list[tuple[int, 
 
 
 def _settled(parts: list[_Labels], num_objectives: int, most: int) -> _Labels:
-    """What is worth going on with of the labels that wait at a boundary."""
+    """The labels at a boundary that are extended further."""
     labels = _joined(parts)
     costs = labels.costs[:, :num_objectives]
     groups = [np.flatnonzero(labels.server == server) for server in np.unique(labels.server)]
@@ -97,7 +98,7 @@ def _settled(parts: list[_Labels], num_objectives: int, most: int) -> _Labels:
 
 
 def _few(costs: FloatArray, most: int) -> IntArray:
-    """Undominated rows, at most `most`: beyond, one of all that fall into one box."""
+    """Undominated rows, at most `most`; if there are more, one per box."""
     rows, box = np.arange(len(costs)), _BOX
     scaled = np.log(np.abs(costs) + 1e-9)
     if costs.shape[1] > 2:

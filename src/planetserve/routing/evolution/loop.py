@@ -22,12 +22,12 @@ from planetserve.routing.evolution.operators import Operators
 from planetserve.routing.problem import RoutingProblem
 
 _WARM_SHARE = 0.75
-"""Part of the time limit that the first population may take."""
+"""Fraction of the time limit that the first population may take."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Of one search."""
+    """Settings of one search."""
 
     objectives: int
     population: int
@@ -58,8 +58,8 @@ def evolve(problem: RoutingProblem, settings: Settings) -> tuple[IntArray, Float
         repair=_Repair(operators, rng),
         eliminate_duplicates=_SameHosts(),
     )
-    # On a small swarm every chain is soon known; pymoo would look for new ones 100 times a
-    # generation. It ends the search when there are none.
+    # On a small swarm every chain is soon known, and pymoo would look for new ones 100 times a
+    # generation. This ends the search when there are none.
     algorithm.mating.n_max_iterations = 3
     algorithm.setup(model, termination=("n_gen", settings.generations), seed=settings.seed)
     while algorithm.has_next():

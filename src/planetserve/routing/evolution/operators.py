@@ -14,11 +14,11 @@ from planetserve.routing.run_graph import Limits, RunGraph, between, cheapest_ru
 Rng = np.random.Generator
 
 _NOISE = 0.5
-"""Spread of the random factors on costs when a stretch is routed anew."""
+"""Spread of the random factors on costs when a stretch is routed again."""
 _TRIES = 4
-"""Routes tried for one stretch, each time with dearer servers where the last one took too much."""
+"""Number of routes tried for one stretch; after each, the servers that it overused cost more."""
 _RAISE = 0.5
-"""Most that a server becomes dearer from one try to the next, as a part of its cost."""
+"""Maximum increase of a server's cost from one try to the next, as a fraction of the cost."""
 
 
 class Operators:
@@ -51,7 +51,7 @@ class Operators:
         return np.where(swap, second, first), np.where(swap, first, second)
 
     def mutate(self, hosts: IntArray, rng: Rng) -> IntArray:
-        """Change something about every row: see the private methods for what."""
+        """Change every row by one of the private methods below."""
         changed = hosts.copy()
         kinds = (self._claim, self._move_boundary, self._drop_run, self._relieve, self._reroute)
         for row, kind in zip(changed, rng.integers(len(kinds), size=len(changed)), strict=True):
@@ -153,7 +153,8 @@ class Operators:
         row[start:end] = hosts
 
     def _fill(self, row: IntArray, server: int, start: int, end: int) -> int:
-        """Give `server` the blocks from `start` on while it holds them; where it stopped."""
+        """Give `server` the blocks from `start` on while it holds them; returns where it
+        stopped."""
         held = self._legal[start:end, server]
         stop = end if held.all() else start + int(held.argmin())
         row[start:stop] = server

@@ -1,9 +1,9 @@
-"""The epsilon-constraint sweep: the least latency at every throughput there is, slowest first.
+"""The epsilon-constraint sweep: the least latency at every possible throughput, lowest first.
 
-The least latency of all, then the least latency at more than that chain's throughput, and so on
-until no chain is faster or the effort for this is used up. From there on, floors are looked at in
-the order of what they may add to the front's area, so that little effort gives a rough front and
-more effort a fine one.
+First the chain of least latency, then the one of least latency with more throughput than that
+chain, and so on until no chain is faster or the effort for this is used up. After that, floors are
+searched in the order of what they may add to the front's area, so that little effort gives a rough
+front and more effort a fine one.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from planetserve.routing.run_graph import Limits
 from planetserve.types import Chain
 
 DEFAULT_EFFORT = 200_000
-"""Some 0.7 s at most. Proves the whole front of small swarms, and of larger ones whose servers hold
-a small part of the model."""
+"""Effort of a sweep: 0.7 s at most. It proves the whole front of small swarms, and of larger ones
+whose servers hold a small part of the model."""
 _PROVING_SHARE = 0.3
-"""Part of the effort for floor after floor; the rest is for where the most may be gained."""
+"""Fraction of the effort for floor after floor; the rest goes to the floors that may gain most."""
 _PROVING_TIME = 0.5
-"""The same of the time, so that a slow machine gets to a rough front of all throughputs."""
+"""The same fraction of the time, so that a slow machine also gets a rough front of all
+throughputs."""
 _SEARCH_SHARE = 0.1
-"""Part of the effort that one search for a proof may take, so that a hard floor leaves some."""
+"""Fraction of the effort that one search for a proof may take, so that a hard floor leaves some."""
 _LEAST_RATE = 1e-12
 _BEAM = 100
 _WIDER = 4
-"""Factor on the beam, and on what must be gained, each time that a floor is looked at again."""
+"""Factor on the beam width and on the required gain each time that a floor is searched again."""
 _LOOK_SHARE = 0.15
-"""Part of the effort that one look may take."""
+"""Fraction of the effort that one beam search may take."""
 _WORST = 1.1
 """Latency that stands for no chain, as a multiple of the greatest of a chain."""
 _FAR = 1.1
-"""Ratio of neighbouring throughputs beyond which the first look goes between them."""
+"""Ratio of neighbouring throughputs above which the first beam search is between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,10 @@ class Swept:
 
     chains: tuple[Chain, ...]
     gaps: tuple[float, ...]
-    """By what part of its latency each chain might be beaten by one of no less throughput."""
+    """Per chain, the fraction of its latency by which a chain of no less throughput might be
+    faster."""
     complete: bool
-    """Whether there is proven to be no point of the front besides these, apart from their gaps."""
+    """Whether it is proven that the front has no other points, apart from the gaps."""
 
 
 def sweep(problem: RoutingProblem, effort: int, time_limit_s: float = math.inf) -> Swept:
@@ -82,7 +84,7 @@ def _prove_upwards(work: SearchBudget, solver: ThroughputConstraint, stop_at: in
 
 
 def _refine(work: SearchBudget, solver: ThroughputConstraint) -> None:
-    """Look where the most may be gained, the harder the more often it was in vain."""
+    """Search the floors that may gain most; each failure makes the next search of a floor wider."""
     neighbourhood = LargeNeighbourhoodSearch(work)
     top = _top_rate(work)
     widest = max(1, int(_LOOK_SHARE * work.left / beam_effort(work.graph)))
@@ -106,7 +108,7 @@ def _refine(work: SearchBudget, solver: ThroughputConstraint) -> None:
 def _open_places(
     work: SearchBudget, solver: ThroughputConstraint, top: float, looks: dict[float, int]
 ) -> Iterator[tuple[float, float]]:
-    """Floors to look at, after the area between front and bounds that one look may settle."""
+    """Floors to search, by the area between front and bounds that one search may settle."""
     chains = work.front()
     points = [(chain.throughput_tokens_per_s, chain.latency_ms) for chain in chains]
     last_ms = max(points[-1][1], solver.lower_ms(points[-1][0] * (1 + TOLERANCE)))
@@ -130,7 +132,8 @@ def _complete(chains: Sequence[Chain], solver: ThroughputConstraint) -> bool:
 
 
 def _top_rate(work: SearchBudget) -> float:
-    """A rate that no chain passes, by at most 1 %: blocks cannot be dealt out any faster."""
+    """An upper bound on the throughput of all chains, within 1 %: no assignment of blocks is
+    faster."""
     problem = work.problem
     low = work.front()[-1].throughput_tokens_per_s
     high = float(np.minimum(problem.block_rate, problem.hop_rate).max())
@@ -145,7 +148,7 @@ def _top_rate(work: SearchBudget) -> float:
 
 
 def gap_of(chain: Chain, floors: list[tuple[float, float]]) -> float:
-    """By what part of its latency a chain might be beaten by one of no less throughput.
+    """Fraction of its latency by which a chain of no less throughput might be faster.
 
     Args:
         floors: pairs of a throughput and a lower bound on the latency of chains that reach it.

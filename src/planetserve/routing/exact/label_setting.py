@@ -1,10 +1,10 @@
-"""Exact search over the chains that the bounds leave: label setting with counted limits.
+"""Exact search over the chains that the bounds do not exclude: label setting with counted limits.
 
 A label is a partial chain: the server whose run it ended at a boundary, its cost, and its counts of
-the metered limits. It is dropped when its cost plus the bound on the rest passes the ceiling, or
-when another label with the same server at the same boundary costs no more and has used no more of
-anything metered. What is left is few, because the prices make the bound tight. Where it is not, a
-beam search follows the most promising labels only (Lowerre, 1976).
+    the counted limits. It is dropped when its cost plus the bound on the rest passes the ceiling,
+    or when another label with the same server at the same boundary costs no more and has used no
+    more of any counted limit. Few labels are left, because the prices make the bound tight. Where
+    it is not tight, a beam search follows the most promising labels only (Lowerre, 1976).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from planetserve.routing.exact.packed_counts import PackedCounts, Used
 from planetserve.routing.run_graph import Limits, RunGraph, Stretch, whole_chain
 
 _PAIRWISE = 96
-"""Up to this many labels, all pairs are compared at once; above, server by server."""
+"""Maximum labels of which all pairs are compared at once; more are compared server by server."""
 _LABELS_PER_BLOCK = 20
-"""Labels that take as long as what is done once at every boundary."""
+"""Effort, in labels, of what is done once at every boundary."""
 _SERVERS_PER_LABEL = 16
-"""Servers to enter next that take as long as the label itself."""
+"""Number of servers to enter next that take as long as one label."""
 _EARLIER: BoolArray = np.tri(256, k=-1, dtype=bool).T
 _PAIRS_PER_LABEL = 1000
-"""Comparisons of two labels that take about as long as making one."""
+"""Number of comparisons of two labels that take as long as making one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +71,12 @@ class LabelSearch:
     """One search; `run` may be called once.
 
     Args:
-        priced: prices, and the bounds on the way to go at these prices.
+        priced: prices, and the bounds on the remaining cost at these prices.
         packed counts: what is counted; everything that has a price is.
         ceiling: chains that cost more, in milliseconds without prices, are not looked for.
         max_effort: give up after this much.
-        beam: keep only so many labels at a boundary, the most promising ones. What is found is then
-            a good chain that keeps the metered limits, and proves nothing.
+        beam: maximum labels to keep at a boundary, the most promising ones. The chain found then
+            keeps the counted limits, but nothing is proven.
         part: the part of a chain to search; the whole chain by default.
     """
 

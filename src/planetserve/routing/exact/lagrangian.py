@@ -1,9 +1,9 @@
 """Prices for limits: a subgradient ascent on the Lagrangian dual.
 
 A chain that keeps its limits costs at least its priced cost less the price of using every limit up.
-So `lower_bounds` at any prices, less that, is a lower bound; raising the price of what the bound's
-own chain overuses, and lowering the rest, raises it. Held and Karp (1971) did this for tours; the
-step length is Polyak's.
+So `lower_bounds` at any prices, minus that price, is a lower bound. It rises when the prices of
+what its own chain overuses are raised and the others lowered. Held and Karp (1971) did this for
+tours; the step length is Polyak's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from planetserve.routing.run_graph import Bounds, Limits, RunGraph, lower_bounds
 _SHRINK = 0.9
 """Factor on the step length whenever a step did not raise the bound."""
 _MEMORY = 0.5
-"""Part of the last direction that is kept, against zigzags (Camerini et al., 1975)."""
+"""Fraction of the last direction that is kept, against zigzags (Camerini et al., 1975)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ def ascend(
     """Better prices than `start`'s after at most `steps` steps.
 
     Args:
-        upper: is told every chain met on the way and answers the cost of the best chain known that
-            keeps all limits; the ascent ends when the bound reaches it.
+        upper: called with every chain found; returns the cost of the best known chain that keeps
+            all limits. The ascent ends when the bound reaches it.
     """
     usable = limits.blocks > 0
     block_price, hop_price = start.block_price * usable, start.hop_price * usable

@@ -1,8 +1,8 @@
 """Chains by changing a part of one: large neighbourhood search (Shaw, 1998).
 
-A window of blocks is planned anew with what the rest of the chain leaves of every limit. Moving the
-window over a chain makes it cheaper; putting it where a chain breaks a limit makes the chain legal,
-so that a good chain for one throughput leads to one for a slightly higher throughput.
+A window of blocks is planned again with what the rest of the chain leaves of every limit. Moving
+the window over a chain makes the chain cheaper. Placing it where a chain breaks a limit makes the
+chain legal, so a good chain for one throughput leads to one for a slightly higher throughput.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BEAM = 24
 
 
 class LargeNeighbourhoodSearch:
-    """Changes chains of one sweep, and offers it what it finds."""
+    """Changes chains of one sweep, and offers the results to it."""
 
     def __init__(self, work: SearchBudget):
         self._work = work

@@ -1,6 +1,6 @@
-"""Can the blocks be dealt out within the limits at all? Maximum bipartite matching with capacities.
+"""Whether the blocks can be assigned within the limits: maximum bipartite matching with capacities.
 
-Ignores costs and the limits on visits, so "no" is a proof and "yes" comes with a witness.
+It ignores costs and the limits on visits. A "no" is a proof; a "yes" comes with an assignment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which limits are counted along a path, and how the counts of many paths are kept and compared.
+"""The limits that are counted along a path, and the counts of many paths, packed for comparison.
 
 Counts stand side by side in 64-bit words, each in a field one bit wider than its limit needs. The
 spare bit makes comparing cheap: with the spare bits of `b` set, `b - a` borrows one of them exactly
@@ -82,7 +82,7 @@ class PackedCounts:
 
     @classmethod
     def binding(cls, limits: Limits, legal: BoolArray) -> PackedCounts:
-        """Count all that a chain through the blocks of `legal` could use too much of.
+        """Count every limit that a chain through the blocks of `legal` could exceed.
 
         Args:
             legal: `[blocks, n]` whether the server may run the block.

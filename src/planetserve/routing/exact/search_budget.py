@@ -24,8 +24,8 @@ class SearchBudget:
         problem: where to look.
         effort: work to spend, counted in labels of the search (partial chains) of some 2 us each;
             everything else is counted as the labels that would take as long.
-        time_limit_s: end earlier if it takes so long, for answers in time on a busy machine. What
-            is found then depends on the machine.
+        time_limit_s: end earlier after this many seconds, so that a busy machine answers in time.
+            The result then depends on the machine.
     """
 
     def __init__(self, problem: RoutingProblem, effort: int, time_limit_s: float = math.inf):
@@ -35,12 +35,12 @@ class SearchBudget:
         self.left = effort
         cells = sum(links.size for links in self.graph.links)
         self.pass_effort = 5 * problem.num_blocks + cells // 500
-        """Of one bound for all blocks."""
+        """Effort of one bound for all blocks."""
         self._priced: dict[Hosts, Chain] = {}
         self._front: list[tuple[float, float, Chain, Hosts]] = []
 
     def is_over(self, part: float = 1.0) -> bool:
-        """Whether the effort is used up, or that part of the time."""
+        """Whether the effort is used up, or this fraction of the time."""
         late = time.perf_counter() - self._started_s >= part * self._time_limit_s
         return self.left <= 0 or late
 
@@ -67,7 +67,7 @@ class SearchBudget:
         return self._front[at - 1][3] if at else None
 
     def front(self) -> list[Chain]:
-        """The chains that no known one beats, least latency first; of about equal ones one."""
+        """The chains that no known one beats, least latency first; of nearly equal chains, one."""
         chains: list[Chain] = []
         for _, latency_ms, chain, _ in self._front:
             while chains and chains[-1].latency_ms >= latency_ms * (1 - TOLERANCE):

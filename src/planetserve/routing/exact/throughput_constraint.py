@@ -21,16 +21,16 @@ from planetserve.types import Chain
 
 _DUAL_STEPS = 12
 _EASY = 25
-"""Bounds for all blocks that take as long as the first search of a proof may."""
+"""Effort, in bounds for all blocks, of the first search for a proof."""
 _MORE_STEPS = 50
-"""Steps to better prices where that search is not enough: where a gap stays, better prices cost
-less than the partial chains that worse ones leave."""
+"""Additional price steps where that search is not enough: if a gap stays, better prices cost less
+than the partial chains that worse prices leave."""
 _PROVABLE = 0.03
-"""Gap between a chain and the bound, as a part, up to which a second look tries to close it."""
+"""Maximum relative gap between a chain and the bound that a second search tries to close."""
 _FIRST_GAP = 0.004
-"""How far above the bound the first ceiling is, as a part."""
+"""Relative distance of the first ceiling above the bound."""
 _WIDEST_GAP = 0.03
-"""The same at most for floors after one whose answer was farther from its bound."""
+"""Maximum of that distance, for floors after one whose answer was farther from its bound."""
 _WIDEN = 2.0
 _HOPELESS = 64.0
 

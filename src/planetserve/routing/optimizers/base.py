@@ -1,7 +1,7 @@
-"""What a chain optimiser is: a pure function from a snapshot and a request to a chain.
+"""The interface of chain optimisers: pure functions from a snapshot and a request to a chain.
 
 Optimisers hold their settings and nothing else; one object may be used for any number of plans.
-They are chosen by name from `OPTIMIZERS`, and third cohorts add theirs through the entry-point
+They are chosen by name from `OPTIMIZERS`, and third parties add theirs through the entry-point
 group `planetserve.chain_optimizers`. Most start with `RoutingProblem.build`, which applies the
 filters.
 """
@@ -24,8 +24,9 @@ class ChainOptimizer(Protocol):
         """A chain for `request` on `snapshot`, with its predicted latency and throughput.
 
         Raises:
-            MissingBlocksError: nobody the request may use holds some blocks; `missing` names them.
-            NoChainAvailable: somebody holds every block, but not with enough free cache.
+            MissingBlocksError: some blocks are held by no server that the request may use;
+                `missing` names them.
+            NoChainAvailable: every block has a server, but some have none with enough free cache.
         """
         ...
 
@@ -35,7 +36,7 @@ class FrontOptimizer(ChainOptimizer, Protocol):
     """Also knows the chains between which latency trades for throughput."""
 
     def front(self, snapshot: SwarmSnapshot, request: ChainRequest) -> tuple[Chain, ...]:
-        """Chains none of which another one beats in every objective, fastest token first.
+        """Undominated chains, least latency first.
 
         Raises:
             MissingBlocksError, NoChainAvailable: as `plan`.
@@ -49,8 +50,8 @@ class ProvenFront:
 
     chains: tuple[Chain, ...]
     gaps: tuple[float, ...]
-    """By what part of its latency each chain might still be beaten by one of at least its
-    throughput; 0 when that is excluded."""
+    """Per chain, the fraction of its latency by which a chain of at least its throughput might be
+    faster; 0 when that is excluded."""
     complete: bool
     """Whether no other chain belongs on the front, as far as the gaps are 0."""
 

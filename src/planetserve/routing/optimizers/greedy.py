@@ -1,7 +1,7 @@
-"""Always to the server that is best right now: a baseline.
+"""The greedy baseline: always the server that is cheapest now.
 
-From where the token is, take the server with the least time per block it would run, counting the
-link to it, the visit and its blocks; run its span to the end; repeat. Never looks further ahead.
+From the current server, go to the one with the least time per block it would run, counting the link
+to it, the visit and its blocks; run its span to the end; repeat. It does not look further ahead.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Chains by NSGA-II: for the objectives that the exact front does not know.
 
-Two objectives are latency and throughput, the third is reputation, the fourth price. The exact
-method is better at two, and they are there to be measured against it; with additive third and
-fourth objectives the problem has no fast exact method. pymoo runs the search and is imported when
-an optimiser is made, so that no plan waits for it.
+Two objectives are latency and throughput, the third is reputation, the fourth price. With two
+objectives the exact method is better; NSGA-II is offered there for comparison. With additive third
+and fourth objectives there is no fast exact method. pymoo runs the search and is imported when an
+optimiser is made, so that no plan waits for it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Nsga2:
         generations: how many.
         seed: makes the outcome repeatable.
         warm_start: begin with chains that fast methods find, besides random ones.
-        time_limit_s: begin no further generation after this long, and end the search for good first
-            chains after three quarters of it, so that a busy machine still answers in time; an idle
-            one is done before. 0 sets no limit.
+        time_limit_s: seconds after which no further generation begins; the search for good first
+            chains ends after three quarters of it. So a busy machine answers in time; an idle one
+            finishes earlier. 0 sets no limit.
 
     Raises:
         ConfigError: an argument is out of range, or pymoo is not installed. When planning: more
@@ -106,7 +106,8 @@ class Nsga2:
 
 
 class LatencyThroughputTradeoff:
-    """The mode that Hakim and Hasan (2025) proposed for Petals: NSGA-II's front, and a choice.
+    """The mode that Hakim and Hasan (2025) proposed for Petals: NSGA-II's front, and a choice from
+    it.
 
     Without a pick in the request, the chain with the least time for the expected prompt and output
     is taken when their lengths are known, and the knee of the front otherwise.

@@ -1,9 +1,9 @@
 """The exact front of latency against throughput, by the sweep in `planetserve.routing.exact`.
 
-What a server does is counted over the whole chain, all visits together, and visits may be as many
-as pay. The problem is NP-hard at the fast end, where a chain has a server per block or two. So the
-work is bounded: past `effort`, points are the best found, at wider steps, and `solve` says for each
-by how much it might be beaten. `front` and `plan` take them as they are.
+The load of a server is counted over the whole chain, all visits together, and a server may be
+visited any number of times. The problem is NP-hard at the fast end, where a chain has a server per
+block or two. So the work is bounded: past `effort`, points are the best found, in wider steps, and
+`solve` says by how much each might be beaten. `front` and `plan` use them without that.
 """
 
 from __future__ import annotations

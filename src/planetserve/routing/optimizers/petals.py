@@ -1,8 +1,8 @@
 """Petals' two routing modes, with the costs its code uses (Borzunov et al., 2023; release 2.2).
 
 Baselines. Both enter a server anywhere in its span but leave it only at the end, so that the graph
-stays small, and both know nothing of bandwidth. Filters, including free cache, are applied first
-like for any other optimiser, so Petals' penalty for a short cache never comes into play.
+stays small, and both ignore bandwidth. Filters, including free cache, are applied first like for
+any other optimiser, so Petals' penalty for a short cache never applies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from planetserve.routing.snapshot import SwarmSnapshot
 from planetserve.types import Chain
 
 HOP_OVERHEAD_MS = 18.0
-"""What Petals adds for every visit, whatever the swarm's own overhead is."""
+"""Overhead in milliseconds that Petals adds for every visit, whatever the swarm's own is."""
 
 
 class PetalsMinLatency:
@@ -52,7 +52,7 @@ def _cost_to_go(problem: RoutingProblem, ends: IntArray) -> FloatArray:
         run_ms = (end - block) * problem.decode_ms[here]
         to_go[block, here] = HOP_OVERHEAD_MS + run_ms + leave[end, here]
         if block > 0:
-            # A run goes on to the end of the span, so nobody goes on with himself.
+            # A run goes on to the end of the span, so no server follows itself.
             leave[block] = problem.links.cheapest(to_go[block], everybody, alike)
     return to_go
 

@@ -6,9 +6,9 @@ another one after half a round trip and a visit. Servers may be entered and left
 their spans and visited again, so this is the whole space of chains: `num_blocks` steps of
 `servers ** 2`. RTTs need not obey the triangle inequality.
 
-Clients in a crowd do not want quite that chain. What servers announce of their load is some seconds
-old, and the session will run for a minute: the good server that looks idle now is where everybody
-goes who plans now. `cost_jitter` and `load_prior` allow for it.
+With many clients that chain is not the best choice. The announced load of servers is some seconds
+old, and a session runs for a minute: all clients that plan now would go to the server that looks
+idle now. `cost_jitter` and `load_prior` correct for this.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class ShortestPath:
             raised at most, at random, so that many clients that plan on one snapshot take
             different chains. 0 gives the optimum. With a load prior of 0 the chain found is at
             most `1 + cost_jitter` times as slow as the optimum.
-        seed: of these random factors; None draws a fresh one for every plan. With one seed a
-            server keeps its factor whoever else is there, so that others' coming and going
-            changes no preference.
+        seed: of these random factors; None draws a fresh one for every plan. With one seed a server
+            keeps its factor whatever other servers there are, so servers that join or leave change
+            no preference.
         load_prior: weight in [0, 1] of a prior estimate of the wait at a server against the wait
-            that it announces. The prior is one pass through all blocks of the server: the wait
-            for a step at a server that always has something to do. The weight shrinks with the
-            load of the busiest server, down to 0 where no step waits anywhere.
+            that it announces. The prior is one pass through all blocks of the server: the wait for
+            a step at a server that is always busy. The weight shrinks with the load of the busiest
+            server, down to 0 where no step waits anywhere.
     """
 
     def __init__(self, cost_jitter: float = 0.0, seed: int | None = None, load_prior: float = 0.0):
@@ -68,7 +68,7 @@ class ShortestPath:
 
 
 def _with_prior_waits(problem: RoutingProblem, weight: float) -> RoutingProblem:
-    """The problem with other waits in its visits. Chains are still priced as the snapshot says."""
+    """The problem with prior waits in its visits. Chains are still priced by the snapshot."""
     servers = [problem.snapshot.servers[position] for position in problem.members]
     pass_ms = np.array([len(server.span) * server.decode_ms_per_block for server in servers])
     wait_ms = np.array([server.wait_ms for server in servers])

@@ -1,10 +1,11 @@
-"""Join where the swarm is weakest.
+"""Join where the swarm has the least throughput.
 
-Like Petals' block selection (Borzunov et al., 2023), a server looks at the throughput each block
-has over all servers that hold it, and helps the worst. Formulated here as leximin: of all windows,
-take the one after which the sorted list of block throughputs is greatest, compared from the weakest
-block up. So a hole is filled before anything else, and among windows that help the weakest block
-equally the next weakest decides. Equal servers that join one after the other tile the model.
+Like Petals' block selection (Borzunov et al., 2023), a server adds up the throughput of each block
+over all servers that hold it, and joins the blocks with the least. The rule is leximin: of all
+windows, take the one after which the sorted list of block throughputs is greatest, compared from
+the weakest block up. So blocks without a server come first, and among windows that raise the
+weakest block equally the next weakest decides. Equal servers that join one after the other tile the
+model.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from planetserve.routing.snapshot import ServerPoint
 from planetserve.types import BlockSpan
 
 _DIGITS = 9
-"""Throughputs are compared at this many significant digits, so that the order in which equal sums
-were added up never decides."""
+"""Number of significant digits at which throughputs are compared, so that the order of summation
+never decides."""
 
 
 class Balance:

@@ -1,7 +1,7 @@
 """What a placement strategy is: which span of blocks a joining server should hold.
 
 A pure function of what the other servers announce. Strategies are chosen by name from `PLACEMENTS`,
-and third cohorts add theirs through the entry-point group `planetserve.placements`.
+and third parties add theirs through the entry-point group `planetserve.placements`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hold a span that a person chose, whatever the others do."""
+"""Hold a configured span, whatever the other servers hold."""
 
 from __future__ import annotations
 

@@ -1,16 +1,18 @@
 """One direction of one edge of the ring in one epoch: one end seals frames, the other opens them.
 
 A frame's packed header is the associated data of its payload, so no field of it can be changed, and
-its sequence number must be the very next one, so no frame can be dropped, repeated or moved. The
-first frame that does not open ends the opener for good. Time is passed in; nothing here sends.
+its sequence number must be the very next one, so no frame can be dropped, repeated or moved. After
+the first frame that does not open, the opener refuses all others. Time is passed in; nothing here
+sends.
 
 AES-256-GCM (RFC 5116, 5.2). Nonce: 4 bytes from the key derivation, then the sequence number (RFC
-5116, 3.2), so it repeats only if one secret makes two sealers of the same direction: make one, and
-deal a new secret instead of a second. Key and salt: HKDF-SHA256 (RFC 5869) over the edge secret.
-The limits of a key keep an attacker's advantage under 2**-64 (draft-irtf-cfrg-aead-limits, 5.1.1).
+5116, 3.2), so it repeats only if one secret is used for two sealers of the same direction. Use each
+secret for one sealer, and send a new secret for the next. Key and salt: HKDF-SHA256 (RFC 5869) over
+the edge secret. The limits of a key keep an attacker's advantage under 2**-64
+(draft-irtf-cfrg-aead-limits, 5.1.1).
 
-GCM does not commit to its key: one ciphertext can open to two plaintexts under two keys, so nothing
-may rely on a ciphertext to say what an edge has carried.
+GCM does not commit to its key: one ciphertext can open to two plaintexts under two keys, so a
+    ciphertext is no proof of what an edge has carried.
 """
 
 from __future__ import annotations
@@ -123,7 +125,7 @@ class EdgeSealer:
             raise RekeyNeeded("the key of this edge is used up; go on in a new epoch")
         header = header.numbered(sequence, num_bytes + TAG_BYTES)
         associated = header.pack()
-        # Advanced before the nonce is used: no failure can make it serve twice.
+        # Advanced before the nonce is used, so no failure can make a nonce be used twice.
         self._sequence = sequence + 1
         self._num_bytes += num_bytes
         nonce = self._salt + sequence.to_bytes(8, "big")

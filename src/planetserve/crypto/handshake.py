@@ -2,12 +2,12 @@
 
 The client puts an ephemeral X25519 public key (the offer) into its OPEN; the hop answers in OPENED
 with its own (the answer) and an Ed25519 signature over the transcript: session, edge, its peer id,
-the exact bytes of OPEN, and both ephemeral keys. Whoever changes any of it on the way ends the
-handshake. Both sides then hold the same `ChannelSecret`.
+the exact bytes of OPEN, and both ephemeral keys. If any of it is changed on the way, the handshake
+fails. Both sides then hold the same `ChannelSecret`.
 
-Only the hop is authenticated here. Who the client is, the hop knows from its libp2p connection;
-that the client holds the secret is shown by the first deal. Ephemeral keys serve once and are
-dropped, so a stolen identity key opens no earlier session.
+Only the hop is authenticated here. The hop knows the client's peer id from the libp2p connection,
+and the first message with edge secrets proves that the client holds the channel's secret. Ephemeral
+keys are used once and dropped, so a stolen identity key opens no earlier session.
 
 X25519: RFC 7748, 6.1. HKDF: RFC 5869. Ed25519: RFC 8032. Sans-I/O: the client's ring and the
 server's handler carry the bytes.
@@ -36,7 +36,7 @@ _SECRET_INFO = b"planetserve/1 secret"
 
 
 class ClientHandshake:
-    """The client's side of one handshake. Serves once.
+    """The client's side of one handshake. Used once.
 
     Args:
         session_id: the session's 16 bytes.
@@ -108,7 +108,7 @@ def answer_open(
 def _transcript(
     session_id: bytes, edge: int, peer_id: PeerId, open_payload: bytes, offer: bytes, answer: bytes
 ) -> bytes:
-    """SHA-256 over what both sides must have seen alike; nothing of it can be cut elsewhere.
+    """SHA-256 over everything that both sides must agree on, encoded without ambiguity.
 
     The label, numbers and keys have fixed lengths, peer id and payload are preceded by theirs.
     """

@@ -4,8 +4,8 @@ The key is stored in libp2p's own key-file format, so the libp2p daemon and this
 same file. The peer id of an Ed25519 key contains the public key: a signature is checked against the
 peer id alone, with no certificate and no look-up.
 
-Every signature is made for a context (what the bytes are: "directory record", "receipt"), so that
-one made for one purpose never passes for another. This module opens no connection and imports
+Every signature is made for a context (what the bytes are: "directory record", "receipt"), so that a
+signature for one purpose is never valid for another. This module opens no connection and imports
 neither torch nor hivemind.
 
 Formats: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md
@@ -79,7 +79,7 @@ class Identity:
             except ConfigError:
                 if not path.exists():
                     raise
-                # Another process created it in between: its key is the one to use.
+                # Another process created it meanwhile: use its key.
             else:
                 return identity
         return cls._load(path)
@@ -221,7 +221,8 @@ def _signed_bytes(context: bytes, message: bytes) -> bytes:
 
 @contextlib.contextmanager
 def claimed(key_file: Path) -> Iterator[None]:
-    """Hold a lock on the key file: two nodes of one peer id would cut each other off."""
+    """Hold a lock on the key file: two nodes with one peer id would break each other's
+    connections."""
     with key_file.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,8 @@
 """Edges that protect nothing, for benchmarks that measure what protection costs.
 
 Same interface and same sequence and epoch rules as `crypto/channel.py`, but payloads travel as they
-are and nothing is authenticated. Nothing in the product selects this module: no setting, flag or
-message leads to it, a test checks that no other module imports it, and a peer that runs it cannot
-talk to one that does not.
+are and nothing is authenticated. No setting, flag or message selects this module, a test checks
+that no other module imports it, and a peer that uses it cannot talk to one that does not.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from planetserve.wire.frame import Direction, FrameHeader
 
 
 class PlainSealer:
-    """Stands where an `EdgeSealer` would; its secret is ignored."""
+    """Used in place of an `EdgeSealer`; its secret is ignored."""
 
     def __init__(
         self,
@@ -51,7 +50,7 @@ class PlainSealer:
 
 
 class PlainOpener:
-    """Stands where an `EdgeOpener` would; its secret is ignored."""
+    """Used in place of an `EdgeOpener`; its secret is ignored."""
 
     def __init__(
         self,

@@ -1,15 +1,17 @@
-"""What a client and a hop share for one session, and the edge secrets that the client deals.
+"""The secret that a client and a hop share for one session, and the edge secrets that the client
+sends over it.
 
-A `ChannelSecret` comes out of a handshake and never leaves the process. The client draws one secret
+A `ChannelSecret` is made by a handshake and never leaves the process. The client draws one secret
 per edge of the ring and seals to each hop the two that the hop needs: of the edge that enters it
-and of the edge that leaves it. Hops never agree on keys with each other, so replacing a hop is a
-deal under the next epoch. Bytes in, bytes out: this module neither sends nor keeps time.
+and of the edge that leaves it. Hops never agree on keys with each other, so replacing a hop takes
+only new secrets under the next epoch. Bytes in, bytes out: this module neither sends nor keeps
+time.
 
 Messages of a channel are opened in the order in which they were sealed, each once; the first that
 fails closes the channel. Secrets are held in bytearrays and overwritten as soon as keys have been
-derived from them; `erase` drops the keys, of which only OpenSSL has copies, and it clears those.
-Python allows no more: what `os.urandom` and the key exchange return is immutable and stays in freed
-memory until that is used again.
+derived from them; `erase` drops the keys, of which only OpenSSL has copies, and OpenSSL clears
+those. Python cannot do more: the results of `os.urandom` and of the key exchange are immutable and
+stay in freed memory until it is reused.
 
 AES-256-GCM as in RFC 5116 section 5.2, nonces as in its section 3.2: 4 fixed bytes, then a counter.
 """
@@ -53,7 +55,7 @@ def wipe(*secrets: bytearray) -> None:
 
 
 def decryption_failed() -> DecryptionFailed:
-    """The error for whatever cannot be opened; its text tells a forger nothing."""
+    """The error for anything that cannot be opened; its text gives a forger no information."""
     return DecryptionFailed("a sealed message was refused")
 
 
@@ -199,7 +201,7 @@ class _Cipher:
         self._aead = None
 
     def _next_nonce(self) -> bytes:
-        # Advanced before it is used: no failure can make a nonce serve twice.
+        # Advanced before it is used, so no failure can make a nonce be used twice.
         nonce = self._salt + self._counter.to_bytes(8, "big")
         self._counter += 1
         return nonce

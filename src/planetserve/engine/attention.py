@@ -1,11 +1,11 @@
-"""The attention function through which a model's own code meets the paged cache.
+"""The attention function that connects a model's own code to the paged cache.
 
 `register` makes it known to transformers as `planetserve_paged`. A base model that is given the
-keyword argument `ragged=RaggedPass(...)` hands it down to every attention layer, where it arrives
-here with the layer's queries, keys and values; no mask is built on the way, because transformers
-has no mask function of that name. Everything a family may ask of its attention is read in
-`RaggedPass.attend` and given to a backend by name; what is not understood is refused, so that a
-model is never served with an attention it does not have.
+keyword argument `ragged=RaggedPass(...)` passes it to every attention layer, which calls this
+function with it and the layer's queries, keys and values. No mask is built, because transformers
+has no mask function of that name. All options that a family may pass to its attention are read in
+`RaggedPass.attend` and given to a backend by name; an unknown option is refused, so a model is
+never served with another attention than its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from planetserve.registry import Registry
 
 NAME = "planetserve_paged"
 
-# Arguments that say nothing about which keys are seen or how they are weighted.
+# Arguments that do not affect which keys are seen or how they are weighted.
 _HARMLESS = frozenset(
     {"cache_position", "dropout", "past_key_values", "position_embeddings", "position_ids"}
 )
@@ -55,7 +55,7 @@ class AttentionBackend(Protocol):
     """Computes attention of new tokens over pages that already hold their keys and values."""
 
     page_multiple: int
-    """Pages hold a multiple of so many tokens."""
+    """Number of tokens of which the page size must be a multiple."""
 
     def max_grouped_context(self, device: torch.device, key_bytes: int) -> int:
         """Longest context, in tokens, worth gathering to serve several sequences in one call.
@@ -65,7 +65,8 @@ class AttentionBackend(Protocol):
         ...
 
     def serves(self, options: AttentionOptions) -> bool:
-        """Whether it does not leave all layers of this kind to the reference backend."""
+        """Whether it computes at least some layers of this kind itself, without the reference
+        backend."""
         ...
 
     def attend(
@@ -134,7 +135,7 @@ class RaggedPass:
 
 
 def register() -> None:
-    """Make the attention function known to transformers; doing it twice is harmless."""
+    """Make the attention function known to transformers. Idempotent."""
     AttentionInterface.register(NAME, _paged_attention)
 
 

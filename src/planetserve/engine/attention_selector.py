@@ -29,7 +29,8 @@ from planetserve.wire.step import RowSlice
 logger = logging.getLogger(__name__)
 
 MIN_PAGES = 64
-"""A session takes a page at least; a KV cache of fewer would let too few in."""
+"""Minimum pages of a KV cache: each session takes at least one, so fewer would admit too few
+sessions."""
 
 TOLERANCE = 0.05
 _WINDOW = 100
@@ -40,7 +41,7 @@ _SEED = 20240731
 Script = Sequence[Sequence[tuple[int, int, int]]]
 """Per tick, the steps that run together: session, first position, number of tokens."""
 
-# Prompts; steps with a chunk and a new prompt; steps alone; pages that others had before.
+# Prompts; steps with a chunk and a new prompt; steps alone; pages that were used before.
 _SCRIPT: Script = (
     ((0, 0, 700), (1, 0, 1), (2, 0, 255)),
     ((0, 700, 1), (1, 1, 300), (2, 255, 1), (3, 0, 40)),
@@ -104,7 +105,7 @@ def largest_error(
     width: int,
     script: Script = _SCRIPT,
 ) -> float:
-    """How far a backend is from the reference, with and without a window, on random numbers.
+    """Difference of a backend from the reference, with and without a window, on random numbers.
 
     The largest difference of what one head gives for one token, relative to its length; infinite if
     anything is not a number. Sessions keep their pages and their order as in an engine.

@@ -15,8 +15,8 @@ class EngineConfig:
         attn_cache_tokens: tokens of KV cache, shared by all sessions.
         page_size: tokens per KV page; a runner may round it up for its attention backend.
         max_batch_tokens: token budget of one forward pass.
-        prefill_slowdown: how much longer than decode steps alone a batch may take that computes
-            a chunk of a prompt as well; see `scheduler/prefill_budget.py`.
+        prefill_slowdown: maximum time of a batch with prompt tokens as a multiple of decode steps
+            alone; see `scheduler/prefill_budget.py`.
         batch_delay_factor: decode steps wait for others that are about to come back while that
             takes less than this many times what a shared pass saves; see
             `scheduler/batch_delay.py`.
@@ -25,10 +25,10 @@ class EngineConfig:
         scheduling_policy: name in `planetserve.scheduler.policies.POLICIES`.
         num_threads: CPU threads of the engine thread; None leaves torch's choice.
         max_queued_steps: unfinished steps a session may have at once.
-        max_peer_share: the largest part of the KV cache that one peer's sessions may lease.
-        kv_overcommit: how many times its KV cache an engine promises to sessions, where the runner
+        max_peer_share: largest fraction of the KV cache that one peer's sessions may lease.
+        kv_overcommit: pages promised to sessions as a multiple of the KV cache, where the runner
             allows it; above 1 sessions may lose pages for a while and get them back.
-        max_page_wait_s: a session that has had a step and no pages for so long is ended.
+        max_page_wait_s: seconds after which a session with a step and no pages is ended.
         check_finite: refuse steps whose hidden states are not all finite numbers.
     """
 
@@ -78,7 +78,7 @@ class EngineStats:
         pages_total: pages of the KV cache.
         pages_used: pages that hold tokens.
         live_tokens: tokens that these pages hold; one that several rows share counts once.
-        kv_useful_share: the part of these pages' slots that holds a token; 1 if no page is used.
+        kv_useful_share: fraction of these pages' slots that hold a token; 1 if no page is used.
         pages_leased: pages promised to open sessions.
         free_cache_tokens: tokens that new sessions could lease.
         num_sessions: open sessions.

@@ -1,10 +1,10 @@
 """The engine: a span of blocks on its own thread, and the interface for the server's event loop.
 
 The loop's thread opens sessions, submits steps and closes sessions; none of these calls waits.
-`worker.py` is what runs on the engine thread. KV reservations, futures and queue limits belong to
-the loop's thread; the scheduler, pages and tensors to the engine thread. Commands travel in one
-queue, in order, so a page freed by a close is free before a session that was opened later can need
-it.
+`worker.py` runs on the engine thread. KV reservations, futures and queue limits belong to the
+loop's thread; the scheduler, pages and tensors to the engine thread. Commands go through one queue,
+in order, so the pages of a closed session are free before a session that is opened later needs
+them.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Engine:
         self._reservations.ensure_tokens(session_id, num_tokens)
 
     def leased_tokens(self, session_id: bytes) -> int:
-        """Tokens that a session may hold, all rows together; 0 when it has been closed."""
+        """Tokens that a session may hold, all rows together; 0 after it was closed."""
         return self._reservations.leased_tokens(session_id)
 
     def submit(
@@ -193,8 +193,8 @@ class Engine:
         self._note_shortage()
         self._reservations.ensure(session_id, length)
         queued = sum(pending.values())
-        # Twice, because a session that moves here sends all it had, with what the step behind it
-        # takes back.
+        # Twice, because a session that moves here sends its whole history, and with it tokens that
+        # the next step cuts.
         most = 2 * self._reservations.leased_tokens(session_id)
         if len(pending) >= self.config.max_queued_steps or (queued and queued + num_tokens > most):
             raise QueueFull("the session has too many unfinished steps; wait for their results")
@@ -246,14 +246,14 @@ class Engine:
         return latency.ms_per_block(self._clock.monotonic()) if latency else 0.0
 
     def count_handling(self, elapsed_ms: float) -> None:
-        """Count in what a decode step took here outside the engine."""
+        """Record the time of a decode step outside the engine."""
         if self._latency is not None:
             self._latency.add_handling(elapsed_ms)
 
     async def measure(self) -> None:
         """Time a short prompt and a few single steps, for less than a second or so.
 
-        For after `start` and before the first session. The cache is empty again afterwards.
+        Call it after `start` and before the first session. The cache is empty again afterwards.
 
         Raises:
             SessionError: the engine is not running, or has sessions.

@@ -1,12 +1,12 @@
 """Decoder layers of the common shape, run kernel by kernel instead of module by module.
 
-A decode step of a small model spends a fifth of its time between its products: some forty
-operators a layer, each a call through Python and PyTorch. Most families' layers are the same dozen
-steps: norm, queries, keys and values, rotary embedding, attention, output, norm, gated product.
-Such layers are recognised by their parts (`layer_parts`), and `probe` compares their results with
-the model's own code before they are used; anything else, a multiplier hidden in the code say, shows
-there and leaves the span as it is. Passes of short chunks go through all layers in one call
-(`layer_program`).
+A decode step of a small model spends a fifth of its time outside its matrix products: some forty
+operators per layer, each a call through Python and PyTorch. Most families' layers are the same
+dozen steps: norm, queries, keys and values, rotary embedding, attention, output, norm, gated
+product. Such layers are recognised by their parts (`layer_parts`), and `probe` compares their
+results with the model's own code before they are used. Any other difference, such as a multiplier
+in the code, is found there, and the span stays as it is. Passes of short chunks go through all
+layers in one call (`layer_program`).
 
 Legend: T tokens, H query heads, K heads of keys and values, D width of a head.
 """

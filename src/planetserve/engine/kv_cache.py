@@ -1,9 +1,9 @@
 """Keys and values of every session in pages, one pair of tensors per layer.
 
-Knows slots and pages only; which session owns them is the scheduler's business. Shapes are taken
-from the first keys and values that each layer writes, because they differ between families (and
-keys from values, under multi-head latent attention). Legend: P pages, S tokens per page, K heads of
-keys and values, D width of a head, T tokens.
+It knows slots and pages only; the scheduler knows which session owns them. Shapes are taken from
+the first keys and values that each layer writes, because they differ between families (and keys
+from values, under multi-head latent attention). Legend: P pages, S tokens per page, K heads of keys
+and values, D width of a head, T tokens.
 
 The page after the last one is never written: it stays zero and pads batched reads.
 """
@@ -42,7 +42,7 @@ class PagedKvCache:
 
     @property
     def null_page(self) -> int:
-        """A page of zeros that belongs to nobody."""
+        """The number of the page of zeros, which no session owns."""
         return self.num_pages
 
     def write(

@@ -1,8 +1,8 @@
 """The parts of a decoder layer, if it has the shape that most families share.
 
-Norm, queries, keys and values, attention, output, norm, gated product: known by the names of their
-modules, and every parameter must be accounted for. What the code between them does cannot be seen
-here; `probe` finds that out.
+Norm, queries, keys and values, attention, output, norm, gated product: they are recognised by the
+    names of their modules, and every parameter must belong to one of them. The code between them is
+    not examined here; `probe` checks its results.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _part(layer: nn.Module, path: str) -> nn.Module | None:
 
 
 def _rms_norm(module: nn.Module | None) -> RmsNorm | None:
-    """Weight and epsilon of what may be an RMS norm."""
+    """Weight and epsilon of a module that may be an RMS norm."""
     if module is None or [name for name, _ in module.named_parameters()] != ["weight"]:
         return None
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))

@@ -1,9 +1,9 @@
 """Layers of the common shape as one call: what `fused` does kernel by kernel, for decode passes.
 
-A pass of a few tokens through a small layer takes a fraction of a millisecond, so that the way from
-one kernel to the next through Python shows, and every return of a call asks for the GIL, which the
-event loop may have. Here addresses and sizes of everything a layer reads are written down once, and
-a pass hands the kernels nothing but its tokens.
+A pass of a few tokens through a small layer takes a fraction of a millisecond, so the time in
+Python between two kernels counts, and every return from a call needs the GIL, which the event loop
+may hold. Here the addresses and sizes of everything a layer reads are stored once, and a pass gives
+the kernels only its tokens.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class LayerProgram:
         return cls(kernels, described, kept)
 
     def takes(self, rotation: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        """Whether these cosines and sines rotate whole heads of every layer: kernels read as many
-        as a head is wide, and do not check."""
+        """Whether these cosines and sines rotate whole heads of every layer: kernels read a whole
+        head width without a check."""
         return all(
             x.shape[-1] == width and x.is_contiguous() for x in rotation for width in self._rotated
         )

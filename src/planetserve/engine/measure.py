@@ -1,7 +1,7 @@
 """Times decode steps of an engine that has no sessions yet, on the path that real steps take.
 
-Through all blocks and through one, so that what a step costs per block is told apart from what it
-costs at all. Also runs a short prompt, from which the engine learns its speed in large passes.
+Steps run through all blocks and through one block, to separate the time per block from the constant
+time of a step. A short prompt gives the speed of large passes.
 """
 
 from __future__ import annotations
@@ -70,6 +70,6 @@ async def _decode_ms(
             start += count
     finally:
         worker.post(functools.partial(worker.forget, _SESSION))
-    # Whatever else the machine does only adds time, so the better half says more than the median.
+    # Other load on the machine only adds time, so the median of the faster half is used.
     steps = sorted(took_ms[1:] or took_ms)
     return statistics.median(steps[: (len(steps) + 1) // 2])

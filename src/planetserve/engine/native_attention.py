@@ -18,7 +18,8 @@ from planetserve.errors import ConfigError
 from planetserve.native import library
 
 MAX_TOKENS = 4
-"""Longer chunks read their keys once for all their tokens, which the kernel does not."""
+"""Maximum tokens of a chunk for the kernel. For longer chunks PyTorch reads the keys once for all
+tokens; the kernel does not."""
 _MAX_SHAPES = 64
 
 
@@ -108,7 +109,7 @@ class NativeBackend:
         options: AttentionOptions,
         output_THE: torch.Tensor,
     ) -> library.AttentionShape:
-        """What the kernel is told of tensors such as these."""
+        """The shape that the kernel is given for these tensors."""
         visibility = options.visibility
         key = (
             *query_THD.stride(), *query_THD.shape[1:], *output_THE.stride(),

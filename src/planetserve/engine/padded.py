@@ -1,4 +1,4 @@
-"""Which chunks share a padded pass, and where such a pass finds their keys and values.
+"""The chunks that share a padded pass, and the places of their keys and values.
 
 Sequences lie in the rows of a rectangle and end together, as in a batch that is padded on the left.
 The padding is read from the null page, whose zeros are finite, so that a mask can hide them.
@@ -22,18 +22,20 @@ from planetserve.model.span_blocks import KvShape
 from planetserve.scheduler.batch import ScheduledChunk
 
 _PASS_BYTES = 1 << 20
-"""What a layer takes in a pass besides reading its weights, in bytes that could be read instead."""
+"""Constant time of a layer in a pass besides reading its weights, in bytes that could be read in
+it."""
 _MAX_COPIED_BYTES = 256 << 20
 _TIMES_READ = 3
-"""Copied keys are read, written and read again; alone they are read once, where they lie."""
+"""Memory accesses per copied key (read, written, read again); in a pass of its own, a key is read
+once in place."""
 
 
 class SharingLimits(NamedTuple):
     """When it pays to pad and copy contexts, all in tokens of the layer that caches most.
 
     Attributes:
-        pass_tokens: what can be read in the time that a layer takes in a pass of its own.
-        max_copied: padding included, the most that a pass may copy in a layer.
+        pass_tokens: tokens that can be read in the time that a layer takes in a pass of its own.
+        max_copied: maximum tokens that a pass may copy in a layer, padding included.
     """
 
     pass_tokens: int
@@ -78,17 +80,17 @@ def shared_passes(chunks: Sequence[ScheduledChunk], limits: SharingLimits) -> li
 
 
 class Scratch:
-    """Memory for what one layer after the other gathers.
+    """Memory that all layers use in turn for what they gather.
 
-    Taken anew in every layer, it would be mapped and cleared every time, which takes several times
-    as long as the copy (measured on a CPU: 8 to 16 times).
+    If every layer allocated its own, it would be mapped and cleared every time, which takes several
+    times as long as the copy (measured on a CPU: 8 to 16 times).
     """
 
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
 
     def take(self, num_rows: int, like_RD: torch.Tensor) -> torch.Tensor:
-        """`[num_rows, D]` for rows like these; what was taken before is written over."""
+        """`[num_rows, D]` for rows like these; earlier results are overwritten."""
         width = like_RD.shape[1]
         size, memory = num_rows * width, self._memory
         if memory is None or memory.numel() < size or memory.dtype != like_RD.dtype:

@@ -1,9 +1,9 @@
 """Runs chunks of equally many tokens as one left-padded batch of the model's own code.
 
-For models whose attention cannot be exchanged. They see what they know from `generate`: rows, a
-mask of the padding, positions, and a cache that returns the keys and values of whole rows. Only
-that these lie in pages is new to them. Longer chunks run alone over the same pages. That a family
-treats padded rows as it does single sequences is established by `probe` before this runner is used.
+For models whose attention cannot be replaced. They get the same inputs as from `generate`: rows, a
+mask of the padding, positions, and a cache that returns the keys and values of whole rows; only the
+storage in pages differs. Longer chunks run alone over the same pages. `probe` checks before this
+runner is used that a family treats padded rows as it does single sequences.
 
 Legend: B rows, T new tokens of each, S tokens of the longest row, K heads of keys and values, D
 width of a head or of a hidden state.

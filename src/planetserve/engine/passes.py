@@ -39,7 +39,7 @@ class Runner(Protocol):
 
 
 def token_rows(chunks: Sequence[ScheduledChunk], members: Sequence[int]) -> array[int]:
-    """Where the tokens of some chunks are when all are laid end to end."""
+    """Indices of the tokens of some chunks in the concatenation of all chunks."""
     ends = list(itertools.accumulate(chunk.num_tokens for chunk in chunks))
     rows = array("q")
     for index in members:
@@ -73,8 +73,8 @@ def split_by_length(runner: Runner, constant_length: int | None) -> Runner:
 class SplitByLength:
     """Another runner for a model whose rotary frequencies depend on the longest position of a pass.
 
-    Sequences within the length up to which frequencies stay the same share passes; each of the
-    others has its own, as if nobody else were there.
+    Sequences within the length up to which frequencies are constant share passes; each of the
+    others has a pass of its own.
     """
 
     def __init__(self, runner: Runner, constant_length: int):

@@ -1,9 +1,9 @@
-"""Copies between the host and the device that hold up neither.
+"""Copies between the host and the device that block neither.
 
-A copy from or to ordinary memory makes the engine thread wait for all that it has given a CUDA
-device to do; one from pinned memory is only queued. Pinned memory comes from torch's allocator,
-which keeps it for the next pass and knows when a copy is through with it. On other devices these
-are the plain copies, or none.
+A copy from or to ordinary memory makes the engine thread wait for all queued work of a CUDA device;
+a copy from pinned memory is only queued. Pinned memory comes from torch's allocator, which keeps it
+for the next pass and knows when a copy is finished. On other devices these are the plain copies, or
+none.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Decides at load time how the sessions of a span share passes, by trying it; never by a list.
+"""Decides at load time how the sessions of a span share passes, by a trial and not by a list.
 
 A few steps of two sessions (prompts of different lengths, single tokens, rollbacks, a chunk) go
 through the ragged runner and, sequence by sequence, through the plain one, which uses the model's
 own attention. Only if every layer called the paged attention exactly once per pass and all outputs
 agree is the span served raggedly. What a short run cannot show (a window longer than the probe, an
-argument this project does not know) is refused in `attention` while the probe runs. The padded
-runner, which leaves the attention to the model, goes through the same steps.
+unknown argument) is refused in `attention` while the probe runs. The padded runner, which leaves
+the attention to the model, goes through the same steps.
 """
 
 from __future__ import annotations
@@ -36,16 +36,19 @@ logger = logging.getLogger(__name__)
 _PAGE_SIZE = 4
 _NUM_TOKENS = 64
 _MAX_GROUPED_CONTEXT = 8
-"""In the middle of the script's lengths, so that both grouped and single calls are tried."""
+"""Longest context that is grouped in the trial; in the middle of the script's lengths, so that both
+grouped and single calls are tried."""
 _NUM_BEFORE_CHANGE = 8
-"""Tokens before rotary frequencies change with the length, where the script is run there."""
+"""Number of tokens before the length at which rotary frequencies change, where a second run of the
+script starts."""
 _SHARES_ALL = SharingLimits(pass_tokens=1 << 30, max_copied=1 << 30)
 _SEED = 20240731
 
 _FLOAT32_TOLERANCE = 1e-4
 _HALF_TOLERANCE = 5e-2
 _HALF_QUORUM = 0.75
-"""In half precision a near tie between experts may flip; this part of all tokens must agree."""
+"""Fraction of all tokens that must agree in half precision, where a near tie between experts may be
+decided differently."""
 
 # Per tick: (session, first position, tokens).
 _SCRIPT = (
@@ -64,11 +67,11 @@ class Batching(enum.StrEnum):
     """How sessions share passes, best first."""
 
     RAGGED = "ragged"
-    """All tokens of a batch as one sequence; only our attention tells the sessions apart."""
+    """All tokens of a batch as one sequence; only our attention separates the sessions."""
     PADDED = "padded"
     """Steps of equal length as rows of a batch, padded to the longest context."""
     PLAIN = "plain"
-    """Not at all."""
+    """Sessions share no passes."""
 
 
 class Verdict(NamedTuple):
@@ -93,7 +96,7 @@ class Verdict(NamedTuple):
 
 
 class _Pages(NamedTuple):
-    """Room for the script."""
+    """The pages that the script needs."""
 
     num: int
     size: int
@@ -156,7 +159,7 @@ def why_not_padded(
             logger.debug("the probe's padded pass failed", exc_info=True)
             return f"its code fails on padded rows ({type(error).__name__})"
     tensors = [torch.cat(part) for part in (actual, expected, [s.hidden_TD for s in steps])]
-    # Apart from the others, of which there are so many that they could outvote them.
+    # Checked separately: the others are so many that they could hide a difference.
     padded_rows = [tensor[_padded_rows(steps)] for tensor in tensors]
     if not agree(*tensors) or not agree(*padded_rows):
         return "padded and single passes differ"
@@ -164,7 +167,7 @@ def why_not_padded(
 
 
 def _padded_rows(steps: list[_Step]) -> list[int]:
-    """Where the tokens of padded rows are when all steps are laid end to end."""
+    """Indices of the tokens of padded rows in the concatenation of all steps."""
     rows: list[int] = []
     offset = 0
     for step in steps:
@@ -238,7 +241,7 @@ def _is_right(
 ) -> bool:
     """Whether fused layers give what the model's own code gives in the same batches.
 
-    At the far end of the positions too: what a family's code does there, kernels would not do.
+    The last positions are compared too, because families may treat them differently.
     """
     furthest = getattr(blocks.config, "max_position_embeddings", None) or 0
     for offset in (0, max(0, furthest - _NUM_TOKENS)):
@@ -277,7 +280,7 @@ def _run_plain(blocks: SpanBlocks, steps: list[_Step]) -> list[torch.Tensor]:
             tokens[chunk.item_id] += itertools.islice(new, chunk.num_tokens)
     for session in tokens:
         if len(session) > (blocks.constant_rotary_length or len(session)):
-            continue  # one pass does embed positions differently, by its own length
+            continue  # here one whole pass embeds positions by its own length
         hidden, positions, output = (torch.stack(part) for part in zip(*session, strict=True))
         whole = blocks.run(hidden[None], positions[None])[0]
         _check_finite(whole, blocks)

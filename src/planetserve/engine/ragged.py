@@ -1,4 +1,4 @@
-"""The geometry of one ragged batch: which keys each token may see, and where they lie.
+"""The layout of one ragged batch: the keys that each token may see, and their places.
 
 Computed once per batch and per kind of visibility (full, sliding window, chunked), then used by
 every layer. Pieces of equal length whose contexts are about as long are put in one group, so that
@@ -22,10 +22,10 @@ from planetserve.engine.pinned_copy import integers
 from planetserve.scheduler.batch import ScheduledChunk
 
 MAX_GROUPED_TOKENS = 16
-"""Pieces with more new tokens than this are never grouped."""
+"""Maximum new tokens of a chunk that is grouped."""
 
 _MAX_PADDING = 2
-"""A group's longest context may be this many times its shortest."""
+"""Maximum ratio of the longest to the shortest context of a group."""
 
 
 class Visibility(NamedTuple):
@@ -56,7 +56,7 @@ class Group:
         pages: else the pages to gather, `[B * N]`, shorter tables padded with the null page.
         keys: which of the gathered `N * S` keys count (only for B = 1).
         mask_BTS: True where a token sees a key; None if every token sees every key, or, when
-            `is_fresh`, if plain causality says it all.
+            `is_fresh`, if a plain causal mask is enough.
     """
 
     num_chunks: int
@@ -94,7 +94,7 @@ class PageTables:
     Attributes:
         offsets_M: of B + 1 numbers, where each chunk's tokens begin in the batch, and the end.
         contexts_B: per chunk, its sequence's tokens up to and including these.
-        context_offsets_M: where each sequence would begin if all were laid end to end, and the end.
+        context_offsets_M: start of each sequence in the concatenation of all, and the end.
         tables_BN: page tables, shorter ones padded with the null page.
         max_tokens: tokens of the longest chunk.
         max_context: tokens of the longest sequence.
@@ -109,7 +109,7 @@ class PageTables:
 
 
 class RaggedBatch:
-    """Pieces laid end to end in one `[1, tokens, hidden]` pass."""
+    """Chunks concatenated in one `[1, tokens, hidden]` pass."""
 
     def __init__(
         self,

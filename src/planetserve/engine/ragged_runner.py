@@ -1,8 +1,8 @@
 """Runs all chunks of a batch in one `[1, tokens, hidden]` pass over the paged cache.
 
 The model's own layers see one long sequence; only the attention function knows where one session
-ends and the next begins. That is right for models whose layers mix tokens nowhere but in their
-attention, which `probe` establishes before this runner is used.
+ends and the next begins. This is correct for models whose layers mix tokens only in their
+attention; `probe` checks that before this runner is used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RaggedRunner:
         max_grouped_context: int,
         fused: FusedLayers | None = None,
     ):
-        """`fused`, if given, stands for the layers of `blocks`."""
+        """`fused`, if given, replaces the layers of `blocks`."""
         register()
         self._blocks = blocks
         self._backend = backend

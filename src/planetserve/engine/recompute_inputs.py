@@ -1,8 +1,8 @@
 """What sessions have sent, kept on the CPU so that their KV cache can be computed again.
 
-Hidden states that enter the span, one for every token in the KV cache: several times smaller than
-its keys and values. At most as many tokens as sessions have leased, and each takes at most twice
-the memory that it needs (`history.py`). Used by the engine thread only.
+These are the hidden states that enter the span, one for every token in the KV cache, several times
+smaller than its keys and values. There are at most as many tokens as sessions have leased, and each
+takes at most twice its size (`history.py`). Used by the engine thread only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class KeptInputs:
         self._histories[session_id].start(table)
 
     def extend(self, session_id: bytes, table: StepTable, hidden_TD: torch.Tensor) -> None:
-        """A step that had started is done: keep its inputs."""
+        """A started step is done: keep its inputs."""
         self._token_bytes = hidden_TD.shape[1] * hidden_TD.itemsize
         self._histories[session_id].extend(table, hidden_TD)
 

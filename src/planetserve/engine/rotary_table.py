@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 MOST_POSITIONS = 1 << 15
-"""Tokens further back are computed as the model does; 16 MiB for a float32 head of width 64."""
+"""Maximum positions in the table; 16 MiB for a float32 head of width 64. Later ones are computed by
+the model."""
 _FIRST_POSITIONS = 1 << 10
 
 Rotation = tuple[torch.Tensor, torch.Tensor]

@@ -20,12 +20,13 @@ from planetserve.engine.kv_cache import LayerPages
 from planetserve.engine.ragged import Group, RaggedBatch
 
 _CPU_GROUPED_KEY_BYTES = 64 * 1024
-"""On a CPU, reading in place beats gathering once a sequence's keys pass this size (measured)."""
+"""Size of a sequence's keys in bytes above which, on a CPU, reading in place is faster than
+gathering (measured)."""
 _FEW_QUERIES = 8
-"""On a CPU, half-precision attention of at most this many queries per key head is quicker, and more
-exact, after widening keys and values to float32 (measured: 4 to 6 times for one query)."""
+"""Maximum queries per key head for which, on a CPU, half-precision attention is faster and more
+exact after conversion of keys and values to float32 (measured: 4 to 6 times for one query)."""
 _MAX_LOGITS = 1 << 25
-"""Explicit products are cut along the queries so that no more logits than this exist at once."""
+"""Maximum logits in memory at once; explicit products are split along the queries."""
 
 
 class SdpaBackend:

@@ -1,8 +1,8 @@
 """A span of a model that runs scheduled batches: ragged where the model allows it, else padded.
 
-How is found by `probe` when the runner is made; what can be run neither way is run one sequence per
+`probe` chooses the way when the runner is made; a model that allows neither runs one sequence per
 pass. All ways take the same batches and give the same results; only speed and limits differ. Used
-by one thread, the engine's; every call happens under `torch.inference_mode`.
+by the engine thread only; every call happens under `torch.inference_mode`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SpanRunner:
         num_pages: pages of the KV cache.
         page_size: tokens per page, rounded up (to fewer pages) to what the attention backend needs.
         attention_backend: name in `attention.BACKENDS`.
-        best: what is better is not tried.
+        best: the best way to try; better ones are left out.
 
     Raises:
         ConfigError: unknown backend.
@@ -107,7 +107,7 @@ class SpanRunner:
     def _try_out(
         self, blocks: SpanBlocks, backend: attention.AttentionBackend, best: Batching
     ) -> tuple[attention.AttentionBackend, Verdict]:
-        """How the span can be run, and with what attention if raggedly."""
+        """The ways in which the span can run, and the attention backend for the ragged way."""
         off = "it is switched off"
         if best is Batching.PLAIN:
             return backend, Verdict(off, off)
@@ -122,7 +122,8 @@ class SpanRunner:
     def _try_ragged(
         self, blocks: SpanBlocks, backend: attention.AttentionBackend
     ) -> tuple[attention.AttentionBackend, Verdict]:
-        """Whether the span can be ragged, and with what: this backend, or else the reference."""
+        """Whether the span can run raggedly, and with which backend: this one, or else the
+        reference."""
         verdict = examine(blocks, self.hidden_size, self.dtype, self.device, backend)
         if verdict.why_not_ragged is None or isinstance(backend, SdpaBackend):
             return backend, verdict

@@ -2,7 +2,7 @@
 
 `torch.nn.attention.varlen` takes sequences of different lengths and follows page tables, so decode
 steps and chunks of prompts read their keys and values in place: nothing is gathered, and there is
-no mask. What follows comes from torch's sources and issue tracker:
+no mask. These facts are from torch's sources and issue tracker:
 
 - The kernel is FlashAttention-2, whose pages hold a multiple of 256 tokens. Gathering smaller pages
   for it would read and write every key once more in each layer, which is most of what a decode
@@ -10,11 +10,12 @@ no mask. What follows comes from torch's sources and issue tracker:
   leaves half such a page unused on average.
 - `num_splits` is always 1. Dividing a sequence's keys among several blocks of threads, which the
   kernel would choose for few and long sequences, gives wrong results with page tables
-  (pytorch#194167). Unsplit, what a sequence gets does not depend on the others in the batch either.
+  (pytorch#194167). Without splits, the result of a sequence is also independent of the others in
+  the batch.
 - Half precision only, heads of up to 256 numbers, a multiple of 8, keys as wide as values. It has
   windows, but no chunks, soft-caps or sinks. Layers that it does not fit go to `SdpaBackend`.
 
-Whether it works on a device is tried out in `attention_choice`.
+`attention_selector` tries out whether it works on a device.
 """
 
 from __future__ import annotations

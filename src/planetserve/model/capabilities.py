@@ -1,6 +1,7 @@
-"""What a checkpoint's configuration says about how, and whether, its layers can be served apart.
+"""Whether, and how, the layers of a checkpoint can be served on several machines, by its
+configuration.
 
-Computed from the configuration alone, so it costs nothing and both ends reach the same verdict:
+Computed from the configuration alone, so it is cheap, and both ends get the same result:
 `check_servable` refuses in one line what would otherwise give wrong output. Reasons that cannot be
 computed are declared in `families`.
 """
@@ -46,7 +47,8 @@ def check_servable(checkpoint: Checkpoint) -> None:
 
 
 def warn_if_untested(checkpoint: Checkpoint) -> None:
-    """Say so if nobody has compared this family's output with the local model's."""
+    """Log a warning if the project's tests do not compare this family's output with the local
+    model's."""
     model_type = checkpoint.config.model_type
     if model_type not in TESTED:
         logger.warning(

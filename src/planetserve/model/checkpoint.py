@@ -2,8 +2,8 @@
 
 Opening is cheap: it reads `config.json` and nothing else. Names, sizes and the fingerprint come
 from the index file and the safetensors headers; a shard is downloaded only when one of its tensors
-is read. Two identities matter to the swarm: `model_prefix` (same configuration: servers and clients
-meet under it) and `fingerprint` (same weights: unequal ones never share a chain).
+is read. The swarm uses two identities: `model_prefix` (equal for equal configurations; servers and
+clients find each other under it) and `fingerprint` (equal for equal weights; a chain has one).
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Checkpoint:
     def _index(self) -> dict[str, str]:
         files, index = self._files
         source = self._source
-        # A snapshot of the hub's cache need not be whole; the index saves looking into each file.
+        # A snapshot in the hub's cache may lack files; with the index no file has to be opened.
         is_whole = source.is_folder and (source.revision is None or all(map(source.has, files)))
         if index and not is_whole:
             return dict(index)
@@ -210,7 +210,7 @@ class Checkpoint:
         return self._entry(name).shape
 
     def fetch_shards(self, names: Iterable[str]) -> None:
-        """Have the files that hold the named tensors on disk, with a progress bar per download.
+        """Download the files that hold the named tensors, if need be, with a progress bar for each.
 
         Raises:
             ModelError: a name is unknown, or a file cannot be fetched or is damaged.
@@ -239,7 +239,7 @@ class Checkpoint:
             raise ModelError(f"{self.name} has no tensor {name}")
         entry = self._header(filename, local=local).get(name)
         if entry is None:
-            # Like transformers, which takes an index for a list of files.
+            # Like transformers, which uses an index as a list of files.
             found = locate(self._files[0], self._header).get(name)
             if found is None:
                 raise ModelError(
@@ -273,7 +273,7 @@ def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def canonical_config(raw: Mapping[str, Any]) -> bytes:
-    """The configuration as bytes that do not depend on who saved it or in which dtype."""
+    """The configuration as bytes that do not depend on the tool that saved it or on the dtype."""
     return json.dumps(_without_volatile(raw), sort_keys=True, separators=(",", ":")).encode()
 
 

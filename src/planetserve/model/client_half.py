@@ -1,9 +1,9 @@
-"""The client's half of the idea: a model's own class with a remote call where its layers were.
+"""The client's part of a model: its own class with a remote call in the place of its layers.
 
-Embedding, final norm and head are loaded; the list of layers is empty; and what would have left the
-last layer is asked of `remote` when the final norm is about to see it. So `generate()`, embedding
-scales, learned positions, logit scaling and soft-capping are all the family's own code. Sessions,
-caches and the network are the caller's: it gives `remote` and `on_call`.
+Embedding, final norm and head are loaded; the list of layers is empty; `remote` computes the output
+of the last layer just before the final norm runs. So `generate()`, embedding scales, learned
+positions, logit scaling and soft-capping are all the family's own code. The caller handles
+sessions, caches and the network: it gives `remote` and `on_call`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def load_client_half(
     generation_config = checkpoint.generation_config()
     if generation_config is not None:
         model.generation_config = generation_config
-    # Some checkpoints switch the cache off, which would send the whole text for every token.
+    # Some checkpoints switch the cache off; then the whole text would be sent for every token.
     model.config.use_cache = model.generation_config.use_cache = True
     switch_off(model.config)
     _hook(decoder, remote, on_call)
@@ -103,7 +103,7 @@ def load_client_half(
 def _drop_towers(
     model: PreTrainedModel, decoder: Decoder, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Put a stand-in where a multimodal model has parts beside its language model and its head."""
+    """Replace the parts of a multimodal model besides its language model and its head."""
     head = model.get_output_embeddings()
     owner: nn.Module = model
     for part in decoder.base_path.split(".") if decoder.base_path else ():
@@ -114,7 +114,7 @@ def _drop_towers(
 
 
 class _NoTower(nn.Module):
-    """In the place of what makes embeddings of images or sounds."""
+    """Replaces a module that makes embeddings of images or sounds."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -126,7 +126,7 @@ class _NoTower(nn.Module):
 
 
 class _NoLayers(nn.ModuleList):
-    """The list of layers, without layers. A model's own code goes over it, up to their number."""
+    """An empty list of layers, over which a model's own code loops."""
 
     @override
     def __getitem__(self, index: Any) -> Any:
@@ -140,9 +140,9 @@ class _NoLayers(nn.ModuleList):
 
 
 class _NoRotary(nn.Module):
-    """Stands for a rotary embedding, which only layers would read.
+    """Replaces a rotary embedding, which only layers would read.
 
-    What a base model asks of it are its numbers (how many planes of positions there are).
+    A base model reads only its numbers (how many planes of positions there are).
     """
 
     def __init__(self, rotary: nn.Module):
@@ -158,7 +158,7 @@ class _NoRotary(nn.Module):
 
 @dataclasses.dataclass(slots=True)
 class _Pass:
-    """One call of the base model on its way."""
+    """One running call of the base model."""
 
     norm_calls_left: int
     """Calls of the final norm before the layers."""
@@ -167,7 +167,7 @@ class _Pass:
 
 
 def _hook(decoder: Decoder, remote: Remote, on_call: OnCall | None) -> None:
-    # The hooks hold no module: a copy of the model has them too.
+    # The hooks hold no module, because a copy of the model has the same hooks.
     skipped = family_of(decoder.base.config.model_type).norm_calls_before_layers
     names = decoder.parameter_names
     # Threads share the modules and run calls of their own through them.

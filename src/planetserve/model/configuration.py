@@ -1,9 +1,9 @@
-"""The configuration of a checkpoint as transformers builds it, without what nobody asked it for.
+"""The configuration of a checkpoint as transformers builds it, without keys that say how to run it.
 
-A `config.json` is text from a stranger. transformers takes every key of it for an attribute, and
-some of these make it fetch things: an attention implementation can be the name of a repository of
-compiled kernels. Such keys say how to run a model, never what it is, so both ends leave them out
-and choose for themselves.
+A `config.json` is untrusted text. transformers makes every key of it an attribute, and some of
+these make it download code: an attention implementation can be the name of a repository of compiled
+kernels. Such keys say how to run a model and not what it is, so both ends leave them out and make
+their own choice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from planetserve.errors import ModelError, one_line
 logger = logging.getLogger(__name__)
 
 _MOST_LAYERS = 10_000
-"""Lists per layer are built from the number alone, before anything else is known of a model."""
+"""Maximum number of layers. Lists per layer are built from it before anything else is checked."""
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -49,9 +49,9 @@ _LEFT_OUT = frozenset(
         "base_model_ep_plan", "base_model_fsdp_plan",
         # Other names for attributes, under which any of these could come back.
         "attribute_map", "sub_configs_defaults", "sub_configs",
-        # Of classifiers; a number of labels becomes as many strings.
+        # Of classifiers; transformers makes a string for each label.
         "num_labels", "id2label", "label2id",
-        # Where somebody once kept it.
+        # Where the checkpoint was saved.
         "name_or_path", "_name_or_path", "_commit_hash",
     }
 )  # fmt: skip
@@ -70,11 +70,11 @@ _SILENTLY_LEFT_OUT = frozenset(
     {"auto_map", "num_labels", "id2label", "label2id", "name_or_path", "_name_or_path",
      "_commit_hash"}
 )  # fmt: skip
-"""What published checkpoints carry all the time, and what has no effect without remote code."""
+"""Keys that are common in published checkpoints, and that have no effect without remote code."""
 
 
 OTHER_NAMES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
-"""Types that checkpoints name and transformers has not -> the type that they are."""
+"""Model types of checkpoints that transformers does not know -> the type to use for them."""
 
 _UNREADABLE = (  # Families check their values in code of their own.
     OSError,
@@ -162,9 +162,9 @@ def _hint(raw: Mapping[str, Any]) -> str:
 
 
 def _refused_by_type(model_type: str, raw: Mapping[str, Any]) -> str | None:
-    """Why no model of this type can be served, as far as its name tells.
+    """Why no model of this type can be served, by its name alone.
 
-    Known before the configuration is built, because those of some other types look at the hub.
+    Checked before the configuration is built, because building some types accesses the hub.
     """
     known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, OTHER_NAMES)
     if any(model_type in types for types in known):

@@ -1,8 +1,7 @@
-"""What every backend's layer has in common: a weight in another layout, checked before its use.
+"""Base of all converted linear layers: a weight in another layout, checked before its use.
 
-A converted layer is still the object that everybody refers to; its class and its one parameter
-`packed` have changed. The layout's own products and copies are in `onednn_linear` and
-`native_linear`.
+A converted layer stays the same object; its class changes, and `packed` is its only parameter. The
+layout's own products and copies are in `onednn_linear` and `native_linear`.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16)
 LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
-"""The exact types that backends change; a subclass may mean something else by its weight."""
+"""The exact types that backends change; a subclass may use its weight in another way."""
 
 _CHECKED_ROWS = (1, 2, 5, 15, 33)
 _COMPARED_ELEMENTS = 1 << 26
-"""The converted form of larger weights is not unpacked to compare it: that would take a third
+"""Maximum elements of a weight whose converted form is unpacked to compare it, which takes a third
 copy."""
 _SEED = 4
 

@@ -3,8 +3,8 @@
 transformers keeps the weights of all experts of a layer in two parameters `[experts, ...]` and lets
 `config._experts_implementation` choose how they multiply. Here each expert's part becomes a linear
 layer of its own, which a linear backend converts or bitsandbytes quantises like any other, and the
-tokens that chose an expert go through it together. What lies between the two products (gates,
-activations, norms) stays the family's own code.
+tokens that chose an expert go through it together. The code between the two products (gates,
+activations, norms) stays the family's own.
 
 Legend: T tokens, K experts that a token chose, S = T * K choices, D hidden size.
 """
@@ -45,7 +45,7 @@ class _SplitExperts(nn.Module):
     def forward(
         self, hidden_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """The weighted sum of what a token's experts make of it, `[T, D]`."""
+        """The weighted sum of the outputs of a token's experts, `[T, D]`."""
         num_tokens, num_chosen = chosen_TK.shape
         chosen_S = chosen_TK.flatten()
         order_S = chosen_S.argsort(stable=True)
@@ -87,12 +87,13 @@ def why_not_convertible(module: nn.Module) -> str | None:
 def convert(module: Any, convert_layer: Callable[[nn.Module], str], plain: str) -> str:
     """Give every expert a linear backend in place; returns what the last one is now.
 
-    The result is compared with what the family's code gives; after any doubt all is as it was.
+    The result is compared with that of the family's code; if they differ, everything is restored.
 
     Args:
         module: one for which `why_not_convertible` gives None.
         convert_layer: a backend's `convert`.
-        plain: what that returns for a layer that it leaves alone; one such leaves all alone.
+        plain: what that returns for a layer that it does not convert; one such layer leaves all
+            experts as they are.
     """
     became = plain
 
@@ -107,7 +108,7 @@ def convert(module: Any, convert_layer: Callable[[nn.Module], str], plain: str) 
     except Exception as error:  # noqa: BLE001 - a family's code may raise anything here
         logger.warning("experts stay plain: a trial of them fails (%s)", error)
         return plain
-    # Not tried: what fails here has nothing to do with the family, and half of it may be done.
+    # No fallback here: an error is not the family's, and half of the experts may be replaced.
     if not split(module, convert_one):
         return plain
     try:
@@ -141,7 +142,7 @@ def split(module: Any, make_layer: Callable[[nn.Module], nn.Module | None]) -> b
                 _restore(module, products[:-1])
                 return False
             products[-1].append(layer)
-        # Before the next is replaced: experts can be most of a model.
+        # Freed before the next is replaced: experts can be most of a model.
         del module._parameters[name]  # noqa: SLF001 - the class will have a property of this name
     module.__class__ = _type(type(module))
     module.entering, module.leaving = products

@@ -1,4 +1,4 @@
-"""The few facts about model families that cannot be read off their structure, as data.
+"""Facts about model families that cannot be derived from their structure, as data.
 
 Most families need no entry: both ends run the family's own Hugging Face code. An entry either
 corrects a guess of `decoder.find_decoder` or gives the reason why a family is refused. A family
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Declared facts about one `model_type`; the defaults say "derive it"."""
+    """Declared facts about one `model_type`; defaults are derived from its structure."""
 
     refused: str | None = None
     """Why the family cannot be served, as the end of a sentence."""

@@ -1,8 +1,7 @@
-"""Products of a few rows with a weight that lies as PyTorch keeps it, on a CPU.
+"""Products of a few rows with a weight in PyTorch's own layout, on a CPU.
 
-For a client's head: its weight is a parameter like any other, which people edit, tie, cast, train
-and save, so it has no second form that could fall behind. One kernel (`native/rows.inc`) reads it
-where it is, once for all rows.
+For a client's head, whose weight users may edit, tie, cast, train and save, so it must not have a
+second form that could differ. One kernel (`native/rows.inc`) reads it in place, once for all rows.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from planetserve.model.linear_backends import time_all, timed_part
 from planetserve.native import library, memory
 
 MAX_ROWS = 16
-"""PyTorch's own product is about as fast with more."""
+"""Maximum rows; with more, PyTorch's own product is about as fast."""
 _TIMED_ROWS = (1, 4, 8, MAX_ROWS)
-"""Each stands for itself and the numbers between it and the one before."""
+"""Numbers of rows that are timed; each also represents those between it and the one before."""
 
 
 def has_kernel(weight_OI: torch.Tensor) -> bool:

@@ -1,9 +1,9 @@
 """Where a checkpoint's files are: a local folder, the packaged demo model, or the Hugging Face Hub.
 
-A source answers three questions about a file name: is it there, where is it on disk (downloading
-it if need be), and what does its safetensors header say (without downloading the tensors). Failures
-become one-line `ModelError`s here, so nobody else has to know the hub's exception types. Code from
-a model repository is never run.
+For a file name, a source tells whether the file exists, where it is on disk (it is downloaded if
+need be), and what its safetensors header says (without the tensors). Failures become one-line
+`ModelError`s here, so no other module needs the hub's exception types. Code from a model repository
+is never run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 DEMO = "demo"
-"""The name of the model that comes with the package, whatever folders there are."""
+"""The name of the model that comes with the package, even if there is a folder of that name."""
 
 
 class FileSource(Protocol):
@@ -32,7 +32,7 @@ class FileSource(Protocol):
     revision: str | None
     """Commit hash where the files come from the hub."""
     is_folder: bool
-    """Whether somebody keeps the files in a folder, where each can be looked at for nothing."""
+    """Whether the files are in a local folder, where each can be read without a download."""
 
     @property
     def folder(self) -> Path:
@@ -57,7 +57,7 @@ class FileSource(Protocol):
         ...
 
     def listing(self) -> list[str]:
-        """Names of the files beside `config.json`, to tell what else there is."""
+        """Names of the files beside `config.json`, for error messages."""
         ...
 
     def header(self, filename: str) -> dict[str, TensorEntry]:
@@ -79,7 +79,7 @@ class LocalSource:
     def __init__(self, folder: Path, name: str | None = None):
         self.folder = folder
         self.name = name or folder.resolve().name
-        # A hub cache keeps snapshots/<commit>; such a folder is the same thing as its hub id.
+        # A folder snapshots/<commit> of a hub cache is treated like its hub id.
         resolved = folder.resolve()
         is_snapshot = resolved.parent.name == "snapshots" and _is_commit(resolved.name)
         self.revision = resolved.name if is_snapshot else None
@@ -90,7 +90,8 @@ class LocalSource:
 
     def fetch(self, filename: str) -> Path:
         path = self.folder / filename
-        # The file itself may be a link, as in the hub's cache; the way to it may not lead out.
+        # The file itself may be a link, as in the hub's cache; its path may not lead out of the
+        # folder.
         if not path.parent.resolve().is_relative_to(self.folder.resolve()):
             raise ModelError(f"{path} is not within the model's folder, so it is not read")
         if not path.is_file():
@@ -138,7 +139,8 @@ class HubSource:
         try:
             self._download(filename, dry_run=True)
         except LocalEntryNotFoundError as error:
-            # Offline. With weights in the cache, what is not beside them was never there.
+            # Offline. If the weights are in the cache, a file that is not beside them does not
+            # exist.
             if not any(self.folder.rglob("*.safetensors")):
                 raise self._error(filename, error) from error
             return False
@@ -200,7 +202,7 @@ class HubSource:
         )
 
     def _what_instead(self) -> str:
-        """What a repository without a configuration seems to be, as the end of a sentence."""
+        """What kind of repository this is, if it has no configuration, as the end of a sentence."""
         from huggingface_hub import HfApi
 
         try:

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, whoever wrote them: bounded in size and depth, one error each."""
+"""Untrusted JSON files of a checkpoint: bounded in size and depth, one error each."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from planetserve.errors import ModelError
 
 MAX_DEPTH = 32
-"""Objects and lists inside one another; published configurations have at most a handful."""
+"""Maximum depth of nested objects and lists; published configurations have a handful."""
 _MOST_BYTES = 64 << 20
-"""The index of 100,000 tensors takes 10 MiB."""
+"""Maximum size in bytes; the index of 100,000 tensors takes 10 MiB."""
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -62,7 +62,7 @@ LFS_POINTER = (
 
 
 def is_lfs_pointer(data: bytes) -> bool:
-    """Whether a file that begins like this stands for one that git-lfs has not fetched."""
+    """Whether a file that begins like this is a pointer to one that git-lfs has not fetched."""
     return data.startswith(b"version https://git-lfs")
 
 

@@ -1,4 +1,4 @@
-"""Gives the linear layers of a served span the backend of a name.
+"""Converts the linear layers of a served span to a named backend.
 
 Called once after loading, before anything runs. Names of modules stay; a layer whose weight the
 family's own code reads elsewhere than in its product (found in a short trial pass) stays plain.
@@ -30,7 +30,8 @@ _TRIAL_TOKENS = 3
 
 @torch.inference_mode()
 def convert_span(blocks: SpanBlocks, backend_name: str) -> Counter[str]:
-    """Give the span's linear layers and experts a backend in place; returns how many became what.
+    """Convert the span's linear layers and experts in place; returns the number of layers per
+    result.
 
     Raises:
         ConfigError: no backend of this name.
@@ -64,7 +65,7 @@ def convert_span(blocks: SpanBlocks, backend_name: str) -> Counter[str]:
 
 
 def _make_plain(module: nn.Module) -> None:
-    """Make a layer of a subclass of `nn.Linear` one itself, if it multiplies as that does.
+    """Change a layer of a subclass of `nn.Linear` to `nn.Linear`, if it multiplies in the same way.
 
     Falcon has such layers: they add the bias in a step of its own.
     """

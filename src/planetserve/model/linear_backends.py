@@ -1,9 +1,9 @@
-"""Linear backends by name: how a layer's weight lies in memory and which operator multiplies it.
+"""Linear backends by name: the layout of a layer's weight and the operator that multiplies it.
 
 A backend changes one `nn.Linear` (or GPT-2's `Conv1D`) in place and says what it has become:
 `plain` is the layer as it is, `packed` oneDNN's blocked layout, `native` panels for the kernels of
-this project (`planetserve.native`), which may not be installed. Every converted weight is checked
-against the plain product first and left alone if anything is in doubt. `auto` times all of them
+this project (`planetserve.native`), which may not be installed. Every converted weight is first
+checked against the plain product; if they differ, the layer stays plain. `auto` times all of them
 once per shape and dtype. The original weight is freed; reading `.weight` of a converted layer makes
 a copy.
 
@@ -41,12 +41,12 @@ TIMED_ROWS = (1, 4, 16, 64)
 _TIMED_ROUNDS = 3
 _TIMING_LIMIT_S = 0.3
 _LEAST_TIMED_ELEMENTS = 1 << 16
-"""Smaller weights are not timed: they stay plain, since calling an operator costs more than it
-saves, unless larger ones have become native. A decode pass is one call only where all products of
-its layers are native."""
+"""Minimum elements of a weight that is timed. Smaller ones stay plain, since calling an operator
+costs more than it saves, unless larger ones have become native: a decode pass is one call only
+where all products of its layers are native."""
 _LEAST_GAIN = 1.05
 _TIMED_ELEMENTS = 1 << 22
-"""Of larger weights only this part is timed."""
+"""Elements of a larger weight that are timed."""
 _EVICTED_BYTES = 32 << 20
 
 
@@ -88,7 +88,7 @@ class Plain:
 
 
 class _Layout:
-    """Another layout of the weight, wherever it gives what the plain layer gives."""
+    """Another layout of the weight, used where its results equal those of the plain layer."""
 
     name: str
     pack: Callable[[torch.Tensor], torch.Tensor | None]
@@ -154,7 +154,7 @@ class Auto:
 
     def _choose(self, whole_OI: torch.Tensor) -> LinearBackend:
         """The fastest form over `TIMED_ROWS`, by the geometric mean."""
-        # A part of a huge weight is enough, and keeps time and memory small.
+        # Part of a huge weight is enough, and saves time and memory.
         part_OI = timed_part(whole_OI)
         backends: list[Any] = [Plain()]
         forms: list[Callable[[torch.Tensor], torch.Tensor]] = [lambda x: F.linear(x, part_OI)]
@@ -202,7 +202,7 @@ def time_all(
     """Seconds per form and number of rows, the least of a few alternating rounds.
 
     Between two calls the caches are filled with something else, as the other layers do in a pass.
-    This thread's processor time is taken, not the clock's: other programs must not decide.
+    The processor time of this thread is measured, so that other programs do not change the result.
     """
     evict = torch.empty(_EVICTED_BYTES, dtype=torch.uint8)
     width = part_OI.shape[1]

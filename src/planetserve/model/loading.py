@@ -1,9 +1,9 @@
 """Build a checkpoint's own model class without memory, then fill in only the weights asked for.
 
-Everything that leans on transformers' loading internals is here and nowhere else: construction on
-the meta device, the renaming and fusing of checkpoint tensors into parameters
-(`core_model_loading`), tied weights, and the buffers that are computed instead of stored.
-Parameters that nobody asked for stay on the meta device and cost nothing.
+All uses of transformers' loading internals are in this module: construction on the meta device, the
+renaming and fusing of checkpoint tensors into parameters (`core_model_loading`), tied weights, and
+the buffers that are computed instead of stored. Parameters that were not asked for stay on the meta
+device and take no memory.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def build_on_meta(
     """
     config = copy.deepcopy(checkpoint.config)
     for part in (config, text_config(config)):
-        # How weights are stored is `weights`' business.
+        # The module `weights` handles how weights are stored.
         part.__dict__.pop("quantization_config", None)
     try:
         with torch.device("meta"):
-            # Given in any case: what a configuration names may be a repository of kernels.
+            # Always given: the name in a configuration may be a repository of kernels.
             model = model_class(config).from_config(
                 config,
                 dtype=dtype,
@@ -127,8 +127,9 @@ class WeightLoader:
     """Reads parameters of one checkpoint into one model, in as many portions as the caller likes.
 
     Only the checkpoint tensors that wanted parameters are made of are read. Peak memory is the
-    wanted bytes plus, at most, those of the portion under way. Families' float32 islands are kept
-    as `from_pretrained` keeps them. Tied parameters (a head that is the embedding) count as loaded.
+    wanted bytes plus, at most, those of the portion under way. Parameters that a family keeps in
+    float32 stay float32, as with `from_pretrained`. Tied parameters (a head that is the embedding)
+    count as loaded.
 
     Args:
         model: a skeleton.
@@ -155,7 +156,7 @@ class WeightLoader:
         self._sources = _find_sources(model, self._weights.names)
 
     def prepare(self, wanted: Wanted) -> None:
-        """Refuse what headers alone show to be wrong, then have the files on disk.
+        """Refuse what the headers show to be wrong, then download the files.
 
         Raises:
             ModelError: as said, or a file cannot be fetched.
@@ -215,7 +216,7 @@ class WeightLoader:
         """Refuse a weight that cannot become a part of its parameter, going by its headers."""
         name = self._checkpoint.name
         dtype, shape = self._weights.check(source.name)
-        # A quantizer has put whole numbers in the place of weights, which are read as they were.
+        # A quantizer has replaced weights by integers, but they are read as they were.
         is_weight = source.expected.is_floating_point() or self._quantizer is not None
         if is_weight and dtype is not None and dtype not in _PLAIN:
             raise ModelError(
@@ -259,7 +260,7 @@ def materialize_buffers(model: PreTrainedModel, device: torch.device | str) -> N
 
 
 class _LazyTensor:
-    """Stands for one weight in a state dict; indexing it reads it from the file."""
+    """A placeholder for one weight in a state dict; indexing it reads the weight from the file."""
 
     def __init__(self, weights: Weights, name: str, dtype: torch.dtype):
         self._weights = weights
@@ -307,7 +308,7 @@ def _find_sources(model: PreTrainedModel, names: Iterable[str]) -> list[_Source]
 
 
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""Dtypes of weights that are what they say, without a scale kept elsewhere."""
+"""Dtypes of weights that need no separate scale."""
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:
@@ -317,7 +318,7 @@ def _tied_names(model: PreTrainedModel) -> set[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' own progress bar, which would count tensors nobody asked for."""
+    """Disable transformers' own progress bar, which would count tensors that are not read."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,8 +1,9 @@
-"""How a server's process keeps memory that it has freed: once, and not what loading has freed.
+"""glibc settings that limit the freed memory that a server's process keeps.
 
-While a span is loaded and packed, every weight is held twice for a moment. glibc keeps most of what
-is freed then: once a block of some size has been freed it takes the next ones of that size from its
-heap, and gives of a heap only the end back. A server would hold its weights almost twice for good.
+While a span is loaded and packed, every weight is in memory twice for a moment. glibc keeps most of
+what is freed then: after a block of some size has been freed, it takes the next ones of that size
+from its heap, and of a heap it returns only the end. So a server would permanently hold almost
+twice its weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _LOADING_BYTES = 128 << 10
 _SERVING_BYTES = 32 << 20
-"""What glibc's own rule ends at: activations are taken from the heap, again and again."""
+"""Size in bytes at which glibc's own rule ends; activations are taken from the heap repeatedly."""
 
 
 @contextlib.contextmanager

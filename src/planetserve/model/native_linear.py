@@ -1,7 +1,8 @@
-"""Linear layers whose weight lies in panels of 16 outputs, multiplied by this project's kernels.
+"""Linear layers whose weight is stored in panels of 16 outputs, multiplied by this project's
+kernels.
 
-Made for the few rows of a decode step: a single row reads the weight as fast as memory gives it,
-and up to 14 rows cost little more than one (`native/linear.inc`).
+Made for the few rows of a decode step: a single row runs at memory bandwidth, and up to 14 rows
+cost little more than one (`native/linear.inc`).
 """
 
 from __future__ import annotations

@@ -20,12 +20,13 @@ from planetserve.model.converted_linear import Converted
 logger = logging.getLogger(__name__)
 
 PADDED_ROWS = 4
-"""oneDNN is slower with one to three rows than with four, so fewer may be padded (measured)."""
+"""Number of rows to which fewer may be padded: oneDNN is slower with one to three rows than with
+four (measured)."""
 
 
 class _Packed(Converted):
     padded_rows = 1
-    """Inputs of fewer rows are padded to this many."""
+    """Minimum rows of an input; fewer are padded."""
 
     @override
     def dense(self) -> torch.Tensor:

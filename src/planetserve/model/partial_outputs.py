@@ -1,6 +1,7 @@
-"""What a whole model would give and a client half cannot: inner states, attentions, gradients.
+"""Outputs that a client half cannot give, unlike the whole model: inner states, attentions,
+gradients.
 
-What the client has is given; asking for the rest is an error that says so, where a model without
+States that the client has are returned; a request for others raises an error, where a model without
 layers would return empty tuples, or no gradient.
 """
 
@@ -36,7 +37,8 @@ _IGNORED = -100
 
 
 class HiddenStates(tuple[torch.Tensor, ...]):
-    """As long as the whole model's, with None for the states that the client has not got."""
+    """As many states as the whole model returns, with None for those that the client does not
+    have."""
 
     @override
     def __getitem__(self, index: Any) -> Any:
@@ -51,7 +53,8 @@ class HiddenStates(tuple[torch.Tensor, ...]):
 
 
 def switch_off(config: PretrainedConfig) -> None:
-    """Take back what a checkpoint's configuration asks for in every call and cannot be given."""
+    """Switch off outputs that a checkpoint's configuration requests in every call and that the
+    client cannot give."""
     for name, what in _ON_SERVERS.items():
         if getattr(config, name, False):
             logger.warning("%s of the model's configuration is ignored: %s stay on the servers",
@@ -60,9 +63,9 @@ def switch_off(config: PretrainedConfig) -> None:
 
 
 def setting(config: PretrainedConfig, name: str) -> Any:
-    """What a configuration says of the outputs of every call; None if nothing.
+    """A configuration's setting for the outputs of every call; None if it has none.
 
-    An attribute of a configuration costs three function calls in Python, and every token asks.
+    Reading an attribute of a configuration takes three function calls in Python, for every token.
     """
     fields = vars(config)
     return fields.get(name, fields.get(f"_{name}"))  # a property keeps its value under the second
@@ -72,7 +75,7 @@ def take_wanted_states(config: PretrainedConfig, kwargs: dict[str, Any]) -> bool
     """Whether a call of the base model wants hidden states, which its own code must not collect.
 
     Raises:
-        ConfigError: it wants what only servers have.
+        ConfigError: it wants outputs that only servers have.
     """
     for name, what in _ON_SERVERS.items():
         if _wanted(config, kwargs, name):
@@ -110,20 +113,21 @@ class _NoBackward(torch.autograd.Function):
 
 
 def without_backward(entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """`output` of what has no backward pass; asking for gradients of `entered` is an error."""
+    """`output` of a function without a backward pass; computing gradients of `entered` is an
+    error."""
     result: torch.Tensor = _NoBackward.apply(entered, output)
     return result
 
 
 def refuse_backward(output: Any) -> None:
-    """Have a loss that nothing here can be trained with say so, instead of PyTorch."""
+    """Make the backward pass of a loss raise an error that says why it is not possible."""
     loss = output.get("loss") if isinstance(output, ModelOutput) else None
     if torch.is_grad_enabled() and loss is not None and not loss.requires_grad:
         output["loss"] = without_backward(torch.zeros((), requires_grad=True), loss)
 
 
 def refuse_loss_from_padding(labels_BT: Any, mask_BT: Any) -> None:
-    """Refuse a loss that counts what is predicted at padding, which the blocks do not compute.
+    """Refuse a loss that includes predictions at padding, which the blocks do not compute.
 
     Raises:
         ConfigError: a label that counts follows a column that `mask_BT` leaves out.

@@ -21,7 +21,7 @@ from planetserve.errors import ConfigError, ModelError, one_line
 from planetserve.model import experts
 
 BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
-"""Of a quantised linear layer; nf4 has a float32 scale for each 64 weights."""
+"""Bytes per weight of a quantised linear layer; nf4 has a float32 scale per 64 weights."""
 
 _REQUIRED = ("bitsandbytes", "accelerate")
 

@@ -1,10 +1,9 @@
 """Reading of safetensors files: the header, and single tensors by `read`, never by `mmap`.
 
-A contributor's file may be truncated, replaced while it is in use, or hostile. Reading by offset
-turns each of these into an error with the file's name, where a mapping would kill the process, and
-it keeps resident memory at the bytes of the tensors asked for. Only sizes and dtypes are
-interpreted here; which tensors a span needs is decided in `loading`, where files come from in
-`checkpoint`.
+A file may be truncated, replaced while it is in use, or hostile. When it is read by offset, each of
+these raises an error with the file's name, where a memory mapping would end the process, and only
+the requested tensors take memory. Only sizes and dtypes are interpreted here; which tensors a span
+needs is decided in `loading`, where files come from in `checkpoint`.
 """
 
 from __future__ import annotations

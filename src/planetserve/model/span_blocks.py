@@ -1,12 +1,13 @@
-"""The server's half of the idea: a model's own code with all but a span of its layers removed.
+"""The server's part of a model: its own code with only a span of its layers.
 
 `SpanBlocks` builds the checkpoint's Hugging Face class whole on the meta device, so that whatever a
 layer derives from its index (mixture-of-experts from layer k on, sliding-window patterns) is right;
 loads only the span's weights; and cuts the rest away. A pass calls the base model's own `forward`
-and exchanges two values: what enters the first kept layer and what leaves the last. Anything the
-base model does next to its embedding therefore cannot matter, and needs no code per family.
+and replaces two values: the input of the first kept layer and the output of the last. So the
+computations around the embedding have no effect and need no code per family.
 
-One thread runs a `SpanBlocks`, under `torch.inference_mode()`. Sessions and paging are `engine`'s.
+One thread runs a `SpanBlocks`, under `torch.inference_mode()`. `engine` handles sessions and
+paging.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class SpanCache(DynamicCache):
     """Keys and values of one session for the layers of a span, addressed by their true index.
 
     Every layer keeps its full history, also those with a sliding window: the mask hides what the
-    window excludes, and a rollback never needs what was thrown away.
+    window excludes, and after a rollback no dropped token is needed.
     """
 
     def __init__(self, span: BlockSpan):
@@ -78,7 +79,7 @@ class SpanCache(DynamicCache):
         return super().update(key_states, value_states, index, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens held; a layer of the span answers for itself, anything else for the first one."""
+        """Number of tokens in a layer of the span; for any other index, in the first one."""
         return super().get_seq_length(self._local(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -113,7 +114,7 @@ class _View:
 
 @dataclass(slots=True)
 class _Exchange:
-    """What one pass puts into the first layer and takes from the last."""
+    """The input of the first layer and the output of the last, in one pass."""
 
     incoming: torch.Tensor | None = None
     outgoing: torch.Tensor | None = None
@@ -131,8 +132,8 @@ class SpanBlocks:
         self.base = base
         """The base model without what the span does not need; its `forward` is the family's own."""
         self.constant_rotary_length = constant_rotary_length(base.config)
-        """If not None, passes that reach further embed positions by their own length: sequences
-        must not share such a pass, and a prompt must never be cut into chunks."""
+        """If not None, longer passes embed positions by their own length: sequences must not share
+        such a pass, and a prompt must not be split into chunks."""
         self.layers = nn.ModuleList(list(decoder.layers)[span.start : span.end])
         """The loaded layers, first one first."""
         self._decoder = decoder
@@ -313,7 +314,7 @@ class SpanBlocks:
             self._exchange.outgoing = output[0] if isinstance(output, tuple) else output
 
     def _restore_rotary(self) -> None:
-        # These modules remember the longest sequence they have seen, whoever's it was.
+        # These modules remember the longest sequence of all sessions.
         for module, attributes, buffers in self._rotary_state:
             module.__dict__.update(attributes)
             for name, value in buffers.items():
@@ -346,7 +347,7 @@ def _load(
 
 
 class _NoEmbedding(nn.Module):
-    """In the place of an embedding table: zeros that broadcast against any hidden states."""
+    """Replaces an embedding table: zeros that broadcast against any hidden states."""
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device | str):
         super().__init__()
@@ -359,14 +360,14 @@ class _NoEmbedding(nn.Module):
 
 
 class _PassThrough(nn.Module):
-    """In the place of a module whose result is not used: returns the first tensor it is given."""
+    """Replaces a module whose result is not used: returns the first tensor it is given."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
 
 
 def _drop_outside(decoder: Decoder, device: torch.device | str) -> None:
-    """Put weightless stand-ins where the base model has weights outside its layers."""
+    """Replace modules with weights outside the layers by ones without weights."""
     base = decoder.base
     own = [name for name, _ in base.named_parameters(recurse=False)]
     if own:
@@ -413,8 +414,8 @@ def _slice_config(config: PretrainedConfig, span: BlockSpan, num_layers: int) ->
             if layer in span
         }
     sliced.num_hidden_layers = len(span)
-    # Kept for views of parts of the span: by length alone, a short span's lists per layer could
-    # not be told from others.
+    # Kept for views of parts of the span: by length alone, a short span's lists per layer could not
+    # be distinguished from others.
     sliced.__dict__["planetserve_per_layer"] = per_layer
     return sliced
 
@@ -433,7 +434,7 @@ _RotaryState = tuple[nn.Module, dict[str, Any], dict[str, torch.Tensor]]
 
 
 def _rotary_state(base: nn.Module) -> list[_RotaryState]:
-    """Freshly built rotary modules with their plain attributes and buffers, to go back to."""
+    """The rotary modules as built, with their plain attributes and buffers, to restore them."""
     state = []
     for module in base.modules():
         buffers = {name: value.clone() for name, value in module.named_buffers(recurse=False)}

@@ -1,8 +1,8 @@
 """Which files of a checkpoint hold its weights: those that transformers would read, no others.
 
-Folders collect files: shards of an older save beside one whole file, pickles beside safetensors,
-the maker's own layout in a sub-folder. transformers has an order among them, and a server that
-followed another would serve other weights than its users compare it with.
+A folder may hold several saves: shards of an older one beside one whole file, pickles beside
+safetensors, the author's own layout in a sub-folder. transformers has an order among them, and with
+another order a server would serve other weights than its users expect.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _INSTEAD: tuple[tuple[str, str], ...] = (
 
 
 class Files(Protocol):
-    """What is asked of a checkpoint's files here; `sources.FileSource` answers it."""
+    """The part of `file_sources.FileSource` that is used here."""
 
     name: str
     is_folder: bool
@@ -77,7 +77,8 @@ def weight_files(source: Files, named: Any = None) -> tuple[list[str], Mapping[s
     Raises:
         ModelError: there are none, or the index cannot be used; says what to do.
     """
-    # Both come before any file of weights, and only in a folder does transformers look for them.
+    # Both have precedence over any file of weights, and transformers looks for them only in a
+    # folder.
     beside = source.listing() if source.is_folder else []
     if ADAPTER_FILE in beside:
         raise ModelError(f"{source.name} holds an adapter ({ADAPTER_FILE}); {_MERGE}")
@@ -166,9 +167,9 @@ def _from_index(source: Files, filename: str) -> tuple[list[str], Mapping[str, s
 
 
 def _look_at_unused_index(source: Files) -> None:
-    """Say that an index beside a whole file is not followed, and refuse a hostile one all the same.
+    """Log that an index beside a whole file is not used, and still refuse a hostile one.
 
-    It may be left over from an older save, and broken: transformers does not read it.
+    It may be of an older save, and broken: transformers does not read it.
     """
     try:
         shards = read_json_object(source.fetch(INDEX_FILE)).get("weight_map")
@@ -183,7 +184,7 @@ def _look_at_unused_index(source: Files) -> None:
 
 
 def _unreadable(source: Files, names: Iterable[str], *wanted: str) -> str:
-    """That one of the wanted names is there and yet no file, as the end of a sentence."""
+    """That one of the wanted names exists but is not a readable file, as the end of a sentence."""
     for name in names:
         if name in wanted and source.is_folder and not source.has(name):
             return f" that can be read: {name} is a folder, a pipe or a link to nowhere"

@@ -1,7 +1,7 @@
-"""A checkpoint's weights as a model has them, however they are stored.
+"""A checkpoint's weights as a model uses them, for any stored format.
 
 Where the configuration says that weights are stored quantised, the several tensors of each (numbers
-and scales) stand here as one floating-point tensor that is dequantised when it is read, one at a
+and scales) appear here as one floating-point tensor that is dequantised when it is read, one at a
 time. Everything after that (renaming, fusing of experts, `--quant_type`) sees ordinary weights.
 """
 
@@ -28,7 +28,7 @@ class _Stored:
 
 
 class Weights:
-    """Tensors by the names of the weights. Not thread-safe while layouts are looked at.
+    """Tensors by the names of the weights. Not thread-safe while layouts are examined.
 
     Raises:
         ModelError: weights are stored in a way that is not read, or not as the configuration says.

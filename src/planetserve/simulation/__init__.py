@@ -1,9 +1,10 @@
-"""A swarm in simulated time: what chain optimizers do to many users at once, without machines.
+"""A swarm in simulated time: the effect of chain optimizers on many users at once, without
+machines.
 
-Servers batch and queue like the engine does, links have a round-trip time and a rate, machines come
-and go, and clients plan on what was announced a while ago, with the optimizer objects and the cost
-function of the real client. One token through one server is two events, so that what a batch waits
-for, and what waits for a batch, is never averaged away.
+Servers batch and queue as the engine does, links have a round-trip time and a rate, machines join
+and leave, and clients plan on announcements of some age, with the optimizer objects and the cost
+function of the real client. One token through one server is two events, so that all waits of
+batches and for batches are simulated and not averaged.
 
 A run is a pure function of scenario, policy and seed. Needs simpy, the extra `simulation`.
 

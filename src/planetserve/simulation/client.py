@@ -1,11 +1,11 @@
-"""What clients know and how they plan: announcements, loads of servers in use, the real optimizer.
+"""The clients' knowledge and planning: announcements, loads of servers in use, the real optimizer.
 
 A client reads the directory when it opens a session and before it moves one, unless it has just
-done so, and else once in `update_period`. Of servers that it uses it knows the present load,
-because every answer carries it. Round-trip times it knows as they are. In a swarm larger than
+done so, and otherwise once per `update_period`. It knows the present load of the servers that it
+uses, because every answer carries it, and all true round-trip times. In a swarm larger than
 `VIEW_SERVERS` it plans on the best holders of each block (`routing/shortlist.py`); optimizers that
-choose blindly get a sample of all servers instead, or the shortlist would do half of the routing
-for them.
+ignore links and speeds get a sample of all servers instead, because the shortlist would already be
+a good choice.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from planetserve.types import BlockSpan, Chain, Hop
 
 CLIENT_CONFIG = ClientConfig()
 VIEW_SERVERS = 128
-"""Servers that a simulated client plans on at most: it keeps large swarms affordable."""
+"""Maximum number of servers that a simulated client plans on; it keeps large swarms affordable."""
 FRESH_S = 5.0
-"""A view of the directory this old is not renewed, as in `ChainManager`."""
+"""Maximum age in seconds of a view of the directory that is not renewed, as in
+`ServerDiscovery`."""
 _BLIND = frozenset({"random", "petals_max_throughput"})
-"""Optimizers that look at neither links nor speeds."""
+"""Optimizers that use neither links nor speeds."""
 _FLAGS = ("moves", "folded", "informed")
 """Fields of `Policy` that its text may set."""
 
@@ -57,8 +58,8 @@ class Policy:
     """Whether load counts as time per block instead of as a wait per visit: for optimizers such as
     Petals' that do not know of waits."""
     informed: bool = False
-    """Whether clients know all present loads, which no real one can: what better news would be
-    worth."""
+    """Whether clients know all present loads, which no real client can; shows the value of better
+    information."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "optimizer", current_options(self.optimizer))
@@ -69,7 +70,7 @@ class Policy:
         """Read `"NAME"` or `"NAME:option=value"`, with any of `_FLAGS` behind it, as in `"+moves"`.
 
         Raises:
-            ConfigError: it is nothing of the kind.
+            ConfigError: it has another form.
         """
         optimizer, *flags = text.split("+")
         unknown = sorted(set(flags) - set(_FLAGS))
@@ -97,11 +98,11 @@ class Policy:
 
 
 class Directory:
-    """What servers have announced last, in columns, since a client looks at all of it.
+    """The latest announcements of servers, in columns, since a client reads all of them.
 
     Args:
         num_servers: how many there are.
-        lifetime_s: how long a record stays when its owner falls silent.
+        lifetime_s: seconds that a record stays when its owner falls silent.
     """
 
     def __init__(self, num_servers: int, lifetime_s: float):
@@ -109,7 +110,7 @@ class Directory:
         self.start = np.zeros(num_servers, dtype=np.intp)
         self.end = np.zeros(num_servers, dtype=np.intp)
         self.ms_per_block = np.zeros(num_servers)
-        """Waiting included, through the whole span."""
+        """Time per block through the whole span, waiting included."""
         self._lifetime_s = lifetime_s
         self._until_s = np.full(num_servers, -np.inf)
 
@@ -162,7 +163,7 @@ class SimClient:
         self._banned_until_s: dict[int, float] = {}
 
     def draw_seed(self) -> int:
-        """For a new session, which keeps it."""
+        """The seed of a new session, which keeps it."""
         return int(self._rng.integers(2**32))
 
     def ban(self, server: int, until_s: float) -> None:
@@ -224,7 +225,7 @@ class SimClient:
             without: servers not to use.
 
         Raises:
-            NoChainAvailable: nobody can.
+            NoChainAvailable: no server can.
         """
         members, points = [], []
         for number, point in self._usable(now_s, None, 0):
@@ -251,7 +252,7 @@ class SimClient:
     ) -> Iterator[tuple[int, ServerPoint]]:
         """Servers that are not banned, with the loads that this client's own answers carry."""
         if now_s - self._known_at_s > CLIENT_CONFIG.update_period:
-            self._look_up(now_s)  # as the real client's timer has done by now
+            self._look_up(now_s)  # as the real client's timer does
         in_use = {number for ring in self.rings for number in ring.servers}
         own_servers = set() if own is None else set(own.servers)
         for number, point in self._known:
@@ -274,7 +275,7 @@ class SimClient:
 def _seen(
     world: World, node: int, directory: Directory, found: NDArray[np.intp]
 ) -> list[tuple[int, ServerPoint]]:
-    """Of the servers `found` the best holders: by a token's time if one could run all blocks."""
+    """The best holders among the servers `found`, by a token's time if one could run all blocks."""
     num_blocks = world.scenario.model.num_blocks
     half = world.links.column(node, len(world.machines))[found]
     cost = 2 * half + num_blocks * directory.ms_per_block[found]
@@ -291,7 +292,7 @@ def _snapshot(
         num_blocks=num_blocks or scenario.model.num_blocks,
         activation_bytes_per_token=scenario.model.activation_bytes_per_token,
         hop_overhead_ms=scenario.network.hop_overhead_ms,
-        default_rtt_ms=0.0,  # of pairs that are missing: none is
+        default_rtt_ms=0.0,  # no pair is missing
         servers=tuple(points),
         rtt_ms=RttMatrix(half),
     )

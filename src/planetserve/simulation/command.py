@@ -58,7 +58,7 @@ GROUPS = {
 JSON_VERSION = 1
 OPTIMIZERS = ("random", "petals_min_latency", "shortest_path", "shortest_path+moves")
 _MANY_SERVERS = 1000
-"""Placing so many takes seconds."""
+"""Number of servers above which placing takes seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class SimulateConfig:
     """Optimisers to compare, each with the first one; by default random, petals_min_latency,
     shortest_path and shortest_path+moves."""
     seeds: int = 3
-    """How many times to throw the dice; confidence intervals are over seeds."""
+    """Number of runs, each with its own seed; confidence intervals are over seeds."""
     first_seed: int = 0
     """The seeds are this number and those that follow it."""
     duration_s: float | None = None
@@ -157,8 +157,8 @@ def simulate(
     Args:
         loaded: the scenario.
         optimizers: as `Policy.parse` reads them.
-        seeds: of the dice.
-        progress: called now and then with what is running and how much of it is done.
+        seeds: of the runs. progress: called now and then with the name of the run and the fraction
+            that is done.
 
     Returns:
         The summaries of each optimizer, in the order of the seeds.

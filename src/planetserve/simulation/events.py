@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 def later(env: simpy.Environment, delay_s: float, callback: Callable[[T], None], value: T) -> None:
-    """Call `callback(value)` after `delay_s`; what falls on one moment goes in order of calls."""
+    """Call `callback(value)` after `delay_s`; events of the same moment keep the order of the
+    calls."""
 
     def fire(_event: Any) -> None:
         callback(value)

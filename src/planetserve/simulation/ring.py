@@ -1,4 +1,4 @@
-"""A session's chain as the simulation sees it, and what travels around it."""
+"""A session's chain in the simulation, and the steps that travel around it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from planetserve.types import Chain, Hop
 
 
 class StepListener(Protocol):
-    """What a ring tells its session."""
+    """Events of a ring that its session handles."""
 
     def result(self, step: Step) -> None:
-        """A step has been all the way round, or has filled the hops that it was to fill."""
+        """A step has passed all hops, or has filled the hops that it had to fill."""
         ...
 
     def server_leaves(self, server: int) -> None:
-        """A server has said that it goes."""
+        """A server has announced that it leaves."""
         ...
 
     def lost(self, server: int) -> None:
@@ -32,10 +32,10 @@ class Ring:
     Args:
         session: whose.
         ring_id: unique.
-        client_name: of its client, whose sessions count together.
-        client_node: where that is.
-        links: how far nodes are apart.
-        number_of: server ids to their numbers.
+        client_name: name of its client; the sessions of one client count together.
+        client_node: the client's node in `links`. links: half round-trip times between nodes.
+            number_of: server
+        ids to their numbers.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Ring:
         self.id = ring_id
         self.client_name = client_name
         self.epoch = 0
-        """Raised whenever what is under way has become worthless."""
+        """Increased whenever the steps under way have become invalid."""
         self.chain = Chain(())
         self.servers: list[int] = []
         self.spans: list[tuple[int, int]] = []
@@ -80,10 +80,10 @@ class Step:
     epoch: int
     num_tokens: int
     is_last: bool
-    """Whether nothing follows it that belongs to the same text: it brings an answer."""
+    """Whether it is the last step of its text so far, so that its result is a token."""
     hop: int = 0
     stop: int | None = None
-    """Where a step ends that only fills caches; None goes all the way round."""
+    """Hop before which a step ends that only fills caches; None: it passes all hops."""
     arrived_s: float = 0.0
     num_left: int = 0
     is_alone: bool = False

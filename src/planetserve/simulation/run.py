@@ -20,26 +20,26 @@ from planetserve.simulation.world import World
 _SERVER_CONFIG = ServerConfig(model="simulated", num_blocks=1, new_swarm=True)
 _LOOK_S = 10.0
 _CHANGE = 1.25
-"""When a server looks whether its load has changed, and what counts as a change; as in
+"""Period in seconds at which a server checks its load, and factor that counts as a change; as in
 `server/announcer.py`."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What happened, before any of it is averaged."""
+    """The raw results of a run."""
 
     records: list[Record]
-    """Of all requests, in the order in which they ended."""
+    """Records of all requests, in the order in which they ended."""
     tokens_in_window: int
     """Tokens that users got between warm-up and the last arrival."""
     busy_share: float
-    """Part of that time that servers computed, averaged over servers and the whole run."""
+    """Fraction of the time that servers computed, averaged over servers and the whole run."""
     tokens_per_tick: float
     departures: int
 
 
 class _Uplinks:
-    """What nodes have to send, one thing after the other."""
+    """The uplinks of nodes, each of which sends one step after the other."""
 
     def __init__(self, env: simpy.Environment, num_nodes: int, bytes_per_token: float):
         self._env = env
@@ -47,7 +47,7 @@ class _Uplinks:
         self._free_s = [0.0] * num_nodes
 
     def send_s(self, node: int, num_tokens: int, bytes_per_s: float) -> float:
-        """Seconds until the node has sent these tokens, after what it has to send already."""
+        """Seconds until the node has sent these tokens, after everything queued before them."""
         now_s = self._env.now
         took_s = num_tokens * self._bytes_per_token / bytes_per_s
         self._free_s[node] = free_s = max(now_s, self._free_s[node]) + took_s
@@ -55,12 +55,11 @@ class _Uplinks:
 
 
 class Simulation:
-    """Holds what sessions and servers share. Use `run` once.
+    """The state that sessions and servers share. Call `run` once.
 
     Args:
-        world: a scenario with its dice thrown.
-        policy: of all clients.
-        on_progress: called with the part of requests that have ended, after each.
+        world: a scenario with its random draws. policy: of all clients. on_progress: called after
+            each request with the fraction of requests that have ended.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class Simulation:
         )
 
     def send_into(self, client: SimClient, step: Step) -> None:
-        """To hop `step.hop`, from the one before it or from the client."""
+        """Send a step to hop `step.hop`, from the one before it or from the client."""
         ring, hop = step.ring, step.hop
         node, rate = client.node, self._client_bytes_per_s
         if hop:
@@ -137,7 +136,7 @@ class Simulation:
         later(self.env, delay_s, self.servers[ring.servers[hop]].arrive, step)
 
     def count_token(self, now_s: float) -> None:
-        """A user got a token."""
+        """Count a token that a user received."""
         workload = self.world.scenario.workload
         if workload.warmup_s <= now_s < workload.duration_s:
             self._tokens_in_window += 1
@@ -160,14 +159,14 @@ class Simulation:
         Session(self, client, request, number, self._policy.moves).begin()
 
     def _send_on(self, server: SimServer, step: Step) -> None:
-        """From a server to the next one, or the last result to the client."""
+        """Send a step from a server to the next one, or the last result to the client."""
         ring = step.ring
         following = step.hop + 1
         if following == step.stop:
             ring.session.result(step)
             return
         is_last = following == len(ring.servers)
-        # Of a prompt only the last position is wanted.
+        # Only the last position of a prompt is sent to the client.
         tokens = 1 if is_last else step.num_tokens
         rate = server.machine.network_bytes_per_s
         delay_s = self._uplinks.send_s(server.number, tokens, rate)

@@ -1,4 +1,4 @@
-"""Scenario files: which machines, where, under which load. Strict YAML, values in stated units.
+"""Scenario files: machines, their places, and the load. Strict YAML, values in stated units.
 
 Tables that several scenarios share, round-trip times between cities and graphics cards, are files
 of their own and are named relative to the scenario's.
@@ -22,7 +22,7 @@ _FOLDERS = (
     Path("configs", "scenarios"),
     Path(__file__).resolve().parents[3] / "configs" / "scenarios",
 )
-"""Where scenarios are found by name: below the current directory, or in this checkout."""
+"""Folders of named scenarios: below the current directory, and in this checkout."""
 MAX_SERVERS = 100_000
 MAX_REQUESTS = 1_000_000
 
@@ -62,13 +62,13 @@ class Machines(_Table):
     gpus: Name
     """File of graphics cards."""
     mix: Name
-    """Name of a mix in that file: how many of each card, or how likely each is."""
+    """Name of a mix in that file: counts or probabilities of the cards."""
     exact_mix: bool = False
-    """Whether the mix counts machines, or gives the odds of drawing each card."""
+    """Whether the mix gives counts of machines; if not, it gives the probability of each card."""
     placement: Name = "balance"
-    """Who runs which blocks: a placement by name; servers join one after the other."""
+    """Name of the placement of blocks; servers join one after the other."""
     vram_share: Share = 0.9
-    """Part of a card's memory for weights and KV cache."""
+    """Fraction of a card's memory for weights and KV cache."""
     cache_tokens: Annotated[int, Field(ge=16, le=10**9)] = 16384
     """KV cache of a server; `--attn_cache_tokens`."""
     spans: Annotated[tuple[Name, ...], Field(strict=False)] = ()
@@ -81,16 +81,16 @@ class Network(_Table):
     city_rtt: Name | None = None
     """File of round-trip times between cities; without one, all machines are at one site."""
     cities: Annotated[tuple[Name, ...], Field(strict=False)] = ()
-    """Cities of that file that have machines, equally many each; none given: all of them."""
+    """Cities of that file that have machines, equally many each; empty: all of them."""
     last_mile_ms: Range = (0.0, 0.0)
     """Round-trip time of a machine to its city, uniformly distributed; each end of a link adds its
     own."""
     bandwidth_mbit_s: Range
-    """What a machine can send, log-uniformly distributed."""
+    """Uplink of a machine, log-uniformly distributed."""
     client_mbit_s: Positive = 1000.0
-    """What a client can send."""
+    """Uplink of a client."""
     hop_overhead_ms: NotNegative
-    """What each visit to a server costs besides computing and sending."""
+    """Time of each visit to a server besides computing and sending."""
 
 
 class Workload(_Table):
@@ -110,9 +110,10 @@ class Workload(_Table):
     """Standard deviation of the logarithm of both lengths."""
     max_prompt_tokens: Annotated[int, Field(ge=1, le=10**6)] = 1024
     max_output_tokens: Annotated[int, Field(ge=1, le=10**6)] = 1024
-    """Also what a client leases, since it does not know when the answer will end."""
+    """Maximum tokens of an answer; a client leases as many, since it does not know when the answer
+    will end."""
     patience_s: Positive = 120.0
-    """A request fails when it has found no chain for this long."""
+    """Seconds without a chain after which a request fails."""
 
     @model_validator(mode="after")
     def _check(self) -> Workload:
@@ -129,21 +130,22 @@ class Churn(_Table):
     mean_up_s: Positive
     mean_down_s: Positive
     load_s: NotNegative = 60.0
-    """Loading a span, until the server can be used."""
+    """Time to load a span."""
     graceful: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Part of the departures that are announced: sessions move between two tokens. In the others a
-    machine falls silent and clients must notice."""
+    """Fraction of the departures that are announced: sessions move between two tokens. In the
+    others a machine falls silent and clients must notice."""
     drain_s: Positive = 30.0
     """How long a server that has announced its departure waits for its sessions to move."""
 
 
 class Slo(_Table):
-    """A request attains it if both hold; see docs/chain_optimization.md for why these numbers."""
+    """A request attains the objective if both hold; docs/chain_optimization.md has the reasons for
+    the numbers."""
 
     token_scale: Positive = 2.0
-    """Mean time per token at most this often that of the fastest chain of an idle swarm."""
+    """Maximum mean time per token as a multiple of that of the fastest chain of an idle swarm."""
     first_token_s: Positive = 10.0
-    """Time to first token."""
+    """Maximum time to the first token."""
 
 
 class Scenario(_Table):
@@ -152,7 +154,7 @@ class Scenario(_Table):
     name: Name
     description: Text
     sources: Annotated[tuple[Text, ...], Field(strict=False, max_length=32)] = ()
-    """Where its figures come from."""
+    """Sources of its figures."""
     model: Model
     machines: Machines
     network: Network
@@ -170,13 +172,13 @@ class Gpu(_Table):
 
 
 class GpuTable(_Table):
-    """Cards, mixes of them, and how their data sheets turn into speeds."""
+    """Cards, mixes of them, and factors from data sheets to speeds."""
 
     sources: Annotated[tuple[Text, ...], Field(strict=False, max_length=32)] = ()
     bandwidth_efficiency: Share
-    """A decode step reads a block's weights at this part of the memory bandwidth."""
+    """Fraction of the memory bandwidth at which a decode step reads a block's weights."""
     batching_gain: Annotated[float, Field(ge=1, le=1e6)]
-    """Tokens per second in large batches over those of one sequence."""
+    """Ratio of tokens per second in large batches to those of one sequence."""
     gpus: dict[Name, Gpu]
     mixes: dict[Name, dict[Name, Positive]]
 
@@ -231,7 +233,7 @@ def load_scenario(name_or_file: str) -> LoadedScenario:
     """Read one of `scenario_names` or a file.
 
     Raises:
-        ConfigError: there is no such file, it is not exactly of its form, or does not fit another.
+        ConfigError: a file does not exist, has another form, or does not fit another file.
     """
     path = _find(name_or_file)
     scenario = _load(Scenario, path)

@@ -6,11 +6,12 @@ block that `n` tokens of a tick go through takes
 
     decode_ms_per_block + (n - 1) * 1000 / tokens_per_s_per_block
 
-the line through the two speeds that a server announces: one token takes `decode_ms_per_block`, and
-many of them come at `tokens_per_s_per_block`. All results go at the end of the tick. Admission, the
-prompt tokens that a batch may take, the sharing of a full budget, the waiting for steps that are
-about to come back and the load that is announced are the real `KvReservations`, `PrefillBudget`,
-`TokenBudget`, `BatchDelay` and `StepLatency`. There are no pages.
+which is linear through the two speeds that a server announces: one token takes
+`decode_ms_per_block`, and many tokens run at `tokens_per_s_per_block`. All results are sent at the
+end of the tick. Admission, the prompt tokens that a batch may take, the sharing of a full budget,
+the waiting for steps that are about to come back and the load that is announced are the real
+`KvReservations`, `PrefillBudget`, `TokenBudget`, `BatchDelay` and `StepLatency`. There are no
+pages.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from planetserve.types import BlockSpan
 _CONFIG = ServerConfig(model="simulated", num_blocks=1, new_swarm=True)
 _SCHEDULER_CONFIG = SchedulerConfig(num_pages=1)
 _DECODE_TOKENS = _SCHEDULER_CONFIG.max_decode_tokens
-"""A step of at most this many tokens counts as decoding."""
+"""Maximum tokens of a step that counts as decoding."""
 
 
 class _Life:
-    """What a server loses when it goes down."""
+    """The state that a server loses when it goes down."""
 
     def __init__(self, cache_tokens: int, decode_ms_per_block: float, clock: SimClock):
         self.kv_reservations = KvReservations(
@@ -55,7 +56,7 @@ class _Life:
         self.heads: dict[Ring, Step] = {}
         """The oldest waiting step of each session."""
         self.behind: dict[Ring, deque[Step]] = {}
-        """Those that wait behind it."""
+        """The steps behind it."""
         self.is_busy = False
         self.has_waited = False
         """Whether the tick that runs next, or now, has waited for more steps."""
@@ -119,7 +120,7 @@ class SimServer:
         return self._life.load.ms_per_block(self._env.now)
 
     def point(self) -> ServerPoint:
-        """What it would announce now."""
+        """The record that it would announce now."""
         machine, span = self.machine, self.span
         alone_ms = machine.decode_ms_per_block
         decode_ms, wait_ms = split_load(self.load_ms, alone_ms, len(span))
@@ -135,7 +136,7 @@ class SimServer:
         )
 
     def stop(self) -> None:
-        """Be gone, with everything that was open or waiting here."""
+        """Stop, and drop all sessions and waiting steps."""
         self.is_up = self.is_draining = False
         self.rings.clear()
         self._life = self._begin_life()
@@ -165,12 +166,12 @@ class SimServer:
             self.drop_steps(ring)
 
     def drop_steps(self, ring: Ring) -> None:
-        """Forget what waits here of a session that goes on otherwise."""
+        """Drop the waiting steps of a session that has changed its chain."""
         self._life.heads.pop(ring, None)
         self._life.behind.pop(ring, None)
 
     def arrive(self, step: Step) -> None:
-        """A step has come in; one that nobody waits for any more is dropped."""
+        """A step has arrived; it is dropped if its session no longer needs it."""
         ring = step.ring
         if ring not in self.rings or step.epoch != ring.epoch:
             return
@@ -271,7 +272,7 @@ class SimServer:
 
 
 def passed(parts: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
-    """Blocks that one tick passes, and the tokens through each of them, added up.
+    """Number of blocks that one tick passes, and the sum over them of the tokens through each.
 
     Args:
         parts: `(start, end, tokens)` of every step in it.

@@ -1,9 +1,9 @@
-"""One request: finds a chain, fills its cache, takes tokens until it has all, moves when it should.
+"""One request: it finds a chain, fills its cache, decodes until the end, and moves when it should.
 
-Follows the real client: all hops are opened at once and each leases cache or refuses; the prompt
-goes round in chunks, one behind the other; after that one token at a time. When a server is lost or
-leaves, others take over its part and are filled by the hop before them, the rest stays; the same
-happens when a clearly better chain has come up (`routing/migration.py`).
+Follows the real client: all hops are opened at once and each leases cache or refuses; the prompt is
+    sent in pipelined chunks, then one token at a time. When a server is lost or leaves, others take
+    over its part and are filled by the hop before them, and the rest stays. The same happens when
+    there is a clearly better chain (`routing/migration.py`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from planetserve.simulation.world import Request, World
 from planetserve.types import BlockSpan, Chain, Hop
 
 _POLL_S = 1.0
-"""Between two attempts to find a chain when there is none."""
+"""Seconds between two attempts to find a chain when there is none."""
 _CHUNK_TOKENS = 512
-"""Of a prompt that one frame carries."""
+"""Tokens of a prompt that one frame carries."""
 _LOOKUP_S = 0.5
-"""A look at the directory: some round trips to peers anywhere."""
+"""Seconds of a directory look-up: some round trips to any peers."""
 
 
 class Outcome(enum.Enum):
@@ -48,24 +48,24 @@ class Record:
 
     request: Request
     first_token_s: float = 0.0
-    """From its arrival."""
+    """Time from its arrival."""
     gaps_ms: list[float] = field(default_factory=list)
-    """From each token to the next."""
+    """Times from each token to the next."""
     outcome: Outcome | None = None
     ended_s: float = 0.0
     num_plans: int = 0
     num_refusals: int = 0
-    """Hops that had no room."""
+    """Number of hops that had no room."""
     num_jumps: int = 0
-    """Times that a server was lost or left."""
+    """Number of servers that were lost or left."""
     num_moves: int = 0
-    """Times that a better chain was taken."""
+    """Number of moves to a better chain."""
     num_replayed: int = 0
     """Tokens computed again by a server that took over, summed over servers."""
 
     @property
     def normalised_ms(self) -> float:
-        """Of a request that was served: from its arrival to its end, by output token."""
+        """Time from the arrival to the end of a served request, per output token."""
         lasted_s = self.ended_s - self.request.arrival_s
         return 1000.0 * lasted_s / self.request.output_tokens
 
@@ -130,7 +130,7 @@ class Session:
         return self.record.request.prompt_tokens + self._generated
 
     def begin(self) -> None:
-        """Look for a chain, with an empty cache."""
+        """Look for a chain and start with an empty cache."""
         if self._searching_since_s is None:
             self._searching_since_s = self._env.now
         self._abandon()
@@ -140,7 +140,7 @@ class Session:
             self._plan()
 
     def _later(self, delay_s: float, do: Callable[[], None]) -> None:
-        """Unless something else has come up by then."""
+        """Call `do` after `delay_s`, unless the session has gone on otherwise by then."""
 
         def act(epoch: int) -> None:
             if epoch == self._ring.epoch:
@@ -167,7 +167,7 @@ class Session:
             self._end(Outcome.NO_CHAIN)
 
     def _open(self, hops: Sequence[Hop], chain: Chain, is_move: bool = False) -> None:
-        """Ask `hops`, all at once, and then run on `chain`, of which they are a part."""
+        """Open `hops`, all at once, and then run on `chain`, of which they are a part."""
         half_ms = self._sim.world.links.half_ms
         numbers = [self._sim.number_of[hop.peer_id] for hop in hops]
         farthest_ms = max(half_ms(self.client.node, number) for number in numbers)
@@ -185,7 +185,7 @@ class Session:
             if not server.is_up:
                 ban_s, wait_s = CLIENT_CONFIG.ban_timeout, CLIENT_CONFIG.connect_timeout
             elif server.is_draining or not server.span.covers(hop.span):
-                ban_s = CLIENT_CONFIG.ban_timeout  # it answers, but not with what was announced
+                ban_s = CLIENT_CONFIG.ban_timeout  # it answers, but has not the announced room
             elif self._ring not in server.rings:
                 try:
                     server.open(self._ring, self._lease, hop.span)
@@ -218,7 +218,7 @@ class Session:
         self._leaving &= set(ring.servers)
         known = self._known
         if len(attempt.hops) == len(attempt.chain):
-            # All are new: the answer to the whole text is the next token.
+            # All hops are new: the result of the whole text is the next token.
             if self._generated:
                 self.record.num_replayed += known * len(attempt.hops)
             self._send(known, first=0, stop=None)
@@ -237,7 +237,7 @@ class Session:
             self._sim.send_into(self.client, step)
 
     def result(self, step: Step) -> None:
-        """A step has been all the way round, or has filled the hops that it was to fill."""
+        """A step has passed all hops, or has filled the hops that it had to fill."""
         if step.epoch != self._ring.epoch or not step.is_last:
             return
         if step.stop is not None:
@@ -261,7 +261,7 @@ class Session:
             self._send(1, first=0, stop=None)
 
     def server_leaves(self, server: int) -> None:
-        """A server has said that it goes; others take its part between two tokens."""
+        """A server has announced that it leaves; others take its part between two tokens."""
         self._leaving.add(server)
 
     def lost(self, server: int) -> None:
@@ -273,14 +273,16 @@ class Session:
         self._replace({server})
 
     def _change_chain(self) -> bool:
-        """Between two tokens: begin to leave a server that goes, or to take a better chain."""
+        """Between two tokens: begin to replace a server that leaves, or to move to a better
+        chain."""
         if self._leaving:
             self.record.num_jumps += 1
             self._replace(set(self._leaving))
             return True
         if self._migration_policy is None or not self._migration_policy.is_due():
             return False
-        # How long a text will be is unknown: probably as long again as it is already.
+        # The length of a text is not known; the estimate is that as many tokens follow as there are
+        # already.
         tokens_left = min(self._generated, self._lease - self._known)
         chain = self._migration_policy.decide(
             self._better_chain(self._migration_policy.may_decide), tokens_left
@@ -313,7 +315,7 @@ class Session:
         return Offer(chain, latency_ms(snapshot, old), chain.latency_ms, took_ms)
 
     def _replace(self, servers: set[int]) -> None:
-        """Have others run what `servers` did; without anybody for that part, start over."""
+        """Have other servers run the blocks of `servers`; if there are none, start again."""
         ring = self._ring
         bad = [place for place, number in enumerate(ring.servers) if number in servers]
         if not bad or not self._generated:
@@ -338,7 +340,7 @@ class Session:
         self._splice(gap.hops, spliced(hops, first, stop, gap.hops))
 
     def _splice(self, entering: Sequence[Hop], chain: Chain, is_move: bool = False) -> None:
-        # What still comes back from the old chain counts for nothing.
+        # Results that still come from the old chain are ignored.
         self._ring.epoch += 1
         if entering:
             self._open(entering, chain, is_move)
@@ -362,9 +364,9 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """Hops that are being asked, and the chain that would result."""
+    """Hops that are being opened, and the resulting chain."""
 
     hops: tuple[Hop, ...]
     chain: Chain
     is_move: bool
-    """Whether the old chain would do as well."""
+    """Whether the old chain still works."""

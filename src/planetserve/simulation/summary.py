@@ -1,4 +1,4 @@
-"""From what happened to numbers: one run's, and mean and confidence interval over seeds."""
+"""Summaries: the numbers of one run, and mean and confidence interval over seeds."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Summary:
 
     requests: int
     failed: int
-    """Requests that found no chain for too long."""
+    """Number of requests that found no chain for too long."""
     idle_ms: float
     """Time per token of the fastest chain of an idle swarm, on average over the users who asked: no
     policy gets below it."""
     token_mean_ms: float
-    """From one token to the next, over all of them."""
+    """Mean time from one token to the next, over all tokens."""
     token_p50_ms: float
     token_p99_ms: float
     normalised_mean_ms: float
@@ -46,21 +46,21 @@ class Summary:
     first_token_p50_s: float
     first_token_p99_s: float
     slo_share: float
-    """Requests that attained the scenario's objective, of all."""
+    """Fraction of requests that attained the scenario's objective."""
     tokens_per_s: float
     """Output tokens of all users while requests arrive."""
     jumps: int
-    """Times that a session had to replace a server that was lost or leaving."""
+    """Number of replacements of servers that were lost or leaving."""
     moves: int
-    """Times that a session took a better chain."""
+    """Number of moves of sessions to a better chain."""
     replayed_tokens: int
     """Tokens computed again after either, summed over servers."""
     refusals: int
-    """Hops that had no room when they were asked."""
+    """Number of hops that had no room when they were asked."""
     departures: int
-    """Of servers, in the whole run."""
+    """Number of departures of servers, in the whole run."""
     busy_share: float
-    """Part of the time that a server computed, averaged over servers."""
+    """Fraction of the time that a server computed, averaged over servers."""
     tokens_per_tick: float
     """Tokens that share one pass of a server, prompts included."""
 

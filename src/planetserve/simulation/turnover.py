@@ -1,4 +1,4 @@
-"""Servers that leave, with a word or without, and come back to where they are needed most."""
+"""Servers that leave, announced or not, and come back with the blocks that need them most."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from planetserve.simulation.server import SimServer
 from planetserve.simulation.world import World, join
 
 _DETECT_S = CLIENT_CONFIG.probe_after + CLIENT_CONFIG.ping_timeout
-"""Until the client of a step knows that a server is silent."""
+"""Seconds until the client of a step knows that a server is silent."""
 
 
 class Turnover:
     """Makes servers leave and return as the scenario says. `start` once.
 
-    When and how a server leaves depends on the seed and nothing else, so it is the same for every
-    optimizer; so is where it goes when it returns, since that depends on who is there.
+    When and how a server leaves depends on the seed alone, so it is the same for every optimizer.
+    The same holds for its blocks when it returns, since these depend on the servers that are there.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Turnover:
         directory: Directory,
     ):
         self.departures = 0
-        """How many there have been."""
+        """Number of departures so far."""
         self._env = env
         self._churn = world.scenario.churn
         self._seed = world.seed
@@ -42,7 +42,7 @@ class Turnover:
         self._covered = np.zeros(world.scenario.model.num_blocks)
 
     def start(self) -> None:
-        """Every server is up and will leave some day; no server ever does without churn."""
+        """Schedule the first departure of every server; there are none without churn."""
         if self._churn is None:
             return
         for server in self._servers:
@@ -69,7 +69,7 @@ class Turnover:
         later(self._env, self._churn.drain_s, self._go, server)
 
     def _go(self, server: SimServer) -> None:
-        """Fall silent. Whoever is still there notices after a while."""
+        """Fall silent. Sessions that are still there notice after a while."""
         if self._churn is None:
             return
         for ring in server.rings:

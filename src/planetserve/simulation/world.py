@@ -1,4 +1,4 @@
-"""What a scenario and a seed fix before any simulated second passes: machines, users, requests.
+"""The data that a scenario and a seed fix before the simulation starts: machines, users, requests.
 
 The same seed gives every optimizer the same machines, spans, departures and arrivals. Each of these
 draws from a random stream of its own, so that changing one leaves the others as they were.
@@ -79,7 +79,7 @@ class Links:
 
 
 class World:
-    """A scenario with its dice thrown.
+    """A scenario with its random draws.
 
     Raises:
         ConfigError: a card cannot hold a single block, or the machines do not cover the model.
@@ -158,7 +158,7 @@ def _links(
         used = [names.index(city) for city in network.cities or names]
     num_servers, num_clients = scenario.machines.count, scenario.workload.clients
     low, high = network.last_mile_ms
-    # In turn, so that every city has its share; which machine is where is chance all the same.
+    # In turn, so that every city has its share; the place of each machine is still random.
     city = [used[i % len(used)] for i in range(num_servers)]
     city = [city[i] for i in places.permutation(num_servers)]
     home = [used[i % len(used)] for i in range(num_clients)]
@@ -189,9 +189,10 @@ def _place(
 
 
 def join(placement: Placement, machine: Machine, covered: FloatArray) -> BlockSpan:
-    """Where the machine goes when the servers of each block make `covered[block]` tokens/s.
+    """The span that the machine takes when the servers of each block make `covered[block]`
+    tokens/s.
 
-    One server per block stands for all that hold it: placements look at sums per block.
+    One server per block represents all that hold it: placements use sums per block.
     """
     others = [
         ServerPoint(f"block {block}", block, block + 1, 0.0, rate, 1.0, 0)

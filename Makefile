@@ -3,7 +3,7 @@
 # make faults run the tests of faults and hostile input in full, and print what each fault did
 # make lint   ruff and mypy only
 # make simulate-faults SEEDS=10000 FIRST_SEED=0
-#             throw faults at so many simulated swarms, and print the seeds of violations;
+#             inject faults into so many simulated swarms, and print the seeds of violations;
 #             OPTIONS="--servers 3:6 --faults crash cut=2 lie" says of what kind (--help lists all)
 # make venv   create .venv with everything the other targets need
 #

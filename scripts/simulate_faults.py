@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Throw faults at simulated swarms, one for each seed, and print the seeds that show a violation.
+"""Inject faults into simulated swarms, one swarm per seed, and print the seeds with violations.
 
     make simulate-faults SEEDS=10000 FIRST_SEED=0
     python scripts/simulate_faults.py --seeds 500 --servers 3:6 --faults crash=3 cut=1 lie=2
 
-Servers, clients and faults are drawn from the seed; each seed mixes other kinds of faults, unless
---faults names them. The same seed and options give the same swarm, faults and events every time.
+Servers, clients and faults are drawn from the seed, and so are the kinds of faults, unless --faults
+names them. The same seed and options give the same swarm, faults and events every time.
 The exit status is 1 if there was a violation. Ctrl-C ends with what has been found until then.
 """
 
@@ -67,7 +67,7 @@ def main() -> int:
     shape = SwarmShape(options.servers, options.clients, tuple(options.faults))
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     totals = Totals(len(seeds))
-    # What takes seconds to import is here already, and no thread runs yet.
+    # Forked, because the imports take seconds and are done here; no thread runs yet.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(
         min(options.jobs, max(1, len(seeds))), mp_context=context, initializer=prepare
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def bounds(text: str) -> tuple[int, int]:
-    """Fewest and most of `MIN:MAX`, or of one number."""
+    """Minimum and maximum of `MIN:MAX`, or of one number."""
     least, _, most = text.partition(":")
     chosen = int(least), int(most or least)
     if not 1 <= chosen[0] <= chosen[1]:
@@ -104,7 +104,7 @@ def weight(text: str) -> tuple[str, float]:
 
 
 def prepare() -> None:
-    """Make a worker: the parent handles Ctrl-C, and imported modules are no garbage."""
+    """Set up a worker: the parent handles Ctrl-C; imported modules are not scanned for garbage."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
@@ -113,7 +113,7 @@ def prepare() -> None:
 
 @dataclass
 class Totals:
-    """What all seeds have shown until now."""
+    """The results of all seeds so far."""
 
     num_seeds: int
     num_done: int = 0
@@ -126,7 +126,7 @@ class Totals:
     shown_s: float = field(default_factory=time.monotonic)
 
     def add(self, outcome: Outcome) -> None:
-        """Count a seed, and print what it has violated."""
+        """Count a seed, and print its violations."""
         self.num_done += 1
         self.num_tokens += outcome.num_tokens
         self.num_errors += outcome.num_errors
@@ -157,7 +157,7 @@ class Totals:
             "minute"
         )
         counts = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items()))
-        print(f"faults and lies that came about: {counts}")
+        print(f"faults and lies that occurred: {counts}")
         bad = sorted(self.bad)
         print(f"violations at seeds {bad}" if bad else "no violation")
         return 1 if bad else 0

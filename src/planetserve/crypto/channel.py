@@ -12,7 +12,7 @@ the edge secret. The limits of a key keep an attacker's advantage under 2**-64
 (draft-irtf-cfrg-aead-limits, 5.1.1).
 
 GCM does not commit to its key: one ciphertext can open to two plaintexts under two keys, so a
-    ciphertext is no proof of what an edge has carried.
+ciphertext is no proof of what an edge has carried.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The parts of a decoder layer, if it has the shape that most families share.
 
 Norm, queries, keys and values, attention, output, norm, gated product: they are recognised by the
-    names of their modules, and every parameter must belong to one of them. The code between them is
-    not examined here; `probe` checks its results.
+names of their modules, and every parameter must belong to one of them. The code between them is not
+examined here; `probe` checks its results.
 """
 
 from __future__ import annotations

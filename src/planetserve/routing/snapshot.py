@@ -1,9 +1,9 @@
 """A planner's view of a swarm at one moment: spans, speeds, free cache, trust, prices, RTTs.
 
 A snapshot is immutable and complete: the same snapshot and request give the same chain, so a client
-    can save the one it planned on, and the plan can be repeated. Values are checked when a snapshot
-is built, whether it comes from the directory or from a file; the file format is strict JSON,
-in the shape that `from_json` checks.
+can save the one it planned on, and the plan can be repeated. Values are checked when a snapshot is
+built, whether it comes from the directory or from a file; the file format is strict JSON, in the
+shape that `from_json` checks.
 
 Round-trip times are symmetric; `"client"` names the client's end of the ring. They are given as a
 table by names, in which pairs may be missing, or as a matrix, and are read as `round_trips` in

@@ -1,9 +1,9 @@
 """One request: it finds a chain, fills its cache, decodes until the end, and moves when it should.
 
 Follows the real client: all hops are opened at once and each leases cache or refuses; the prompt is
-    sent in pipelined chunks, then one token at a time. When a server is lost or leaves, others take
-    over its part and are filled by the hop before them, and the rest stays. The same happens when
-    there is a clearly better chain (`routing/migration.py`).
+sent in pipelined chunks, then one token at a time. When a server is lost or leaves, others take
+over its part and are filled by the hop before them, and the rest stays. The same happens when there
+is a clearly better chain (`routing/migration.py`).
 """
 
 from __future__ import annotations

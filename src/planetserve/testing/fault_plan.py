@@ -1,4 +1,5 @@
-"""What happens to a simulated swarm, drawn from a seed: who is in it, and what befalls it when."""
+"""The plan of a simulated swarm, drawn from a seed: its servers and clients, and its faults over
+time."""
 
 from __future__ import annotations
 
@@ -19,21 +20,20 @@ MAX_SKEW_S = 600.0
 MAX_DRIFT = 5e-4
 AIMED = 0.7
 LINK_FAULTS = ("cut", "one_way", "slow", "reset")
-"""Concern what is between two nodes."""
+"""Faults of the connection between two nodes."""
 NODE_FAULTS = ("crash", "silent", "pause", "drain", "lie", "directory", "join")
-"""Concern one server."""
+"""Faults of one server."""
 FAULTS = LINK_FAULTS + NODE_FAULTS
 
 
 @dataclass(frozen=True, slots=True)
 class SwarmShape:
-    """What swarms are drawn from.
+    """The parameters from which swarms are drawn.
 
     Attributes:
-        servers: fewest and most servers.
-        clients: fewest and most clients.
-        weights: kinds of faults, and how often each comes in comparison; empty for any of them,
-            in a mixture that the seed draws.
+        servers: minimum and maximum number of servers. clients: minimum and maximum number of
+            clients. weights:
+        kinds of faults with their weights; empty: some kinds of equal weight, which the seed draws.
     """
 
     servers: tuple[int, int] = (3, 20)
@@ -43,18 +43,20 @@ class SwarmShape:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that happens.
+    """One fault.
 
     Attributes:
-        kind: `cut` and `one_way` hold up what is between two, `slow` slows it down, `reset` breaks
+        kind: `cut` and `one_way` block the link of two nodes, `slow` slows it down, `reset` breaks
             their connection; `crash` and `silent` end a server, which comes back after `for_s`;
-            `pause` stops it; `drain` has it leave and come back; `lie` makes it hostile;
-            `directory` keeps it from the directory; `join` is the first start of a server.
-        at_s: when, from the start.
-        for_s: how long.
+            `pause` stops it; with `drain` it leaves and comes back; `lie` makes it hostile;
+            `directory` makes the directory unreachable for it; `join` is the first start of a
+            server.
+        at_s: seconds from the start.
+        for_s: its duration in seconds.
         first: number of the server.
-        second: the other end: a server, or after the servers a client.
-        aim: below `AIMED`, it meets a hop of a session that is open then, and what is next to it.
+        second: number of the other end; clients are numbered after the servers.
+        aim: in [0, 1); below `AIMED` the fault is moved to a hop of an open session and its
+            neighbour.
         lie: what a hostile server does, one of `LIES`; empty otherwise.
     """
 
@@ -77,16 +79,16 @@ class SwarmPlan:
     clocks: tuple[ClockError, ...]
     """Of the clients."""
     faults: tuple[Fault, ...]
-    calm_s: float
+    last_fault_end_s: float
     """When the last fault is over."""
-    peace_s: float
-    """When the first one begins."""
+    first_fault_s: float
+    """When the first fault begins."""
     is_roomy: bool
     """Whether every server has room for all sessions."""
 
 
 def draw_plan(seed: int, shape: SwarmShape) -> SwarmPlan:
-    """The swarm of a seed; the same whenever it is asked for."""
+    """The swarm of a seed; always the same."""
     rng = random.Random(seed)
     num_blocks = rng.randint(3, 8)
     num_servers = min(rng.randint(*shape.servers), rng.randint(*shape.servers))
@@ -108,14 +110,14 @@ def draw_plan(seed: int, shape: SwarmShape) -> SwarmPlan:
         clients=tuple(_identity(rng) for _ in range(num_clients)),
         clocks=tuple(_clock(rng) for _ in range(num_clients)),
         faults=faults,
-        calm_s=max((fault.at_s + fault.for_s for fault in faults), default=0.0),
-        peace_s=min((fault.at_s for fault in faults), default=math.inf),
+        last_fault_end_s=max((fault.at_s + fault.for_s for fault in faults), default=0.0),
+        first_fault_s=min((fault.at_s for fault in faults), default=math.inf),
         is_roomy=is_roomy,
     )
 
 
 def _cover(rng: random.Random, num_blocks: int, most: int) -> Iterator[BlockSpan]:
-    """Spans of a chain of `most` servers at most."""
+    """Spans of a chain of at most `most` servers."""
     start = 0
     while start < num_blocks and most > 0:
         end = num_blocks if most == 1 else rng.randint(start + 1, num_blocks)

@@ -1,9 +1,9 @@
 """A simulated swarm under faults: the production ring, failover, planning, leases and handlers.
 
 `simulate(seed)` draws a swarm and faults (`fault_plan.py`), runs clients on it that generate texts
-in every way sessions allow, and returns what must never be: a wrong token, a page or stream that
-stays taken, a session that is stuck or waits past its bound, an error of the wrong kind, a queue
-that grows, a server that is banned though nothing befell it. The same seed gives the same events.
+in every way that sessions allow, and returns violations: a wrong token, a page or stream that is
+not released, a session that is stuck or waits past its bound, an error of the wrong kind, a queue
+over its limit, a server that is banned without a fault. The same seed gives the same events.
 """
 
 from __future__ import annotations
@@ -32,40 +32,41 @@ from planetserve.testing.lies import Liar
 from planetserve.testing.memory_network import MemoryNetwork
 from planetserve.testing.simulated_roles import SimulatedServer, new_manager
 from planetserve.testing.simulated_text import SimulatedText
-from planetserve.testing.swarm_checks import RECOVERY_S, Struck, SwarmChecks
+from planetserve.testing.swarm_checks import RECOVERY_S, InjectedFault, SwarmChecks
 from planetserve.testing.virtual_time import StuckError, VirtualTimeLoop
 from planetserve.types import PeerId
 from planetserve.wire.frame import FrameHeader
 from planetserve.wire.step import StepTable
 
 _STEP_BOUND_S = 400.0
-"""No step takes longer: six attempts, each of which may wait for blocks, connect and time out."""
-_CALM_STEP_S = 15.0
-"""No step takes longer while nothing befalls anybody, connecting included."""
+"""Maximum seconds of a step: six attempts, each of which may wait for blocks, connect and time
+out."""
+_UNDISTURBED_STEP_S = 15.0
+"""Maximum seconds of a step without faults, connecting included."""
 _END_S = 3000.0
 _SETTLE_S = 30.0
 _DRAIN_S = 20.0
 _CLOSE_S = 15.0
-"""No closing of a session takes longer."""
+"""Maximum seconds of closing a session."""
 _LEAVE_S = 35.0
-"""No closing of a server takes longer, besides draining: it tells the directory twice."""
+"""Maximum seconds of closing a server, without draining: it updates the directory twice."""
 _MAX_REFUSALS = 20
-"""In a swarm whose servers have not enough room for all: then clients give up."""
+"""Number of failed steps after which clients give up, in a swarm without room for all sessions."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one seed has shown."""
+    """The result of one seed."""
 
     seed: int
     violations: list[str] = field(default_factory=list)
     num_tokens: int = 0
     num_errors: int = 0
-    """Steps that failed while there were faults, as they may."""
+    """Number of steps that failed during faults, which is allowed."""
     faults: Counter[str] = field(default_factory=Counter)
-    """Faults that came about, and lies that were told, by kind."""
+    """Number of faults that occurred, and of lies that were told, by kind."""
     digest: str = ""
-    """Of every frame that was sent, by whom and when."""
+    """Hash over the times, nodes, types and sizes of all frames."""
 
 
 def simulate(seed: int, shape: SwarmShape | None = None) -> Outcome:
@@ -93,7 +94,7 @@ class _Simulation:
         self._started_s = loop.time()
         self._trace = hashlib.sha256()
         self._sessions: dict[SessionCore, int] = {}
-        """Open sessions, and whose they are."""
+        """Open sessions, with the numbers of their clients."""
         self._checks = SwarmChecks(plan, self._servers, self._now_s, self._violation)
         loop.set_exception_handler(self._on_error)
 
@@ -104,7 +105,7 @@ class _Simulation:
         await asyncio.gather(*(self._launch(number) for number in present))
         self._started_s = self._loop.time()
         managers = [self._new_client(number) for number in range(len(plan.clients))]
-        faults = [asyncio.create_task(self._befall(fault)) for fault in plan.faults]
+        faults = [asyncio.create_task(self._inject(fault)) for fault in plan.faults]
         sampling = asyncio.create_task(self._checks.sample())
         try:
             async with asyncio.timeout(_END_S):
@@ -131,7 +132,7 @@ class _Simulation:
     def _on_error(self, _loop: object, context: dict[str, Any]) -> None:
         self._violation(f"unhandled: {context.get('message')}: {context.get('exception')!r}")
 
-    # What befalls the swarm.
+    # Faults.
 
     async def _launch(self, number: int) -> None:
         plan = self._plan.servers[number]
@@ -158,13 +159,13 @@ class _Simulation:
             return servers[number].identity.peer_id
         return self._plan.clients[number - len(servers)].peer_id
 
-    async def _befall(self, fault: Fault) -> None:
+    async def _inject(self, fault: Fault) -> None:
         await asyncio.sleep(fault.at_s)
         fault = self._aimed(fault)
         network, until_s = self._network, self._loop.time() + fault.for_s
         now_s = self._now_s()
         self._outcome.faults[fault.kind] += 1
-        self._checks.struck.append(Struck(fault, now_s, now_s + fault.for_s))
+        self._checks.injected.append(InjectedFault(fault, now_s, now_s + fault.for_s))
         one, other = self._peer(fault.first), self._peer(fault.second)
         match fault.kind:
             case "cut" | "one_way":
@@ -188,7 +189,7 @@ class _Simulation:
                 await self._stop(fault)
 
     def _aimed(self, fault: Fault) -> Fault:
-        """The fault where it hurts: at a hop that is in use, and at one of its edges."""
+        """The fault moved to a hop that is in use, and to one of its edges."""
         chains = [(core.chain, client) for core, client in self._sessions.items() if core.chain]
         if fault.aim >= AIMED or not chains:
             return fault
@@ -256,7 +257,7 @@ class _Simulation:
         await asyncio.sleep(fault.for_s)
         await self._launch(fault.first)
 
-    # What clients do.
+    # Clients.
 
     def _new_client(self, number: int) -> tuple[ChainManager, int]:
         rng = random.Random(self._outcome.seed + 7 * number + 3)
@@ -288,7 +289,7 @@ class _Simulation:
         ]
         await asyncio.gather(*texts)
         if self._plan.is_roomy:
-            over_s = self._plan.calm_s + RECOVERY_S + 1.0
+            over_s = self._plan.last_fault_end_s + RECOVERY_S + 1.0
             await asyncio.sleep(max(0.0, over_s - self._now_s()))
             await self._converse(manager, number, random.Random(rng.random()), 1)
 
@@ -304,7 +305,7 @@ class _Simulation:
                     core, rng, self._plan.num_blocks, self._step, self._checks.wrong
                 ).write()
             except PlanetServeError:
-                pass  # told of where it happened, unless the swarm is full
+                pass  # reported where it happened, unless the swarm is full
             finally:
                 self._sessions.pop(core)
                 ended_s = self._now_s()
@@ -315,7 +316,7 @@ class _Simulation:
     async def _step(
         self, core: SessionCore, table: StepTable, hidden_TD: Any, keep_last: bool
     ) -> Any:
-        """Run a step until it goes through; what it gives."""
+        """Run a step until it succeeds; returns its output."""
         rng, num_rows = self._rng, len(table.rows)
         while True:
             began_s = self._now_s()
@@ -337,7 +338,7 @@ class _Simulation:
                 self._outcome.num_errors += 1
                 if isinstance(error, ConfigError | LocalProtocolError | SessionClosed):
                     self._violation(f"a step failed by the client's own fault: {error!r}")
-                if self._plan.is_roomy and self._checks.is_calm(began_s):
+                if self._plan.is_roomy and self._checks.is_undisturbed(began_s):
                     self._violation(f"a step failed without a cause: {error!r}")
                     raise
                 if not self._plan.is_roomy and self._outcome.num_errors > _MAX_REFUSALS:
@@ -345,14 +346,18 @@ class _Simulation:
                 await asyncio.sleep(rng.uniform(1.0, 5.0))
                 continue
             took_s = self._now_s() - began_s
-            if self._plan.is_roomy and took_s > _CALM_STEP_S and self._checks.is_calm(began_s):
+            if (
+                self._plan.is_roomy
+                and took_s > _UNDISTURBED_STEP_S
+                and self._checks.is_undisturbed(began_s)
+            ):
                 self._violation(f"a step took {took_s:.1f} s without a cause")
             self._outcome.num_tokens += table.num_tokens
             return output
 
 
 class _Violations(logging.Handler):
-    """Errors that are logged are violations: nothing here may make a server log one."""
+    """Logged errors are violations: no fault here may make a server log one."""
 
     def __init__(self, violations: list[str]):
         super().__init__(logging.ERROR)

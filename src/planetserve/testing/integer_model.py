@@ -1,7 +1,7 @@
-"""A model of a few integers per token, exact in float32: in pages as an engine keeps it, and plain.
+"""A model of a few integers per token, exact in float32: over the pages of an engine, and plain.
 
-Every block mixes a token with all tokens before it by their place, so a token that lies in a wrong
-page, comes twice, is lost or was taken back and not forgotten changes every output after it.
+Every block mixes a token with all tokens before it by their place, so a token that is in a wrong
+page, repeated, lost or not removed by a rollback changes every output after it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MIX_INTS = (1, 3, 5, 7)
 _MIX = np.array(_MIX_INTS)
 _LANES = np.arange(1, WIDTH + 1)
 _PLACES = np.arange(1, 4097)
-"""Longer texts than that are not simulated."""
+"""Places of tokens in a row; texts are shorter."""
 _PROMPT_TOKENS = 64
 
 

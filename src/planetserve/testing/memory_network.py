@@ -1,9 +1,9 @@
-"""A network in one process and in virtual time: nodes, links between them, and what befalls these.
+"""A network in one process and in virtual time: nodes, links between them, and their faults.
 
 `MemoryNode` is a `Network` as `SwarmNode` is one. Frames of a stream arrive in order, after the
 link's latency and as fast as it carries them, and wait for as long as the link is cut; streams
-break when a cut lasts, when they are reset, or when a node goes. Records lie in one table, as the
-keepers of a directory would hold it; they are seen a moment after they were stored.
+break when a cut lasts, when they are reset, or when a node ends. Records are in one table, like
+those of a directory's keepers; they are visible a moment after they were stored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from planetserve.wire.frame import FrameHeader
 logger = logging.getLogger(__name__)
 
 BREAKS_AFTER_S = 40.0
-"""A connection whose link is cut for so long breaks."""
+"""Seconds of a cut after which connections over the link break."""
 _RECORD_DELAY_S = 1.0
 _LOOPBACK_S = 5e-5
 _LOOPBACK_BYTES_PER_S = 1e9
@@ -61,7 +61,7 @@ class MemoryNode:
         self.handlers: dict[str, StreamHandler] = {}
         self.tasks: dict[asyncio.Task[Any], None] = {}
         self.liar: Liar | None = None
-        """What is done to frames that this node sends, while it is hostile."""
+        """Changes the frames that this node sends, while it is hostile."""
         self._network = network
 
     def addresses(self) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ class MemoryNetwork:
         self._connections: dict[tuple[PeerId, PeerId], dict[MemoryStream, MemoryStream]] = {}
         self._records: dict[bytes, dict[PeerId, list[tuple[float, bytes, float]]]] = {}
         self.checker = RecordChecker(VirtualClock(loop))
-        """The directory's; a signature that it has checked is checked nowhere else again."""
+        """The directory's; nodes do not check a signature again that it has checked."""
 
     def now_s(self) -> float:
         """The loop's time."""
@@ -267,7 +267,7 @@ class MemoryNetwork:
         return near
 
     async def use_directory(self, node: MemoryNode, timeout_s: float) -> None:
-        """As long as a look-up takes.
+        """Wait for as long as a look-up takes.
 
         Raises:
             TransportError: nobody answers.

@@ -1,4 +1,4 @@
-"""Streams of the network in memory: frames that take their time, one after the other."""
+"""Streams of the network in memory: frames that arrive after a delay, in order."""
 
 from __future__ import annotations
 

@@ -13,13 +13,14 @@ from planetserve.testing.integer_model import PlainModel, embed, next_token
 from planetserve.wire.step import RowSlice, StepTable
 
 Step = Callable[[SessionCore, StepTable, torch.Tensor, bool], Awaitable[torch.Tensor]]
-"""Runs a step until it goes through; says whether the last token of each row is enough."""
+"""Runs a step until it succeeds; the flag says whether the last token of each row is enough."""
 Wrong = Callable[[SessionCore, str], None]
-"""Told of an answer that is not what it must be."""
+"""Called for a wrong answer."""
 
 
 class SimulatedText:
-    """A session's texts: one row or several, extended, rolled back, reordered, parked."""
+    """A session's texts: one row or several, extended, rolled back, reordered, moved to a new
+    ring."""
 
     def __init__(
         self, core: SessionCore, rng: random.Random, num_blocks: int, step: Step, wrong: Wrong
@@ -62,7 +63,7 @@ class SimulatedText:
             await self._extend([[token] for token in self._next], reorder)
 
     async def _fork(self) -> None:
-        """Write one token on in a copy of the session, which this one must not notice."""
+        """Append one token in a copy of the session, which must not change this one."""
         core = self._core.fork()
         copy = SimulatedText(core, self._rng, 0, self._step, self._wrong)
         copy._rows, copy._next = [row.copy() for row in self._rows], list(self._next)

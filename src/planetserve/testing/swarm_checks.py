@@ -1,4 +1,4 @@
-"""What must be true of a simulated swarm at any time and at its end, whatever befalls it."""
+"""Conditions that must hold in a simulated swarm, at any time and at its end, under all faults."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from planetserve.types import PeerId
 
 SAMPLE_S = 1.0
 RECOVERY_S = 100.0
-"""After the last fault; bans are over then, and every step goes through at once."""
+"""Seconds after the last fault until bans are over and every step succeeds at once."""
 _AFTERMATH_S = BREAKS_AFTER_S + 25.0
-"""How long after a fault a client may still notice: dead connections break, steps time out."""
+"""Seconds after a fault in which a client may still notice it: dead connections break, steps time
+out."""
 _MAX_TASKS_PER_SESSION = 40
 _MAX_SESSIONS_PER_CLIENT = 8
 _FLOAT32_BYTES = 4
 _AT_ONCE_S = 1e-6
 _NEVER_REFUSED = ("config", "protocol", "session", "decryption", "handshake", "rekey", "internal")
-"""Codes of errors that honest clients and servers never give each other cause for."""
+"""Codes of errors that honest clients and servers never cause."""
 
 
 @dataclass(frozen=True, slots=True)
-class Struck:
-    """A fault as it happened, and when."""
+class InjectedFault:
+    """A fault that was injected, and when."""
 
     fault: Fault
     since_s: float
@@ -42,9 +43,8 @@ class SwarmChecks:
 
     Args:
         plan: of the run.
-        servers: those that run now, by number.
-        now_s: the time since the start.
-        violation: told of what must not be.
+        servers: the running servers, by number. now_s: returns the time since the start. violation:
+            called with the text of each violation.
     """
 
     def __init__(
@@ -54,32 +54,35 @@ class SwarmChecks:
         now_s: Callable[[], float],
         violation: Callable[[str], None],
     ):
-        self.struck: list[Struck] = []
+        self.injected: list[InjectedFault] = []
         """Faults that have begun."""
         self.altered: dict[bytes, None] = {}
         """Ids of sessions in which a hostile server may have altered results."""
         self.touched: dict[int, None] = {}
-        """Servers that have sent or received since the last look at them."""
+        """Servers that have sent or received frames since their last check."""
         self._plan = plan
         self._servers = servers
         self._now_s = now_s
         self._violation = violation
         self._over: dict[tuple[int, str], None] = {}
-        """Bounds of servers that have been passed; each is told of once."""
+        """Bounds that servers have passed; each is reported once."""
         self._has_liars = any(fault.lie for fault in plan.faults)
 
-    def is_calm(self, began_s: float) -> bool:
-        """Whether nothing befell anybody since then, nor shortly before."""
+    def is_undisturbed(self, began_s: float) -> bool:
+        """Whether there was no fault since then, nor shortly before."""
         plan = self._plan
-        return self._now_s() < plan.peace_s - _AT_ONCE_S or began_s > plan.calm_s + RECOVERY_S
+        return (
+            self._now_s() < plan.first_fault_s - _AT_ONCE_S
+            or began_s > plan.last_fault_end_s + RECOVERY_S
+        )
 
     def wrong(self, core: SessionCore, text: str) -> None:
-        """An answer was not what it must be."""
+        """Report a wrong answer."""
         if core.ring is None or core.ring.session_id not in self.altered:
             self._violation(text)
 
     def watch_bans(self, manager: ChainManager, client: int) -> None:
-        """See to it that a client bans nobody without a cause.
+        """Report bans of a client that have no cause.
 
         Args:
             manager: the client's.
@@ -98,7 +101,7 @@ class SwarmChecks:
 
     def _check_ban(self, number: int, client: int) -> None:
         now_s = self._now_s()
-        if any(_excuses(struck, number, client, now_s) for struck in self.struck):
+        if any(_excuses(injected, number, client, now_s) for injected in self.injected):
             return
         if not self._plan.is_roomy and self._has_refused(number):
             return
@@ -109,7 +112,7 @@ class SwarmChecks:
         return server is None or any(server.handler.counters.values())
 
     async def sample(self) -> None:
-        """Look at what is bounded, again and again."""
+        """Check the bounds of servers, once per `SAMPLE_S`."""
         while True:
             await asyncio.sleep(SAMPLE_S)
             touched = [number for number in self.touched if number in self._servers]
@@ -139,7 +142,7 @@ class SwarmChecks:
                 self._violation(f"server {number} has {count} {name}, of {limit} at most")
 
     def check_refusals(self, number: int, server: SimulatedServer) -> None:
-        """Honest nodes never breach the protocol."""
+        """Check that no honest node has breached the protocol."""
         if self._has_liars:
             return
         for reason, count in server.handler.counters.items():
@@ -147,7 +150,7 @@ class SwarmChecks:
                 self._violation(f"server {number} has refused {count} times: {reason}")
 
     def check_nothing_is_held(self, managers: Iterable[ChainManager]) -> None:
-        """All sessions are over."""
+        """Check that nothing is held when all sessions are over."""
         for client, manager in enumerate(managers):
             streams = getattr(manager.view.node, "streams", ())
             if num_open := sum(stream.protocol != PING for stream in streams):
@@ -170,7 +173,7 @@ class SwarmChecks:
                 self._violation(f"server {number} still holds {still}")
 
     def check_no_task_is_left(self) -> None:
-        """All nodes are closed."""
+        """Check that no task is left when all nodes are closed."""
         left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         left = [task for task in left if not task.done()]
         if left:
@@ -178,11 +181,11 @@ class SwarmChecks:
             self._violation(f"{len(left)} tasks are left: {names[:4]}")
 
 
-def _excuses(struck: Struck, server: int, client: int, now_s: float) -> bool:
+def _excuses(injected: InjectedFault, server: int, client: int, now_s: float) -> bool:
     """Whether a fault may be why a client bans a server."""
-    if now_s > struck.until_s + _AFTERMATH_S:
+    if now_s > injected.until_s + _AFTERMATH_S:
         return False
-    fault = struck.fault
+    fault = injected.fault
     if fault.kind in LINK_FAULTS:
         return {fault.first, fault.second} == {server, client}
     return fault.first == server and fault.kind not in ("join", "directory")

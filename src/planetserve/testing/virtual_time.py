@@ -1,8 +1,8 @@
-"""An event loop whose time passes only when nothing is left to do at the present moment.
+"""An event loop whose time advances only when nothing is left to do at the present time.
 
-What would take hours takes as long as its computations, and the same events happen at the same
-times in every run. Nothing here waits for a file, a socket or a thread: what would run in a thread
-runs at once, in its place.
+Simulated hours take only the time of their computations, and the same events happen at the same
+times in every run. Nothing here waits for a file, a socket or a thread: work for a thread runs at
+once, in place.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
 
 @dataclass(frozen=True, slots=True)
 class ClockError:
-    """How the clock of a machine goes.
+    """The error of a machine's clock.
 
     Attributes:
         ahead_s: by how much its time of day is ahead at the start.

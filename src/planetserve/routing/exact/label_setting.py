@@ -1,10 +1,10 @@
 """Exact search over the chains that the bounds do not exclude: label setting with counted limits.
 
 A label is a partial chain: the server whose run it ended at a boundary, its cost, and its counts of
-    the counted limits. It is dropped when its cost plus the bound on the rest passes the ceiling,
-    or when another label with the same server at the same boundary costs no more and has used no
-    more of any counted limit. Few labels are left, because the prices make the bound tight. Where
-    it is not tight, a beam search follows the most promising labels only (Lowerre, 1976).
+the counted limits. It is dropped when its cost plus the bound on the rest passes the ceiling, or
+when another label with the same server at the same boundary costs no more and has used no more of
+any counted limit. Few labels are left, because the prices make the bound tight. Where it is not
+tight, a beam search follows the most promising labels only (Lowerre, 1976).
 """
 
 from __future__ import annotations

@@ -157,8 +157,8 @@ def simulate(
     Args:
         loaded: the scenario.
         optimizers: as `Policy.parse` reads them.
-        seeds: of the runs. progress: called now and then with the name of the run and the fraction
-            that is done.
+        seeds: of the runs.
+        progress: called now and then with the name of the run and the fraction that is done.
 
     Returns:
         The summaries of each optimizer, in the order of the seeds.

@@ -33,9 +33,9 @@ class Ring:
         session: whose.
         ring_id: unique.
         client_name: name of its client; the sessions of one client count together.
-        client_node: the client's node in `links`. links: half round-trip times between nodes.
-            number_of: server
-        ids to their numbers.
+        client_node: the client's node in `links`.
+        links: half round-trip times between nodes.
+        number_of: server ids to their numbers.
     """
 
     def __init__(

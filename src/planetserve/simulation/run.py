@@ -58,8 +58,9 @@ class Simulation:
     """The state that sessions and servers share. Call `run` once.
 
     Args:
-        world: a scenario with its random draws. policy: of all clients. on_progress: called after
-            each request with the fraction of requests that have ended.
+        world: a scenario with its random draws.
+        policy: of all clients.
+        on_progress: called after each request with the fraction of requests that have ended.
     """
 
     def __init__(

@@ -31,9 +31,10 @@ class SwarmShape:
     """The parameters from which swarms are drawn.
 
     Attributes:
-        servers: minimum and maximum number of servers. clients: minimum and maximum number of
-            clients. weights:
-        kinds of faults with their weights; empty: some kinds of equal weight, which the seed draws.
+        servers: minimum and maximum number of servers.
+        clients: minimum and maximum number of clients.
+        weights: kinds of faults with their weights; empty: some kinds of equal weight, which the
+            seed draws.
     """
 
     servers: tuple[int, int] = (3, 20)

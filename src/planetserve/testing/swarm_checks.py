@@ -43,8 +43,9 @@ class SwarmChecks:
 
     Args:
         plan: of the run.
-        servers: the running servers, by number. now_s: returns the time since the start. violation:
-            called with the text of each violation.
+        servers: the running servers, by number.
+        now_s: returns the time since the start.
+        violation: called with the text of each violation.
     """
 
     def __init__(

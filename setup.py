@@ -60,6 +60,7 @@ setup(
         "simulation": ["simpy>=4.1"],
         "quant": ["bitsandbytes>=0.46", "accelerate>=1.1"],
         "dev": [
+            "anthropic>=1",  # as openai
             "hypothesis>=6.100",
             "mypy>=1.15",
             "openai>=2",  # the client that tests of the gateway use

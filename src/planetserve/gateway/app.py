@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,8 +15,9 @@ from starlette.exceptions import HTTPException
 import planetserve
 from planetserve.errors import PlanetServeError
 from planetserve.gateway.answers import ChatStyle, CompletionStyle, Prompt
+from planetserve.gateway.anthropic_api import CountRequest, MessagesRequest, MessagesStyle
 from planetserve.gateway.chat import format_grammar, prepare_chat
-from planetserve.gateway.errors import RequestError, body_of, error_body, headers_of, status_of
+from planetserve.gateway.errors import RequestError, body_for, body_of, error_body, headers_of
 from planetserve.gateway.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -24,15 +26,16 @@ from planetserve.gateway.protocol import (
     ErrorResponse,
     TokenizeRequest,
     TokenizeResponse,
+    invalid_request,
 )
 from planetserve.gateway.requests import sampling_params, text_request
 from planetserve.gateway.responding import Responder
+from planetserve.gateway.responses_api import ResponsesRequest, ResponsesStyle
 from planetserve.gateway.service import Service
 from planetserve.gateway.text import PromptLogprobs
 
 logger = logging.getLogger(__name__)
 
-_MAX_SHOWN_CHARS = 200
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 413, 429, 500, 503)
 }
@@ -58,6 +61,28 @@ def create_app(service: Service) -> FastAPI:
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on with one text or several."""
         return await _complete(service, body, request)
+
+    @app.post("/v1/responses", response_model=None)
+    async def respond(body: ResponsesRequest, request: Request) -> Response:
+        """Answer as Open Responses has it."""
+        model = service.check_model(body.model)
+        text = await prepare_chat(service, body.as_chat())
+        style = ResponsesStyle(model, body)
+        return await Responder(service.engine, [text], style).respond(request, body.stream)
+
+    @app.post("/v1/messages", response_model=None)
+    async def message(body: MessagesRequest, request: Request) -> Response:
+        """Answer as Anthropic's API does."""
+        model = service.check_model(body.model)
+        text = await prepare_chat(service, body.as_chat())
+        style = MessagesStyle(model)
+        return await Responder(service.engine, [text], style).respond(request, body.stream)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: CountRequest) -> dict[str, int]:
+        """The tokens of such a request."""
+        service.check_model(body.model)
+        return {"input_tokens": len((await prepare_chat(service, body.as_chat())).prompt_ids)}
 
     return app
 
@@ -188,25 +213,21 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    async def known(_: Request, error: Exception) -> Response:
-        return JSONResponse(body_of(error), status_of(error), headers_of(error))
+    def respond(request: Request, body: dict[str, Any], headers: Mapping[str, str]) -> Response:
+        return JSONResponse(body_for(request.url.path, body), body["error"]["code"], dict(headers))
 
-    async def invalid(_: Request, error: Exception) -> Response:
-        found = error.errors()[0] if isinstance(error, RequestValidationError) else {}
-        # Not the input itself: an error must not be larger than what caused it.
-        place = [str(part) for part in found.get("loc", ()) if part != "body"][:4]
-        message = str(found.get("msg", "the body is not valid"))[:_MAX_SHOWN_CHARS]
-        param = ".".join(place)[:_MAX_SHOWN_CHARS] or None
-        if param is not None:
-            message = f"{param}: {message}"
-        return JSONResponse(error_body(400, message, param), 400)
+    async def known(request: Request, error: Exception) -> Response:
+        return respond(request, body_of(error), headers_of(error))
 
-    async def other(_: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
+        errors = error.errors() if isinstance(error, RequestValidationError) else ()
+        return respond(request, body_of(invalid_request(errors)), {})
+
+    async def other(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
-            return JSONResponse(body_of(error), 500)
-        return JSONResponse(
-            error_body(error.status_code, str(error.detail)), error.status_code, error.headers
-        )
+            return respond(request, body_of(error), {})
+        body = error_body(error.status_code, str(error.detail))
+        return respond(request, body, error.headers or {})
 
     app.add_exception_handler(RequestError, known)
     app.add_exception_handler(PlanetServeError, known)

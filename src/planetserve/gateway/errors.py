@@ -107,6 +107,31 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
     }
 
 
+_ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def body_for(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's error object, or what Anthropic's clients expect where they ask."""
+    return anthropic_body(body) if path.startswith(_ANTHROPIC_PATH) else body
+
+
+def anthropic_body(body: dict[str, Any]) -> dict[str, Any]:
+    """An OpenAI error object as Anthropic's."""
+    error = body["error"]
+    other = "invalid_request_error" if error["code"] < 500 else "api_error"
+    kind = _ANTHROPIC_TYPES.get(error["code"], other)
+    return {"type": "error", "error": {"type": kind, "message": error["message"]}}
+
+
 def headers_of(error: Exception) -> dict[str, str]:
     """`Retry-After`, in whole seconds, where a retry may succeed."""
     if status_of(error) not in (429, 503) or not getattr(error, "retryable", False):

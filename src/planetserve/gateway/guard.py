@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from planetserve.config import is_loopback
-from planetserve.gateway.errors import RequestError, error_body
+from planetserve.gateway.errors import RequestError, body_for, error_body
 from planetserve.gateway.metrics import Metrics
 
 _OPEN_PATHS = ("/health", "/version", "/metrics", "/openapi.json")
@@ -60,7 +60,8 @@ class Guard:
                 self._check(scope)
                 body = await self._read(scope, receive)
             except RequestError as error:
-                answer = JSONResponse(error_body(error.status, str(error)), error.status)
+                body_sent = body_for(scope["path"], error_body(error.status, str(error)))
+                answer = JSONResponse(body_sent, error.status)
                 if error.status == 401:
                     answer.headers["WWW-Authenticate"] = "Bearer"
                 answer.headers["Connection"] = "close"  # the rest of a body is not read
@@ -89,7 +90,9 @@ class Guard:
         if scope["path"] in _OPEN_PATHS:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key.strip()) if scheme.lower() == "bearer" else b""
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")  # Anthropic's clients
+        digest = _digest(key.strip())
         # All are compared, each in the same time whatever it is.
         if not sum([hmac.compare_digest(digest, own) for own in self._digests]):
             raise RequestError("a valid API key is needed: Authorization: Bearer KEY", status=401)

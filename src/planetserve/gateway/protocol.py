@@ -6,10 +6,10 @@ change the answer and cannot be obeyed are refused, unless they ask for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planetserve.gateway.errors import RequestError
 
@@ -43,11 +43,25 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 """Parameters that are refused, and the values that ask for nothing, besides null, false and
 empty ones."""
 
+_MAX_SHOWN_CHARS = 200
 _Unbounded = Annotated[float, Field(allow_inf_nan=False)]
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Ids = Annotated[list[int], Field(min_length=1)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def refuse_unsupported(
+    given: Mapping[str, Any], unsupported: Mapping[str, tuple[object, ...]]
+) -> None:
+    """Refuse parameters that would be half obeyed.
+
+    Raises:
+        RequestError: one asks for what the gateway does not do.
+    """
+    for name, value in given.items():
+        if name in unsupported and value and value not in unsupported[name]:
+            raise RequestError(f"{name} is not supported; leave it out", name)
 
 
 class StreamOptions(BaseModel):
@@ -121,9 +135,7 @@ class SamplingRequest(BaseModel):
         Raises:
             RequestError: a parameter asks for what the gateway does not do.
         """
-        for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and value and value not in UNSUPPORTED[name]:
-                raise RequestError(f"{name} is not supported; leave it out", name)
+        refuse_unsupported(self.model_extra or {}, UNSUPPORTED)
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream=true", "stream_options")
 
@@ -214,6 +226,28 @@ class ChatRequest(SamplingRequest):
     tools: list[Tool] | None = Field(None, max_length=512)
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = True
+
+
+def chat_request(fields: Mapping[str, Any]) -> ChatRequest:
+    """A chat made of another API's request.
+
+    Raises:
+        RequestError: its fields are wrong; it is told of them by their names in a chat.
+    """
+    try:
+        return ChatRequest.model_validate(fields)
+    except ValidationError as error:
+        raise invalid_request(error.errors()) from None
+
+
+def invalid_request(errors: Sequence[Any]) -> RequestError:
+    """What pydantic has found wrong, without the input itself: an error must not be larger than
+    what caused it."""
+    found = errors[0] if errors else {}
+    place = [str(part) for part in found.get("loc", ()) if part != "body"][:4]
+    message = str(found.get("msg", "the body is not valid"))[:_MAX_SHOWN_CHARS]
+    param = ".".join(place)[:_MAX_SHOWN_CHARS] or None
+    return RequestError(message if param is None else f"{param}: {message}", param)
 
 
 class CompletionRequest(SamplingRequest):

@@ -91,6 +91,8 @@ LARGE_CLASSES = {
     "config.client.ClientConfig": "one setting per field",
     "config.gateway.GatewayConfig": "one setting per field",
     "config.server.ServerConfig": "one setting per field",
+    "gateway.metrics.Metrics": "one metric per attribute",
+    "gateway.text.TextRequest": "one parameter of a text per field",
     "gateway.protocol.SamplingRequest": "one parameter of the API per field",
     "plan.command.PlanConfig": "one setting per field",
     "engine.config.EngineStats": "one reported number per field",

@@ -37,7 +37,7 @@ def demo_swarm() -> Iterator[LocalSwarm]:
 
 @pytest.fixture(scope="module")
 def address(demo_swarm: LocalSwarm) -> Iterator[Address]:
-    with gateway(demo_swarm, max_num_seqs=16, max_body_mib=0.25) as found:
+    with gateway(demo_swarm, max_num_seqs=16, max_body_mib=0.25, max_warm_sessions=0) as found:
         yield found
 
 

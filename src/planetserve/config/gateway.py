@@ -46,6 +46,8 @@ class GatewayConfig(ClientConfig):
     """TCP port to listen on; 0 takes a free one."""
     api_key: tuple[str, ...] = field(default=(), repr=False)
     """Keys of which a request to /v1 must bring one, as `Authorization: Bearer KEY`."""
+    api_key_file: str | None = None
+    """YAML file of more keys, with names and limits: docs/gateway.md."""
     served_model_name: tuple[str, ...] = ()
     """Names that requests may call the model; by default the one it was given by."""
     chat_template: str | None = None
@@ -63,6 +65,11 @@ class GatewayConfig(ClientConfig):
     """Texts that are generated at once; also the most one request may ask for."""
     max_num_queued_reqs: int = 256
     """Prompts that wait for others to end; beyond that requests are refused with status 429."""
+    max_warm_sessions: int = 16
+    """Sessions that are kept on their servers after their texts have ended, for the next turn of a
+    chat; 0 keeps none."""
+    warm_session_timeout: float = 120.0
+    """Seconds for which such a session is kept."""
     max_logprobs: int = 20
     """Most likely tokens that a request may ask to see for each position."""
     max_body_mib: float = 8.0
@@ -78,8 +85,10 @@ class GatewayConfig(ClientConfig):
     def __post_init__(self) -> None:
         # `super()` without arguments does not work in a dataclass with slots.
         ClientConfig.__post_init__(self)
-        require_positive(self, "max_num_seqs", "max_body_mib")
-        require_not_negative(self, "max_num_queued_reqs", "max_logprobs", "shutdown_timeout")
+        require_positive(self, "max_num_seqs", "max_body_mib", "warm_session_timeout")
+        require_not_negative(
+            self, "max_num_queued_reqs", "max_logprobs", "max_warm_sessions", "shutdown_timeout"
+        )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len={self.max_model_len} must be at least 2")
         if not 0 <= self.port <= 65535:
@@ -94,10 +103,10 @@ class GatewayConfig(ClientConfig):
             raise ConfigError("local_blocks is not possible in a gateway; start a server instead")
         if not all(key.isascii() and key.strip() == key and key for key in self.api_key):
             raise ConfigError("api_key must be printable ASCII without spaces around it")
-        if not self.api_key and not is_loopback(self.host):
+        if not (self.api_key or self.api_key_file) and not is_loopback(self.host):
             raise ConfigError(
-                f"host={self.host} lets other machines in; give --api_key KEY as well, or leave "
-                "--host out to answer this machine only"
+                f"host={self.host} lets other machines in; give --api_key KEY or --api_key_file "
+                "FILE as well, or leave --host out to answer this machine only"
             )
 
 

@@ -29,6 +29,7 @@ class Answer:
     calls: list[CallDelta] = field(default_factory=list)
     num_tokens: int = 0
     num_reasoning: int = 0
+    num_cached: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -48,6 +49,7 @@ class Answer:
                 self.calls.append(call)
         self.num_tokens += len(delta.tokens)
         self.num_reasoning += delta.num_reasoning
+        self.num_cached += delta.num_cached
         self.logprobs += delta.logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 

@@ -19,6 +19,9 @@ from planetserve.gateway.service import Service
 from planetserve.gateway.text import TextRequest
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+_RESERVED_TOKENS = 2048
+"""Tokens of an answer without a limit of its own that servers are asked to promise; most are
+shorter, and a session may grow."""
 _DEFINITIONS = ("$defs", "definitions")
 
 
@@ -59,12 +62,14 @@ async def prepare_chat(service: Service, body: ChatRequest) -> TextRequest:
     )
     limits.check_prompt(prompt_ids, "messages")
     matcher = None if grammar is None else await service.grammars.compile(grammar, param)
-    max_tokens = body.max_completion_tokens or body.max_tokens
+    max_tokens, reserved_tokens = body.max_completion_tokens or body.max_tokens, None
     if max_tokens is None:
         max_tokens = service.room(body.n, prompt_ids)
+        reserved_tokens = min(max_tokens, _RESERVED_TOKENS)
     logprobs = body.top_logprobs or 0 if body.logprobs else None
     sampling = sampling_params(body, limits, logprobs)
     text = text_request(body, limits, sampling, prompt_ids, max_tokens, grammar=matcher)
+    text = dataclasses.replace(text, reserved_tokens=reserved_tokens)
     templates = service.templates
     if templates is None and forced is None:
         return text

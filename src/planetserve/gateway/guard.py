@@ -6,11 +6,8 @@ The whole body is read here, up to the limit, so that no endpoint can be made to
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import re
 import time
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -18,10 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from planetserve.config import is_loopback
 from planetserve.gateway.errors import RequestError, body_for, error_body
+from planetserve.gateway.keys import ApiKey, ApiKeys
 from planetserve.gateway.metrics import Metrics
 
 _OPEN_PATHS = ("/health", "/version", "/metrics", "/openapi.json")
 """Answered without a key."""
+KEY = "planetserve.key"
+"""Where an endpoint finds the `ApiKey` that asks, in the request's scope."""
 _BODY_TIMEOUT_S = 60.0
 
 
@@ -30,16 +30,14 @@ class Guard:
 
     Args:
         app: the application.
-        api_keys: of which requests must bring one; none: everybody on this machine may ask.
+        keys: of which requests must bring one; none: everybody on this machine may ask.
         max_body_bytes: of one request.
         metrics: told of every response.
     """
 
-    def __init__(
-        self, app: ASGIApp, api_keys: Sequence[str], max_body_bytes: int, metrics: Metrics
-    ):
+    def __init__(self, app: ASGIApp, keys: ApiKeys, max_body_bytes: int, metrics: Metrics):
         self._app = app
-        self._digests = [_digest(key) for key in api_keys]
+        self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._metrics = metrics
 
@@ -57,7 +55,7 @@ class Guard:
 
         try:
             try:
-                self._check(scope)
+                scope[KEY] = self._check(scope)
                 body = await self._read(scope, receive)
             except RequestError as error:
                 body_sent = body_for(scope["path"], error_body(error.status, str(error)))
@@ -76,9 +74,9 @@ class Guard:
             method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
             self._metrics.http_ended(path, method, status, time.monotonic() - began_s)
 
-    def _check(self, scope: Scope) -> None:
+    def _check(self, scope: Scope) -> ApiKey:
         headers = Headers(scope=scope)
-        if not self._digests:
+        if not self._keys:
             # A page in a browser may send requests to any name that it makes point to this machine.
             host = re.sub(r":\d*$", "", headers.get("host", "localhost"))
             if not is_loopback(host):
@@ -86,16 +84,16 @@ class Guard:
                     f"this gateway has no --api_key and answers as localhost only, not as {host!r}",
                     status=403,
                 )
-            return
+            return self._keys.anybody
         if scope["path"] in _OPEN_PATHS:
-            return
-        scheme, _, key = headers.get("authorization", "").partition(" ")
+            return self._keys.anybody
+        scheme, _, secret = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            key = headers.get("x-api-key", "")  # Anthropic's clients
-        digest = _digest(key.strip())
-        # All are compared, each in the same time whatever it is.
-        if not sum([hmac.compare_digest(digest, own) for own in self._digests]):
+            secret = headers.get("x-api-key", "")  # Anthropic's clients
+        key = self._keys.find(secret.strip())
+        if key is None:
             raise RequestError("a valid API key is needed: Authorization: Bearer KEY", status=401)
+        return key
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body; None if the client has gone."""
@@ -122,10 +120,6 @@ class Guard:
             f"the body is larger than {self._max_body_bytes} bytes, which this gateway allows",
             status=413,
         )
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -29,6 +29,16 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Texts that are generated.")
         self._waiting = self._gauge("num_requests_waiting", "Prompts that wait for others.")
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._queried = self._counter("prefix_cache_queries", "Tokens looked up in warm sessions.")
+        self._hits = self._counter("prefix_cache_hits", "Tokens of prompts found in them.")
+        self._hit_sessions = Counter(
+            "planetserve:warm_session_hits", "Prompts that went on from a warm session.", _LABELS,
+            registry=self._registry,
+        ).labels(*self._label)  # fmt: skip
+        self._warm = Gauge(
+            "planetserve:warm_sessions", "Sessions kept after their texts.", _LABELS,
+            registry=self._registry,
+        ).labels(*self._label)  # fmt: skip
         self._generated = self._counter("generation_tokens", "Tokens generated.")
         self._ended = Counter(
             "vllm:request_success", "Texts by how they ended.", (*_LABELS, "finished_reason"),
@@ -59,6 +69,16 @@ class Metrics:
     def watch_waiting(self, count: Callable[[], int]) -> None:
         """Ask `count` for the prompts that wait."""
         self._waiting.set_function(count)
+
+    def watch_warm(self, count: Callable[[], int]) -> None:
+        """Ask `count` for the sessions that are kept."""
+        self._warm.set_function(count)
+
+    def prefix_looked_up(self, num_tokens: int, num_found: int) -> None:
+        """A prompt has been compared with what warm sessions hold."""
+        self._queried.inc(num_tokens)
+        self._hits.inc(num_found)
+        self._hit_sessions.inc(bool(num_found))
 
     @contextlib.contextmanager
     def running(self, num_texts: int) -> Iterator[None]:

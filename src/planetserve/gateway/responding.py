@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,6 +21,8 @@ from typing_extensions import override
 from planetserve.errors import PlanetServeError
 from planetserve.gateway.answers import Answer, Event, Style, Usage
 from planetserve.gateway.errors import RequestError
+from planetserve.gateway.guard import KEY
+from planetserve.gateway.keys import ApiKey
 from planetserve.gateway.text import Delta, Failed, Output, Outputs, PromptLogprobs, TextRequest
 from planetserve.gateway.text_engine import TextEngine
 
@@ -29,6 +32,7 @@ PING_S = 15.0
 """Seconds without a token after which a stream gets a comment, so that proxies keep it open."""
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
+_Running = contextlib.AbstractAsyncContextManager[Outputs]
 SeePrompt = Callable[[PromptLogprobs], None]
 
 
@@ -67,19 +71,35 @@ class Responder:
             PlanetServeError: a text failed; in a stream, before it had a token.
             asyncio.CancelledError: the client has gone.
         """
-        return await (self._stream(request) if is_stream else self._whole(request))
+        key: ApiKey = request.scope[KEY]
+        self._texts = [dataclasses.replace(text, owner=key.name) for text in self._texts]
+        running = self._running(key)
+        return await (
+            self._stream(request, running) if is_stream else self._whole(request, running)
+        )
 
-    async def _whole(self, request: Request) -> Response:
-        async with self._engine.run(self._texts) as outputs, ends_with_client(request):
+    @contextlib.asynccontextmanager
+    async def _running(self, key: ApiKey) -> AsyncIterator[Outputs]:
+        """Run the texts on the account of a key."""
+        with key.running(len(self._answers)):
+            async with self._engine.run(self._texts) as outputs:
+                try:
+                    yield outputs
+                finally:
+                    usage = self._usage()
+                    key.charge(usage.num_prompt - usage.num_cached + usage.num_answer)
+
+    async def _whole(self, request: Request, running: _Running) -> Response:
+        async with running as outputs, ends_with_client(request):
             while not self._is_done:
                 for output in await outputs.take():
                     self._take(output)
         return JSONResponse(self._style.whole(self._answers, self._usage()))
 
-    async def _stream(self, request: Request) -> Response:
-        running = contextlib.AsyncExitStack()
+    async def _stream(self, request: Request, running: _Running) -> Response:
+        stack = contextlib.AsyncExitStack()
         try:
-            outputs = await running.enter_async_context(self._engine.run(self._texts))
+            outputs = await stack.enter_async_context(running)
             # A failure so far still has a status of its own.
             async with ends_with_client(request):
                 ready = await outputs.take(PING_S)
@@ -87,9 +107,9 @@ class Responder:
                 if isinstance(output, Failed):
                     raise output.error
         except BaseException:
-            await running.aclose()
+            await stack.aclose()
             raise
-        return _Stream(self._events(running, outputs, ready), running)
+        return _Stream(self._events(stack, outputs, ready), stack)
 
     async def _events(
         self,
@@ -160,6 +180,7 @@ class Responder:
             sum(len(text.prompt_ids) for text in self._texts),
             0 if self._drops_answers else num_answer,
             sum(answer.num_reasoning for answer in self._answers),
+            sum(answer.num_cached for answer in self._answers),
         )
 
 

@@ -25,6 +25,7 @@ from planetserve.gateway.app import create_app
 from planetserve.gateway.client_half import ClientHalf
 from planetserve.gateway.constraints import Grammars
 from planetserve.gateway.guard import Guard
+from planetserve.gateway.keys import ApiKeys, read_keys
 from planetserve.gateway.metrics import Metrics
 from planetserve.gateway.requests import Limits, ignored_processors, sampling_defaults
 from planetserve.gateway.response_templates import ResponseTemplates
@@ -32,6 +33,7 @@ from planetserve.gateway.service import Service
 from planetserve.gateway.text_engine import TextEngine, TextSlots
 from planetserve.gateway.texts import Texts, read_template
 from planetserve.gateway.turns import Turns
+from planetserve.gateway.warm_sessions import WarmSessions
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 
 logger = logging.getLogger(__name__)
@@ -69,13 +71,14 @@ async def serve(
     Raises:
         PlanetServeError: the model cannot be loaded, the swarm not joined, or the port is taken.
     """
+    keys = read_keys(config.api_key, config.api_key_file)
     listener = _listen(config.host, config.port)
     try:
         async with contextlib.AsyncExitStack() as stack:
             service = await _unless(stop, _start(config, stack))
             if service is None:
                 return
-            await _answer(config, service, listener, stop, on_ready)
+            await _answer(config, service, keys, listener, stop, on_ready)
     finally:
         listener.close()
 
@@ -112,7 +115,9 @@ async def _start(config: GatewayConfig, stack: contextlib.AsyncExitStack) -> Ser
     disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics(names[0])
     slots = TextSlots(config.max_num_seqs, config.max_num_queued_reqs)
-    engine = TextEngine(manager, turns, loaded.texts.decoder, slots, metrics)
+    warm = WarmSessions(config.max_warm_sessions, config.warm_session_timeout, metrics)
+    stack.push_async_callback(warm.close)
+    engine = TextEngine(manager, turns, loaded.texts.decoder, slots, warm, metrics)
     stack.push_async_callback(engine.close)
     grammars = Grammars(
         loaded.texts.decoder, loaded.limits.vocab_size, sorted(loaded.limits.eos_ids)
@@ -192,12 +197,13 @@ class _Server(uvicorn.Server):
 async def _answer(
     config: GatewayConfig,
     service: Service,
+    keys: ApiKeys,
     listener: socket.socket,
     stop: asyncio.Event,
     on_ready: Callable[[Address], None],
 ) -> None:
     max_body_bytes = int(config.max_body_mib * 2**20)
-    app = Guard(create_app(service), config.api_key, max_body_bytes, service.metrics)
+    app = Guard(create_app(service), keys, max_body_bytes, service.metrics)
     server = _Server(
         uvicorn.Config(
             app,

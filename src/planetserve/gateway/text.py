@@ -25,6 +25,8 @@ class TextRequest:
     prompt_ids: Sequence[int]
     sampling: SamplingParams
     max_tokens: int
+    reserved_tokens: int | None = None
+    """Tokens of an answer that servers are asked to promise; None: `max_tokens`."""
     n: int = 1
     eos_ids: frozenset[int] = frozenset()
     """Tokens that end an answer and are no part of it."""
@@ -41,8 +43,15 @@ class TextRequest:
     """What every answer must follow."""
     reasoning_id: int | None = None
     """Token that begins reasoning, which may come before what the grammar binds."""
+    owner: str = ""
+    """Who asks; only it may go on from what servers hold of this."""
     prompt_logprobs: int | None = None
     """How many most likely tokens to report for each token of the prompt; None: nothing."""
+
+    @property
+    def lease_tokens(self) -> int:
+        """What servers are asked to promise to each row."""
+        return len(self.prompt_ids) + (self.reserved_tokens or self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,8 @@ class Delta:
     """What the text is of a message, if it is read as one."""
     num_reasoning: int = 0
     """How many of the tokens are reasoning."""
+    num_cached: int = 0
+    """With the first one: how many tokens of the prompt servers still held."""
 
     @property
     def as_message(self) -> MessageDelta:
@@ -129,7 +140,14 @@ class TextTimes:
 class Row:
     """One answer as it grows."""
 
-    def __init__(self, number: int, index: int, request: TextRequest, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        number: int,
+        index: int,
+        request: TextRequest,
+        tokenizer: Tokenizer,
+        num_cached: int = 0,
+    ):
         params = request.sampling
         if params.seed is not None and number:
             params = dataclasses.replace(params, seed=params.seed + number)
@@ -147,6 +165,7 @@ class Row:
         self._index = index
         self._request = request
         self._num_tokens = 0
+        self._num_cached = num_cached
         self._decoder = TokenDecoder(
             tokenizer, request.prompt_ids, request.skip_special_tokens, request.kept_ids
         )
@@ -159,6 +178,7 @@ class Row:
             RequestError: the grammar cannot be followed any further.
         """
         reader = self._reader
+        num_cached, self._num_cached = self._num_cached, 0  # told once
         text, message, num_tokens, num_reasoning = "", MessageDelta(), 0, 0
         for token in sampled.tokens:
             num_reasoning += reader is not None and reader.is_reasoning
@@ -188,6 +208,7 @@ class Row:
             stop_reason,
             None if reader is None else message,
             num_reasoning,
+            num_cached,
         )
 
     def _add_token(self, token: int) -> tuple[str, str | None, int | str | None]:

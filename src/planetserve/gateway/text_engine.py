@@ -30,6 +30,7 @@ from planetserve.gateway.text import (
     TextTimes,
 )
 from planetserve.gateway.turns import Turns
+from planetserve.gateway.warm_sessions import WarmSessions
 from planetserve.wire.step import RowSlice, StepTable
 
 _LEAST_ROOM = 256
@@ -106,6 +107,7 @@ class TextEngine:
         turns: embeds, and chooses tokens.
         tokenizer: decodes; nobody else may change its settings.
         slots: how many texts run at once.
+        warm: keeps sessions of texts that have ended.
         metrics: counts.
     """
 
@@ -115,9 +117,11 @@ class TextEngine:
         turns: Turns,
         tokenizer: Tokenizer,
         slots: TextSlots,
+        warm: WarmSessions,
         metrics: Metrics,
     ):
         self.slots = slots
+        self._warm = warm
         self._manager = manager
         self._turns = turns
         self._tokenizer = tokenizer
@@ -126,9 +130,10 @@ class TextEngine:
         metrics.watch_waiting(lambda: slots.num_waiting)
 
     def room(self, num_rows: int, num_prompt_tokens: int) -> int | None:
-        """Tokens of prompt and answer for which servers have room now; None if there is no
-        chain."""
-        return self._manager.longest_session(num_rows, num_prompt_tokens + _LEAST_ROOM)
+        """Tokens of prompt and answer for which servers have room now, or would have without the
+        sessions that are kept; None if there is no chain."""
+        least = num_prompt_tokens + _LEAST_ROOM + self._warm.reserved_tokens // num_rows
+        return self._manager.longest_session(num_rows, least)
 
     @contextlib.asynccontextmanager
     async def run(self, requests: Sequence[TextRequest]) -> AsyncIterator[Outputs]:
@@ -195,11 +200,15 @@ class TextEngine:
         reasons: list[str],
     ) -> None:
         ids = request.prompt_ids
-        rows = [Row(row, first + row, request, self._tokenizer) for row in range(request.n)]
-        session = SessionCore(self._manager, lease_tokens=len(ids) + request.max_tokens)
+        held_ids, is_whole = list(ids), False
+        session, num_cached = await self._session(request)
         try:
-            hidden_TD = await self._turns.embed(ids)
-            table = StepTable((RowSlice(0, 0, len(ids)),))
+            rows = [
+                Row(row, first + row, request, self._tokenizer, num_cached)
+                for row in range(request.n)
+            ]
+            hidden_TD = await self._turns.embed(ids, num_cached)
+            table = StepTable((RowSlice(0, num_cached, len(ids) - num_cached),))
             keep_last = request.prompt_logprobs is None
             session.prepare_step(request.n, table, hidden_TD)
             output_TD = await session.run(request.n, table, hidden_TD, keep_last=keep_last)
@@ -228,16 +237,33 @@ class TextEngine:
                     start = end
                 self._metrics.tokens_done(num_new, times)
                 if not alive:
+                    is_whole = request.n == 1
                     return
                 rows = [row for row, _ in alive]
                 hidden_TD = chosen.hidden_ND
                 if len(places) < len(hidden_TD):
                     hidden_TD = hidden_TD[torch.tensor(places)]
                 hidden_ND = await self._step(session, request.n, alive, hidden_TD, reorder)
+                held_ids += chosen.sampled[0].tokens  # wanted only if there is one row
                 reorder = None
         finally:
-            # Also when this is cancelled: the servers' memory is free at once.
-            await asyncio.shield(session.release())
+            if is_whole and not session.closed:
+                self._warm.keep(request.owner, held_ids, session, request.lease_tokens)
+            else:
+                # Also when this is cancelled: the servers' memory is free at once.
+                await asyncio.shield(session.release())
+
+    async def _session(self, request: TextRequest) -> tuple[SessionCore, int]:
+        """A session for a text, and how many tokens of its prompt that holds already."""
+        if request.n == 1 and request.prompt_logprobs is None:
+            taken = self._warm.take(request.owner, request.prompt_ids)
+            if taken is not None:
+                taken[0].expect(request.lease_tokens)
+                return taken
+        # A refusal would cost seconds. Records may not tell yet of what is kept.
+        room = self._manager.longest_session(request.n, 0) or 0
+        await self._warm.make_room((room - request.lease_tokens) * request.n)
+        return SessionCore(self._manager, lease_tokens=request.lease_tokens), 0
 
     @staticmethod
     async def _step(

@@ -49,9 +49,9 @@ class Turns:
         self._waiting: list[_Turn] = []
         self._running: asyncio.Task[None] | None = None
 
-    async def embed(self, ids: Sequence[int]) -> torch.Tensor:
-        """A prompt, as it enters the first layer."""
-        return await self._call(lambda: self._half.embed([ids], [0]))
+    async def embed(self, ids: Sequence[int], start: int = 0) -> torch.Tensor:
+        """A prompt from this position on, as it enters the first layer."""
+        return await self._call(lambda: self._half.embed([ids[start:]], [start]))
 
     async def prompt_logprobs(
         self, hidden_TD: torch.Tensor, ids: Sequence[int], num_top: int

@@ -31,7 +31,7 @@ EXAMPLES = f"""examples:
 
 GROUPS = {
     "model": ("model", "dtype", "device", "revision", "token", "cache_dir", "served_model_name",
-              "chat_template", "response_template", "generation_config"),
+              "served_model", "chat_template", "response_template", "generation_config"),
     "HTTP": ("host", "port", "api_key", "api_key_file", "max_body_mib", "shutdown_timeout"),
     "limits": ("max_model_len", "max_num_seqs", "max_num_queued_reqs", "max_logprobs",
                "max_warm_sessions", "warm_session_timeout"),

@@ -21,6 +21,7 @@ from gateways import gateway
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import planetserve
+from planetserve.errors import ConfigError
 from planetserve.gateway.serving import Address
 from planetserve.testing.swarm import LocalSwarm
 
@@ -351,3 +352,37 @@ def test_help_is_instant_and_heavy_things_are_not_loaded() -> None:
     assert done.returncode == 0
     assert done.stdout.rstrip().endswith("[]")
     assert "--api_key" in done.stdout
+
+
+def test_several_models(demo_swarm: LocalSwarm) -> None:
+    """A request that names none gets the first."""
+    with (
+        gateway(
+            demo_swarm, served_model_name=("a", "b"), served_model=("other=demo", "demo")
+        ) as found,
+        openai.OpenAI(base_url=f"{found.url}/v1", api_key="x", max_retries=0) as client,
+        httpx2.Client(base_url=found.url) as web,
+    ):  # fmt: skip
+        assert found.models == [model.id for model in client.models.list()]
+        assert found.models == ["a", "b", "other", "demo"]
+        for name in ("b", "other"):
+            done = client.completions.create(model=name, prompt="A", max_tokens=3)
+            assert done.model == name
+            label = {"b": "a"}.get(name, name)
+            counted = f'vllm:prompt_tokens_total{{engine="0",model_name="{label}"}}'
+            assert done.usage is not None
+            assert count(web, counted) == done.usage.prompt_tokens
+        assert web.post("/v1/completions", json={"prompt": "A"}).json()["model"] == "a"
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="c", prompt="A")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"served_model": ("demo",)}, {"served_model": ("x=demo",), "chat_template": "x.jinja"}],
+)
+def test_models_that_cannot_be_told_apart_are_refused(
+    demo_swarm: LocalSwarm, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError), gateway(demo_swarm, **settings):
+        pass

@@ -17,6 +17,8 @@ from planetserve.config.checks import (
 from planetserve.config.client import ClientConfig
 from planetserve.errors import ConfigError
 
+_OF_ONE_MODEL = ("revision", "chat_template", "response_template", "dht_prefix")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig(ClientConfig):
@@ -50,6 +52,9 @@ class GatewayConfig(ClientConfig):
     """YAML file of more keys, with names and limits: docs/gateway.md."""
     served_model_name: tuple[str, ...] = ()
     """Names that requests may call the model; by default the one it was given by."""
+    served_model: tuple[str, ...] = ()
+    """More models to serve, each a folder or repository that requests call by that name, or
+    NAME=MODEL."""
     chat_template: str | None = None
     """File of the Jinja template to use for chats, instead of the tokenizer's."""
     response_template: str | None = None
@@ -101,6 +106,9 @@ class GatewayConfig(ClientConfig):
             raise ConfigError(f"dtype={self.dtype!r} is not one of: {', '.join(TORCH_DTYPES)}")
         if self.local_blocks is not None:
             raise ConfigError("local_blocks is not possible in a gateway; start a server instead")
+        for name in _OF_ONE_MODEL if self.served_model else ():
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name} is of one model, and --served_model gives more")
         if not all(key.isascii() and key.strip() == key and key for key in self.api_key):
             raise ConfigError("api_key must be printable ASCII without spaces around it")
         if not (self.api_key or self.api_key_file) and not is_loopback(self.host):
@@ -108,6 +116,14 @@ class GatewayConfig(ClientConfig):
                 f"host={self.host} lets other machines in; give --api_key KEY or --api_key_file "
                 "FILE as well, or leave --host out to answer this machine only"
             )
+
+    def all_models(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Each model and the names that requests may call it."""
+        found = [(self.model, self.served_model_name or (self.model,))]
+        for given in self.served_model:
+            name, has_name, model = given.partition("=")
+            found.append((model, (name,)) if has_name else (given, (given,)))
+        return found
 
 
 def is_loopback(host: str) -> bool:

@@ -18,6 +18,7 @@ from planetserve.gateway.answers import ChatStyle, CompletionStyle, Prompt
 from planetserve.gateway.anthropic_api import CountRequest, MessagesRequest, MessagesStyle
 from planetserve.gateway.chat import format_grammar, prepare_chat
 from planetserve.gateway.errors import RequestError, body_for, body_of, error_body, headers_of
+from planetserve.gateway.metrics import MetricFamilies
 from planetserve.gateway.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -31,7 +32,7 @@ from planetserve.gateway.protocol import (
 from planetserve.gateway.requests import sampling_params, text_request
 from planetserve.gateway.responding import Responder
 from planetserve.gateway.responses_api import ResponsesRequest, ResponsesStyle
-from planetserve.gateway.service import Service
+from planetserve.gateway.service import Models
 from planetserve.gateway.text import PromptLogprobs
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(models: Models, metrics: MetricFamilies) -> FastAPI:
     """The application, without the guard in front of it."""
     # Its pages of documentation would load scripts from other hosts.
     app = FastAPI(
@@ -49,23 +50,23 @@ def create_app(service: Service) -> FastAPI:
         responses=_ERRORS,
     )  # fmt: skip
     _handle_errors(app)
-    _add_information(app, service)
-    _add_tokenizer(app, service)
+    _add_information(app, models, metrics)
+    _add_tokenizer(app, models)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer the messages of a chat."""
-        return await _chat(service, body, request)
+        return await _chat(models, body, request)
 
     @app.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on with one text or several."""
-        return await _complete(service, body, request)
+        return await _complete(models, body, request)
 
     @app.post("/v1/responses", response_model=None)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         """Answer as Open Responses has it."""
-        model = service.check_model(body.model)
+        service, model = models.find(body.model)
         text = await prepare_chat(service, body.as_chat())
         style = ResponsesStyle(model, body)
         return await Responder(service.engine, [text], style).respond(request, body.stream)
@@ -73,7 +74,7 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v1/messages", response_model=None)
     async def message(body: MessagesRequest, request: Request) -> Response:
         """Answer as Anthropic's API does."""
-        model = service.check_model(body.model)
+        service, model = models.find(body.model)
         text = await prepare_chat(service, body.as_chat())
         style = MessagesStyle(model)
         return await Responder(service.engine, [text], style).respond(request, body.stream)
@@ -81,21 +82,22 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(body: CountRequest) -> dict[str, int]:
         """The tokens of such a request."""
-        service.check_model(body.model)
+        service, _ = models.find(body.model)
         return {"input_tokens": len((await prepare_chat(service, body.as_chat())).prompt_ids)}
 
     return app
 
 
-async def _chat(service: Service, body: ChatRequest, request: Request) -> Response:
-    model = service.check_model(body.model)
+async def _chat(models: Models, body: ChatRequest, request: Request) -> Response:
+    service, model = models.find(body.model)
     text = await prepare_chat(service, body)
     style = ChatStyle(model, body, service.spell(body))
     return await Responder(service.engine, [text], style).respond(request, body.stream)
 
 
-async def _complete(service: Service, body: CompletionRequest, request: Request) -> Response:
-    model, limits = service.check_model(body.model), service.limits
+async def _complete(models: Models, body: CompletionRequest, request: Request) -> Response:
+    service, model = models.find(body.model)
+    limits = service.limits
     body.check_supported()
     limits.check_logprobs(body.logprobs, "logprobs")
     if body.max_tokens == 0 and not body.echo:
@@ -149,16 +151,17 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     return [ids] if ids else [one for one in prompt if not isinstance(one, int)]
 
 
-def _add_information(app: FastAPI, service: Service) -> None:
+def _add_information(app: FastAPI, models: Models, metrics: MetricFamilies) -> None:
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The model, by each of its names."""
-        return {"object": "list", "data": [service.describe(name) for name in service.names]}
+    async def list_models() -> dict[str, Any]:
+        """The models, each by all of its names."""
+        return {"object": "list", "data": models.describe()}
 
     @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
+    async def show_model(model: str) -> dict[str, Any]:
         """One of them."""
-        return service.describe(service.check_model(model))
+        service, name = models.find(model)
+        return service.describe(name)
 
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> str:
@@ -171,16 +174,16 @@ def _add_information(app: FastAPI, service: Service) -> None:
         return {"version": planetserve.__version__}
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
+    async def show_metrics() -> Response:
         """For Prometheus."""
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_tokenizer(app: FastAPI, service: Service) -> None:
+def _add_tokenizer(app: FastAPI, models: Models) -> None:
     @app.post("/tokenize", response_model_exclude_none=True)
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         """The tokens of a prompt or of a chat."""
-        service.check_model(body.model)
+        service, _ = models.find(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages", "prompt")
         if body.prompt is not None:
@@ -206,7 +209,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         """The text of some tokens."""
-        service.check_model(body.model)
+        service, _ = models.find(body.model)
         if body.tokens:
             service.limits.check_prompt(body.tokens, "tokens")
         return DetokenizeResponse(prompt=service.texts.decode(body.tokens))

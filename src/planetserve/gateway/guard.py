@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from planetserve.config import is_loopback
 from planetserve.gateway.errors import RequestError, body_for, error_body
 from planetserve.gateway.keys import ApiKey, ApiKeys
-from planetserve.gateway.metrics import Metrics
+from planetserve.gateway.metrics import MetricFamilies
 
 _OPEN_PATHS = ("/health", "/version", "/metrics", "/openapi.json")
 """Answered without a key."""
@@ -35,7 +35,7 @@ class Guard:
         metrics: told of every response.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, max_body_bytes: int, metrics: Metrics):
+    def __init__(self, app: ASGIApp, keys: ApiKeys, max_body_bytes: int, metrics: MetricFamilies):
         self._app = app
         self._keys = keys
         self._max_body_bytes = max_body_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -16,33 +17,63 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 _LABELS = ("model_name", "engine")
 
 
+class MetricFamilies:
+    """The metrics of one gateway, in a registry of its own; its models differ by a label."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._made: dict[str, Any] = {}
+
+    def get(
+        self, kind: Any, name: str, text: str, labels: Sequence[str] = _LABELS, **kwargs: Any
+    ) -> Any:
+        """The metric of this name, made the first time."""
+        if name not in self._made:
+            self._made[name] = kind(name, text, labels, registry=self._registry, **kwargs)
+        return self._made[name]
+
+    def http_ended(self, handler: str, method: str, status: int, elapsed_s: float) -> None:
+        """A response has been sent."""
+        labels = ("handler", "method")
+        count = self.get(Counter, "http_requests", "HTTP requests.", (*labels, "status"))
+        count.labels(handler, method, str(status)).inc()
+        duration_s = self.get(
+            Histogram, "http_request_duration_seconds", "Until the response ended.", labels,
+            buckets=_LONG_S,
+        )  # fmt: skip
+        duration_s.labels(handler, method).observe(elapsed_s)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
 class Metrics:
-    """The metrics of one gateway, in a registry of its own.
+    """The metrics of one model.
 
     Args:
         model: value of the label `model_name`.
+        families: shared by the models of a gateway.
     """
 
-    def __init__(self, model: str):
-        self._registry = CollectorRegistry()
+    def __init__(self, model: str, families: MetricFamilies):
         self._label = model, "0"
+        self._families = families
         self._running = self._gauge("num_requests_running", "Texts that are generated.")
         self._waiting = self._gauge("num_requests_waiting", "Prompts that wait for others.")
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self._queried = self._counter("prefix_cache_queries", "Tokens looked up in warm sessions.")
         self._hits = self._counter("prefix_cache_hits", "Tokens of prompts found in them.")
-        self._hit_sessions = Counter(
-            "planetserve:warm_session_hits", "Prompts that went on from a warm session.", _LABELS,
-            registry=self._registry,
-        ).labels(*self._label)  # fmt: skip
-        self._warm = Gauge(
-            "planetserve:warm_sessions", "Sessions kept after their texts.", _LABELS,
-            registry=self._registry,
-        ).labels(*self._label)  # fmt: skip
+        self._hit_sessions = families.get(
+            Counter, "planetserve:warm_session_hits", "Prompts that went on from a warm session."
+        ).labels(*self._label)
+        self._warm = families.get(
+            Gauge, "planetserve:warm_sessions", "Sessions kept after their texts."
+        ).labels(*self._label)
         self._generated = self._counter("generation_tokens", "Tokens generated.")
-        self._ended = Counter(
-            "vllm:request_success", "Texts by how they ended.", (*_LABELS, "finished_reason"),
-            registry=self._registry,
+        self._ended = families.get(
+            Counter, "vllm:request_success", "Texts by how they ended.",
+            (*_LABELS, "finished_reason"),
         )  # fmt: skip
         self._first_token_s = self._histogram(
             "time_to_first_token_seconds", "From request to first token.", _LONG_S[:-2]
@@ -57,14 +88,6 @@ class Metrics:
             "request_queue_time_seconds", "Waiting for other texts.", _LONG_S
         )
         self._prompt_sizes = self._histogram("request_prompt_tokens", "Prompt sizes.", _TOKENS)
-        self._http = Counter(
-            "http_requests", "HTTP requests.", ("handler", "method", "status"),
-            registry=self._registry,
-        )  # fmt: skip
-        self._http_s = Histogram(
-            "http_request_duration_seconds", "Until the response ended.", ("handler", "method"),
-            registry=self._registry, buckets=_LONG_S,
-        )  # fmt: skip
 
     def watch_waiting(self, count: Callable[[], int]) -> None:
         """Ask `count` for the prompts that wait."""
@@ -114,25 +137,16 @@ class Metrics:
         if len(reasons) == request.n and not {"abort", "error"} & {*reasons}:
             self._whole_s.observe(time.monotonic() - times.asked_s)
 
-    def http_ended(self, handler: str, method: str, status: int, elapsed_s: float) -> None:
-        """A response has been sent."""
-        self._http.labels(handler, method, str(status)).inc()
-        self._http_s.labels(handler, method).observe(elapsed_s)
-
-    def text(self) -> bytes:
-        """In Prometheus' text format."""
-        return generate_latest(self._registry)
-
     def _gauge(self, name: str, text: str) -> Gauge:
-        gauge = Gauge(f"vllm:{name}", text, _LABELS, registry=self._registry)
+        gauge: Gauge = self._families.get(Gauge, f"vllm:{name}", text)
         return gauge.labels(*self._label)
 
     def _counter(self, name: str, text: str) -> Counter:
-        counter = Counter(f"vllm:{name}", text, _LABELS, registry=self._registry)
+        counter: Counter = self._families.get(Counter, f"vllm:{name}", text)
         return counter.labels(*self._label)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        made = Histogram(
-            f"vllm:{name}", text, _LABELS, registry=self._registry, buckets=tuple(buckets)
+        made: Histogram = self._families.get(
+            Histogram, f"vllm:{name}", text, buckets=tuple(buckets)
         )
         return made.labels(*self._label)

@@ -1,4 +1,4 @@
-"""What the endpoints of one model work with."""
+"""The models of a gateway, and what the endpoints of each work with."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from planetserve.errors import ConfigError
 from planetserve.gateway.constraints import Grammars
 from planetserve.gateway.detokenize import special_ids
 from planetserve.gateway.errors import RequestError
-from planetserve.gateway.metrics import Metrics
 from planetserve.gateway.protocol import SamplingRequest
 from planetserve.gateway.requests import Limits
 from planetserve.gateway.response_templates import ResponseTemplates
@@ -23,7 +23,7 @@ _MAX_SHOWN_CHARS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What the endpoints work with."""
+    """What the endpoints work with for one model."""
 
     names: Sequence[str]
     """What the model is called; the first one is in responses."""
@@ -33,21 +33,7 @@ class Service:
     grammars: Grammars
     templates: ResponseTemplates | None
     """How answers are read; None: all text is content."""
-    metrics: Metrics
     created_s: int = field(default_factory=lambda: int(time.time()))
-
-    def check_model(self, name: str | None) -> str:
-        """The name to answer with.
-
-        Raises:
-            RequestError: another model was asked for.
-        """
-        if name is None or name == "":
-            return self.names[0]
-        if name not in self.names:
-            shown = name[:_MAX_SHOWN_CHARS]
-            raise RequestError(f"the model {shown!r} does not exist here", "model", 404)
-        return name
 
     def describe(self, name: str) -> dict[str, Any]:
         """An entry of /v1/models."""
@@ -89,3 +75,33 @@ class Service:
         """The token that begins reasoning, if one does."""
         opening = self.templates.reasoning_open if self.templates is not None else None
         return None if opening is None else self.texts.decoder.token_to_id(opening)
+
+
+class Models:
+    """The models of a gateway, by their names. The first one answers requests that name none.
+
+    Raises:
+        ConfigError: two have the same name.
+    """
+
+    def __init__(self, services: Sequence[Service]):
+        self._named = [(name, service) for service in services for name in service.names]
+        self.names = [name for name, _ in self._named]
+        if len(set(self.names)) < len(self.names):
+            raise ConfigError("two models are served by the same name; give NAME=MODEL")
+
+    def find(self, name: str | None) -> tuple[Service, str]:
+        """A model, and the name to answer with.
+
+        Raises:
+            RequestError: there is none of this name.
+        """
+        for known, service in self._named:
+            if name in (known, None, ""):
+                return service, known
+        shown = (name or "")[:_MAX_SHOWN_CHARS]
+        raise RequestError(f"the model {shown!r} does not exist here", "model", 404)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models."""
+        return [service.describe(name) for name, service in self._named]

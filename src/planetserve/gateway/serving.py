@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -25,11 +26,11 @@ from planetserve.gateway.app import create_app
 from planetserve.gateway.client_half import ClientHalf
 from planetserve.gateway.constraints import Grammars
 from planetserve.gateway.guard import Guard
-from planetserve.gateway.keys import ApiKeys, read_keys
-from planetserve.gateway.metrics import Metrics
+from planetserve.gateway.keys import read_keys
+from planetserve.gateway.metrics import MetricFamilies, Metrics
 from planetserve.gateway.requests import Limits, ignored_processors, sampling_defaults
 from planetserve.gateway.response_templates import ResponseTemplates
-from planetserve.gateway.service import Service
+from planetserve.gateway.service import Models, Service
 from planetserve.gateway.text_engine import TextEngine, TextSlots
 from planetserve.gateway.texts import Texts, read_template
 from planetserve.gateway.turns import Turns
@@ -75,10 +76,15 @@ async def serve(
     listener = _listen(config.host, config.port)
     try:
         async with contextlib.AsyncExitStack() as stack:
-            service = await _unless(stop, _start(config, stack))
-            if service is None:
+            disable_created_metrics()  # type: ignore[no-untyped-call]
+            metrics = MetricFamilies()
+            models = await _unless(stop, _start_all(config, metrics, stack))
+            if models is None:
                 return
-            await _answer(config, service, keys, listener, stop, on_ready)
+            max_body_bytes = int(config.max_body_mib * 2**20)
+            app = Guard(create_app(models, metrics), keys, max_body_bytes, metrics)
+            address = Address(_url(listener), models.names)
+            await _answer(config, app, listener, stop, lambda: on_ready(address))
     finally:
         listener.close()
 
@@ -102,8 +108,21 @@ async def running(config: GatewayConfig) -> AsyncIterator[Address]:
         await task
 
 
-async def _start(config: GatewayConfig, stack: contextlib.AsyncExitStack) -> Service:
+async def _start_all(
+    config: GatewayConfig, metrics: MetricFamilies, stack: contextlib.AsyncExitStack
+) -> Models:
     """Everything but HTTP; `stack` ends it."""
+    services = []
+    for model, names in config.all_models():
+        one = dataclasses.replace(config, model=model, served_model=(), served_model_name=names)
+        services.append(await _start(one, metrics, stack))
+    return Models(services)
+
+
+async def _start(
+    config: GatewayConfig, families: MetricFamilies, stack: contextlib.AsyncExitStack
+) -> Service:
+    """One model; `stack` ends it."""
     loaded = await asyncio.to_thread(_load, config)
     stack.callback(loaded.texts.close)
     manager = ChainManager(config, loaded.facts)
@@ -111,9 +130,8 @@ async def _start(config: GatewayConfig, stack: contextlib.AsyncExitStack) -> Ser
     await manager.start()
     turns = Turns(loaded.half)
     stack.callback(turns.close)
-    names = config.served_model_name or (config.model,)
-    disable_created_metrics()  # type: ignore[no-untyped-call]
-    metrics = Metrics(names[0])
+    names = config.served_model_name
+    metrics = Metrics(names[0], families)
     slots = TextSlots(config.max_num_seqs, config.max_num_queued_reqs)
     warm = WarmSessions(config.max_warm_sessions, config.warm_session_timeout, metrics)
     stack.push_async_callback(warm.close)
@@ -128,7 +146,6 @@ async def _start(config: GatewayConfig, stack: contextlib.AsyncExitStack) -> Ser
         limits=loaded.limits,
         texts=loaded.texts,
         engine=engine,
-        metrics=metrics,
         grammars=grammars,
         templates=loaded.templates,
     )
@@ -196,14 +213,12 @@ class _Server(uvicorn.Server):
 
 async def _answer(
     config: GatewayConfig,
-    service: Service,
-    keys: ApiKeys,
+    app: Guard,
     listener: socket.socket,
     stop: asyncio.Event,
-    on_ready: Callable[[Address], None],
+    on_ready: Callable[[], None],
 ) -> None:
-    max_body_bytes = int(config.max_body_mib * 2**20)
-    app = Guard(create_app(service), keys, max_body_bytes, service.metrics)
+    num_texts = len(config.all_models()) * (config.max_num_seqs + config.max_num_queued_reqs)
     server = _Server(
         uvicorn.Config(
             app,
@@ -212,7 +227,7 @@ async def _answer(
             access_log=False,
             server_header=False,
             ws="none",
-            limit_concurrency=config.max_num_seqs + config.max_num_queued_reqs + _SPARE_CONNECTIONS,
+            limit_concurrency=num_texts + _SPARE_CONNECTIONS,
             timeout_graceful_shutdown=max(1, round(config.shutdown_timeout)),
         )
     )
@@ -222,7 +237,7 @@ async def _answer(
     try:
         await asyncio.wait((serving, starting), return_when=asyncio.FIRST_COMPLETED)
         if server.started:
-            on_ready(Address(_url(listener), service.names))
+            on_ready()
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
     finally:
         starting.cancel()

@@ -78,7 +78,8 @@ class ServerConfig:
 
     attn_cache_tokens: int | None = None
     """Number of tokens in the KV cache, for all sessions together; by default 16384, or 4096 for
-    models without shared KV heads."""
+    models without shared KV heads, or 65536 for those with recurrent layers, whose states count as
+    tokens that take as much memory."""
     inference_max_length: int | None = None
     """Maximum tokens in one sequence of a session; by default 8192, or 2048 for models without
     shared KV heads."""
@@ -93,6 +94,9 @@ class ServerConfig:
     page_size: int = 16
     """Number of tokens in one page of the KV cache; rounded up to what the attention backend
     needs."""
+    state_snapshots: int = 1
+    """Number of earlier states that each sequence keeps in models with recurrent layers. Where a
+    rollback (speculative decoding, a position set back) meets none, more tokens are recomputed."""
     attention_backend: str = "auto"
     """Backend that computes attention: auto, native (CPU), varlen (CUDA) or sdpa."""
     linear_backend: str = "auto"
@@ -157,7 +161,7 @@ class ServerConfig:
             "session_timeout", "step_timeout", "max_sessions",
             "max_peer_sessions", "max_peer_opens", "peer_open_burst", "max_peer_lookups",
             "peer_lookup_burst", "max_queued_mib", "max_peer_queued_mib", "max_peer_kv_share",
-            "prefill_slowdown",
+            "prefill_slowdown", "state_snapshots",
         )  # fmt: skip
         if self.max_peer_kv_share > 1:
             raise ConfigError(
@@ -222,9 +226,11 @@ class ServerConfig:
             return self.expiration
         return min(max(2 * self.update_period, 60.0), MAX_RECORD_LIFETIME_S)
 
-    def cache_tokens(self, *, shares_kv_heads: bool) -> int:
-        """Size of the KV cache in tokens, for a model with or without grouped-query attention."""
-        return self.attn_cache_tokens or (16384 if shares_kv_heads else 4096)
+    def cache_tokens(self, *, shares_kv_heads: bool, has_states: bool = False) -> int:
+        """Size of the KV cache in tokens, for a model with or without grouped-query attention, or
+        with states of recurrent layers."""
+        default = 65536 if has_states else 16384 if shares_kv_heads else 4096
+        return self.attn_cache_tokens or default
 
     def session_tokens(self, *, shares_kv_heads: bool) -> int:
         """Longest session in tokens: the setting or its default, and never more than the cache."""

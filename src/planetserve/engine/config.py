@@ -14,6 +14,7 @@ class EngineConfig:
     Attributes:
         attn_cache_tokens: tokens of KV cache, shared by all sessions.
         page_size: tokens per KV page; a runner may round it up for its attention backend.
+        state_snapshots: earlier states of recurrent layers that each row keeps.
         max_batch_tokens: token budget of one forward pass.
         prefill_slowdown: maximum time of a batch with prompt tokens as a multiple of decode steps
             alone; see `scheduler/prefill_budget.py`.
@@ -34,6 +35,7 @@ class EngineConfig:
 
     attn_cache_tokens: int
     page_size: int = 16
+    state_snapshots: int = 1
     max_batch_tokens: int = 512
     prefill_slowdown: float = 1.7
     batch_delay_factor: float = 0.5
@@ -58,6 +60,11 @@ class EngineConfig:
         if not self.batch_delay_factor >= 0:
             raise ConfigError(
                 f"batch_delay_factor={self.batch_delay_factor:g} is negative; 0 turns waiting off"
+            )
+        if self.state_snapshots < 1:
+            raise ConfigError(
+                f"state_snapshots={self.state_snapshots} keeps no state to go back to; give at "
+                "least 1"
             )
         num_threads = 1 if self.num_threads is None else self.num_threads
         if min(self.inference_max_length, self.max_queued_steps, num_threads) < 1:

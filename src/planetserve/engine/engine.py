@@ -53,17 +53,24 @@ class Engine:
             clock,
             max_peer_share=config.max_peer_share,
             overcommit=config.kv_overcommit if runner.can_preempt else 1.0,
+            state_pages=runner.states.pages,
         )
         # Per open session, its unfinished steps and how many tokens each has.
         self._pending: dict[bytes, dict[asyncio.Future[torch.Tensor], int]] = {}
         self._num_blocks: dict[bytes, int] = {}
-        self._max_length = min(config.inference_max_length, runner.num_pages * runner.page_size)
+        most = (runner.num_pages - runner.states.pages) * runner.page_size
+        self._max_length = min(config.inference_max_length, most)
         self._num_items = 0
         self._clock = clock
         self._latency: StepLatency | None = None
         self._worker = self.worker_type(runner, config, clock)
         self._is_started = False
         self._is_closed = False
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens in a row of a session."""
+        return self._max_length
 
     def start(self) -> None:
         """Start the engine thread."""

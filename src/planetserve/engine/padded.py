@@ -25,6 +25,7 @@ _PASS_BYTES = 1 << 20
 """Constant time of a layer in a pass besides reading its weights, in bytes that could be read in
 it."""
 _MAX_COPIED_BYTES = 256 << 20
+_UNLIMITED = 1 << 62
 _TIMES_READ = 3
 """Memory accesses per copied key (read, written, read again); in a pass of its own, a key is read
 once in place."""
@@ -42,12 +43,18 @@ class SharingLimits(NamedTuple):
     max_copied: int
 
     @classmethod
-    def of(cls, layer: nn.Module, shape: KvShape, num_heads: int, itemsize: int) -> SharingLimits:
+    def of(
+        cls, layer: nn.Module, shape: KvShape | None, num_heads: int, itemsize: int
+    ) -> SharingLimits:
         """For layers like this one that cache this, in numbers of `itemsize` bytes.
+
+        Without limits if it is None: states need no padding.
 
         `num_heads` are the heads of queries: where several share keys, the family's own code copies
         these for each of them before it multiplies.
         """
+        if shape is None:
+            return cls(_UNLIMITED, _UNLIMITED)
         copied_heads = shape.num_heads + (2 * num_heads if num_heads > shape.num_heads else 0)
         kv_bytes = copied_heads * (shape.key_dim + shape.value_dim) * itemsize
         weight_bytes = sum(p.numel() * p.dtype.itemsize for p in layer.parameters())
@@ -59,13 +66,20 @@ class SharingLimits(NamedTuple):
         return extra <= self.pass_tokens and num_rows * longest <= self.max_copied
 
 
-def shared_passes(chunks: Sequence[ScheduledChunk], limits: SharingLimits) -> list[list[int]]:
-    """The passes that serve all chunks, as lists of their indices in ascending order."""
+def shared_passes(
+    chunks: Sequence[ScheduledChunk], limits: SharingLimits, *, has_states: bool = False
+) -> list[list[int]]:
+    """The passes that serve all chunks, as lists of their indices in ascending order.
+
+    With states, sequences that begin share no pass with others: layers compute their first state in
+    another way.
+    """
     passes = []
-    short: dict[int, list[int]] = {}
+    short: dict[tuple[int, bool], list[int]] = {}
     for index, chunk in enumerate(chunks):
         if chunk.num_tokens <= MAX_GROUPED_TOKENS:
-            short.setdefault(chunk.num_tokens, []).append(index)
+            kind = (chunk.num_tokens, has_states and not chunk.start)
+            short.setdefault(kind, []).append(index)
         else:
             passes.append([index])
     for sized in short.values():

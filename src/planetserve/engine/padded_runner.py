@@ -11,6 +11,7 @@ width of a head or of a hidden state.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import Cache
 from planetserve.engine.kv_cache import PagedKvCache
 from planetserve.engine.padded import PaddedBatch, Scratch, SharingLimits, shared_passes
 from planetserve.engine.passes import run_in_passes
+from planetserve.engine.state_store import StateAccess, StateStore
 from planetserve.model.span_blocks import SpanBlocks
 from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk
 from planetserve.types import BlockSpan
@@ -28,14 +30,28 @@ from planetserve.types import BlockSpan
 class PaddedRunner:
     """A span over `num_pages` pages, by its own attention."""
 
-    def __init__(self, blocks: SpanBlocks, num_pages: int, page_size: int, limits: SharingLimits):
+    def __init__(
+        self,
+        blocks: SpanBlocks,
+        num_pages: int,
+        page_size: int,
+        limits: SharingLimits,
+        *,
+        by_token: bool = False,
+    ):
+        """`by_token`: recurrent layers go on from a state with one token at a time."""
         self._blocks = blocks
+        self._by_token = by_token
         self._limits = limits
         self._cache = PagedKvCache(len(blocks.span), num_pages, page_size)
         self._scratch = (Scratch(), Scratch())
+        self._has_states = any(kind.num_states for kind in blocks.kinds)
+        self.states = StateStore(blocks.kinds)
 
     def prepare(self, batch: ScheduledBatch) -> None:
-        """Copy and clear pages as the batch says."""
+        """Copy and clear pages as the batch says, and forget and fork states."""
+        if self._has_states:
+            self.states.prepare(batch)
         self._cache.copy_pages(batch.copies)
         self._cache.clear_pages(batch.cleared_pages)
 
@@ -54,18 +70,50 @@ class PaddedRunner:
         def run(
             part: Sequence[ScheduledChunk], hidden: torch.Tensor, at: torch.Tensor
         ) -> torch.Tensor:
+            if self._by_token and part[0].start and part[0].num_tokens > 1:
+                return run_by_token(part, hidden, at)
             batch = PaddedBatch(part, self._cache.page_size, self._cache.null_page, hidden.device)
+            pages = (batch, self._cache, self._scratch, self._blocks.span.start)
+            cache = _HybridCache(*pages, self.states, part) if has_states else _PassCache(*pages)
             output_BTD = self._blocks.run(
                 hidden.unflatten(0, (batch.num_rows, batch.num_tokens)),
                 at.unflatten(0, (batch.num_rows, batch.num_tokens)),
-                _PassCache(batch, self._cache, self._scratch, self._blocks.span.start),
-                batch.mask_BS,
+                cache,
+                batch.mask_BS if has_keys else None,
                 span=span,
             )
+            if isinstance(cache, _HybridCache):
+                cache.keep()
             return output_BTD.flatten(0, 1)
 
-        passes = shared_passes(chunks, self._limits)
+        def run_by_token(
+            part: Sequence[ScheduledChunk], hidden: torch.Tensor, at: torch.Tensor
+        ) -> torch.Tensor:
+            num_tokens = part[0].num_tokens
+            hidden_BTD, at_BT = (x.unflatten(0, (len(part), num_tokens)) for x in (hidden, at))
+            outputs = [
+                run([_token(chunk, index) for chunk in part], hidden_BTD[:, index], at_BT[:, index])
+                for index in range(num_tokens)
+            ]
+            return torch.stack(outputs, dim=1).flatten(0, 1)
+
+        kinds = self._blocks.kinds_of(span)
+        has_keys = any(kind.has_keys for kind in kinds)
+        has_states = any(kind.num_states for kind in kinds)
+        passes = shared_passes(chunks, self._limits, has_states=self._has_states)
         return run_in_passes(run, chunks, passes, hidden_TD, positions_T)
+
+
+def _token(chunk: ScheduledChunk, index: int) -> ScheduledChunk:
+    """One token of a chunk, whose state is there for the next one."""
+    start = chunk.start + index
+    return dataclasses.replace(
+        chunk,
+        start=start,
+        num_tokens=1,
+        slots=chunk.slots[index : index + 1],
+        kept_states=(*chunk.kept_states, start, start + 1),
+    )
 
 
 class _PassCache(Cache):
@@ -117,3 +165,19 @@ class _PassCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Key length and offset of the mask."""
         return self._batch.num_keys, 0
+
+
+class _HybridCache(StateAccess, _PassCache):
+    """The same with states of recurrent layers, from a store."""
+
+    def __init__(
+        self,
+        batch: PaddedBatch,
+        pages: PagedKvCache,
+        scratch: tuple[Scratch, Scratch],
+        first_layer: int,
+        store: StateStore,
+        chunks: Sequence[ScheduledChunk],
+    ):
+        _PassCache.__init__(self, batch, pages, scratch, first_layer)
+        StateAccess.__init__(self, store, chunks, first_layer)

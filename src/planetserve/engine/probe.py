@@ -28,6 +28,7 @@ from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.errors import ModelError
 from planetserve.model.span_blocks import SpanBlocks
 from planetserve.scheduler.batch import ScheduledBatch, StepRequest
+from planetserve.scheduler.kv_row import StateBudget
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.wire.step import RowSlice
 
@@ -45,6 +46,8 @@ _SHARES_ALL = SharingLimits(pass_tokens=1 << 30, max_copied=1 << 30)
 _SEED = 20240731
 
 _FLOAT32_TOLERANCE = 1e-4
+_STATE_TOLERANCE = 1e-2
+"""Some families bound time steps where they compute many tokens and not where they compute one."""
 _HALF_TOLERANCE = 5e-2
 _HALF_QUORUM = 0.75
 """Fraction of all tokens that must agree in half precision, where a near tie between experts may be
@@ -61,6 +64,9 @@ _SCRIPT = (
     ((0, 15, 1), (1, 10, 1)),
     ((0, 13, 3), (1, 8, 3)),
 )
+
+
+_NO_STATES = StateBudget()
 
 
 class Batching(enum.StrEnum):
@@ -81,11 +87,13 @@ class Verdict(NamedTuple):
         why_not_ragged: why it cannot be batched raggedly, or None if it can.
         why_not_padded: if not raggedly, why it cannot be padded either, or None if it can.
         fused: its layers as kernels, if it can be batched raggedly and they give the same.
+        by_token: whether its recurrent layers go on from a state with one token at a time.
     """
 
     why_not_ragged: str | None
     why_not_padded: str | None = None
     fused: FusedLayers | None = None
+    by_token: bool = False
 
     @property
     def batching(self) -> Batching:
@@ -166,6 +174,44 @@ def why_not_padded(
     return None
 
 
+def continues_by_token(
+    blocks: SpanBlocks, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Try out how a span with recurrent layers goes on from a state: False if with any number of
+    tokens, True if with one at a time alone (Mamba-1 in transformers).
+
+    The reference is one pass over all tokens so far, without a cache.
+
+    Raises:
+        ModelError: neither gives the same, so the span cannot be served.
+    """
+    pages = _Pages(_NUM_TOKENS // _PAGE_SIZE, _PAGE_SIZE)
+    inputs = _inputs(hidden_size, dtype, device)
+    steps = list(_script(inputs, pages, StateBudget(1, 1)))
+    expected = []
+    for step in steps:
+        for chunk in step.batch.chunks:
+            hidden = inputs[chunk.item_id][: chunk.end]
+            positions = torch.arange(chunk.end, device=device)
+            expected.append(blocks.run(hidden[None], positions[None])[0, chunk.start :])
+            _check_finite(expected[-1], blocks)
+    for by_token in (False, True):
+        padded = PaddedRunner(blocks, *pages, _SHARES_ALL, by_token=by_token)
+        actual = []
+        for step in steps:
+            padded.prepare(step.batch)
+            actual.append(_run(padded, step, blocks))
+        tensors = [torch.cat(part) for part in (actual, expected, [s.hidden_TD for s in steps])]
+        padded_rows = [tensor[_padded_rows(steps)] for tensor in tensors]
+        if all(agree(*part, tolerance=_STATE_TOLERANCE) for part in (tensors, padded_rows)):
+            return by_token
+    half = "" if dtype == torch.float32 else f" in {_name(dtype)}{_WIDER}"
+    raise ModelError(
+        f"{blocks.model_name}: steps from states do not reproduce one whole pass, "
+        f"so it cannot be served{half}"
+    )
+
+
 def _padded_rows(steps: list[_Step]) -> list[int]:
     """Indices of the tokens of padded rows in the concatenation of all steps."""
     rows: list[int] = []
@@ -180,13 +226,19 @@ def _padded_rows(steps: list[_Step]) -> list[int]:
     return rows
 
 
-def agree(actual_TD: torch.Tensor, expected_TD: torch.Tensor, hidden_TD: torch.Tensor) -> bool:
+def agree(
+    actual_TD: torch.Tensor,
+    expected_TD: torch.Tensor,
+    hidden_TD: torch.Tensor,
+    tolerance: float = _FLOAT32_TOLERANCE,
+) -> bool:
     """Whether two results of a span are the same up to the noise of their dtype.
 
-    Measured per token against what the span added to `hidden_TD`, its input.
+    Measured per token against what the span added to `hidden_TD`, its input; `tolerance` is the
+    one of float32.
     """
     half = expected_TD.dtype != torch.float32
-    tolerance = _HALF_TOLERANCE if half else _FLOAT32_TOLERANCE
+    tolerance = _HALF_TOLERANCE if half else tolerance
     rounding = 4 * torch.finfo(expected_TD.dtype).eps
     actual, expected, hidden = (x.float() for x in (actual_TD, expected_TD, hidden_TD))
     error_T = (actual - expected).norm(dim=-1)
@@ -353,8 +405,10 @@ def _steps(blocks: SpanBlocks, inputs: list[torch.Tensor], pages: _Pages) -> lis
     return [*steps, *_script(inputs, pages)]
 
 
-def _script(inputs: list[torch.Tensor], pages: _Pages) -> Iterator[_Step]:
-    scheduler = Scheduler(SchedulerConfig(*pages))
+def _script(
+    inputs: list[torch.Tensor], pages: _Pages, states: StateBudget = _NO_STATES
+) -> Iterator[_Step]:
+    scheduler = Scheduler(SchedulerConfig(*pages, states=states))
     sessions = [bytes([0]), bytes([1])]
     for session_id in sessions:
         scheduler.open(session_id, num_rows=1)

@@ -45,5 +45,6 @@ class KeptInputs:
         self._histories[session_id].extend(table, hidden_TD)
 
     def read(self, chunk: ScheduledChunk) -> tuple[torch.Tensor, list[int]]:
-        """Inputs and positions of a chunk that is computed again."""
-        return self._histories[chunk.session_id].read(chunk.row, chunk.start, chunk.end)
+        """Inputs and positions of the tokens of a chunk that are computed again."""
+        end = chunk.start + chunk.num_restored
+        return self._histories[chunk.session_id].read(chunk.row, chunk.start, end)

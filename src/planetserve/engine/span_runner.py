@@ -17,11 +17,13 @@ from planetserve.engine.padded import SharingLimits
 from planetserve.engine.padded_runner import PaddedRunner
 from planetserve.engine.passes import Runner, split_by_length
 from planetserve.engine.plain_runner import PlainRunner
-from planetserve.engine.probe import Batching, Verdict, examine, why_not_padded
+from planetserve.engine.probe import Batching, Verdict, continues_by_token, examine, why_not_padded
 from planetserve.engine.ragged_runner import RaggedRunner
 from planetserve.engine.sdpa import SdpaBackend
+from planetserve.errors import ConfigError
 from planetserve.model.span_blocks import KvShape, SpanBlocks
 from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk
+from planetserve.scheduler.kv_row import StateBudget
 from planetserve.types import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -36,9 +38,10 @@ class SpanRunner:
         page_size: tokens per page, rounded up (to fewer pages) to what the attention backend needs.
         attention_backend: name in `attention.BACKENDS`.
         best: the best way to try; better ones are left out.
+        state_snapshots: earlier states of recurrent layers that a row keeps.
 
     Raises:
-        ConfigError: unknown backend.
+        ConfigError: unknown backend, or too few pages for the states of one row.
         ModelError: the span cannot be run in steps.
     """
 
@@ -49,6 +52,7 @@ class SpanRunner:
         page_size: int,
         attention_backend: str = "auto",
         best: Batching = Batching.RAGGED,
+        state_snapshots: int = 1,
     ):
         attention.BACKENDS.check(attention_backend)
         self.device: torch.device = next(blocks.layers[0].parameters()).device
@@ -68,16 +72,42 @@ class SpanRunner:
             shape.num_heads * (shape.key_dim + shape.value_dim) for shape in shapes
         )
         """KV cache bytes of one token in all blocks."""
+        state_bytes = blocks.state_bytes()
         self.chunkable = blocks.constant_rotary_length is None
         """Whether the new tokens of a row may be spread over several passes."""
-        backend, self.verdict = self._try_out(blocks, backend, best)
+        backend, self.verdict = self._try_out(blocks, backend, best, has_states=state_bytes > 0)
         self.batching = self.verdict.batching
         multiple = backend.page_multiple if self.batching is Batching.RAGGED else 1
         self.page_size = -(-page_size // multiple) * multiple
         self.num_pages = max(1, cache_tokens // self.page_size)
+        self.states = self._state_budget(state_bytes, state_snapshots)
+        """What a row takes for states of recurrent layers."""
         self.is_fused = self.verdict.fused is not None
         """Whether the layers run as kernels instead of by their own code."""
         self._runner = self._make_runner(blocks, backend, shapes)
+
+    def _state_budget(self, state_bytes: int, num_kept: int) -> StateBudget:
+        """Pages that stand for the states of a row.
+
+        A page counts with its keys and values and with the inputs of its tokens, which are kept to
+        compute states again.
+        """
+        if not state_bytes:
+            return StateBudget()
+        token_bytes = self.bytes_per_token + self.hidden_size * self.dtype.itemsize
+        pages = -(-state_bytes * (1 + num_kept) // (token_bytes * self.page_size))
+        tokens = pages * self.page_size
+        logger.info(
+            "states of one row take %.1f MiB, %d of them kept: as much as %d tokens of KV cache",
+            state_bytes / 2**20, 1 + num_kept, tokens,
+        )  # fmt: skip
+        if pages >= self.num_pages:
+            raise ConfigError(
+                f"a KV cache of {self.num_pages * self.page_size} tokens holds no session: the "
+                f"states of one take as much as {tokens} tokens; give --attn_cache_tokens "
+                f"{4 * tokens} or more, or fewer blocks"
+            )
+        return StateBudget(pages, num_kept)
 
     def _make_runner(
         self, blocks: SpanBlocks, backend: attention.AttentionBackend, shapes: Sequence[KvShape]
@@ -92,10 +122,14 @@ class SpanRunner:
         runner: Runner
         if self.batching is Batching.PADDED:
             logger.info("%s runs sessions as padded rows: %s", name, why_not)
-            widest = max(shapes, key=lambda s: s.num_heads * (s.key_dim + s.value_dim))
-            num_heads = getattr(blocks.config, "num_attention_heads", widest.num_heads)
+            widest = max(
+                shapes, key=lambda s: s.num_heads * (s.key_dim + s.value_dim), default=None
+            )
+            num_heads = getattr(blocks.config, "num_attention_heads", 0)
+            num_heads = num_heads or (widest.num_heads if widest else 0)
             limits = SharingLimits.of(blocks.layers[0], widest, num_heads, self.dtype.itemsize)
-            runner = PaddedRunner(blocks, *pages, limits)
+            by_token = self.verdict.by_token
+            runner = PaddedRunner(blocks, *pages, limits, by_token=by_token)
         else:
             blocks.set_attention(attention.NAME)
             key_bytes = self.dtype.itemsize * max(s.num_heads * s.key_dim for s in shapes)
@@ -105,9 +139,17 @@ class SpanRunner:
 
     @torch.inference_mode()
     def _try_out(
-        self, blocks: SpanBlocks, backend: attention.AttentionBackend, best: Batching
+        self,
+        blocks: SpanBlocks,
+        backend: attention.AttentionBackend,
+        best: Batching,
+        *,
+        has_states: bool,
     ) -> tuple[attention.AttentionBackend, Verdict]:
         """The ways in which the span can run, and the attention backend for the ragged way."""
+        if has_states:
+            by_token = continues_by_token(blocks, self.hidden_size, self.dtype, self.device)
+            return backend, Verdict("its layers keep states", by_token=by_token)
         off = "it is switched off"
         if best is Batching.PLAIN:
             return backend, Verdict(off, off)

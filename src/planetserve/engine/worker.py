@@ -88,9 +88,10 @@ class Worker:
                 chunkable=runner.chunkable,
                 preempts=preempts,
                 max_owner_share=config.max_peer_share,
+                states=runner.states,
             )
         )
-        self._inputs = KeptInputs() if preempts else None
+        self._inputs = KeptInputs() if preempts or runner.states.pages else None
         self._finished_s: dict[bytes, float] = {}
         """When each session's latest step was done."""
         self._waiting_since_s: dict[bytes, float] = {}
@@ -289,15 +290,17 @@ class Worker:
         hidden = []
         positions = array("q")
         for chunk in chunks:
-            if chunk.is_restored and self._inputs is not None:
+            num_new = chunk.num_tokens - chunk.num_restored
+            if chunk.num_restored and self._inputs is not None:
                 known_TD, known = self._inputs.read(chunk)
                 hidden.append(known_TD)
                 positions.extend(known)
-                continue
-            job, end = self._jobs[chunk.item_id], chunk.offset + chunk.num_tokens
+                if not num_new:
+                    continue
+            job, end = self._jobs[chunk.item_id], chunk.offset + num_new
             hidden.append(job.hidden_TD[chunk.offset : end])
             if job.positions is None:
-                positions.extend(range(chunk.start, chunk.end))
+                positions.extend(range(chunk.end - num_new, chunk.end))
             else:
                 positions.extend(job.positions[chunk.offset : end])
         hidden_TD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
@@ -306,9 +309,10 @@ class Worker:
         is_shared = chunks[0].item_id != chunks[-1].item_id
         start = 0
         for chunk in chunks:
-            own_TD = output_TD[start : start + chunk.num_tokens]
-            if not chunk.is_restored:
-                self._jobs[chunk.item_id].outputs.append(own_TD.clone() if is_shared else own_TD)
+            own_TD = output_TD[start + chunk.num_restored : start + chunk.num_tokens]
+            if len(own_TD):
+                is_part = is_shared or chunk.num_restored > 0
+                self._jobs[chunk.item_id].outputs.append(own_TD.clone() if is_part else own_TD)
             start += chunk.num_tokens
 
     def _pass(

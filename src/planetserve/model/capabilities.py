@@ -15,7 +15,10 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -86,21 +89,28 @@ def has_recurrent_layers(config: PretrainedConfig) -> bool:
 
 
 def _cache_refusal(config: PretrainedConfig) -> str | None:
-    if has_recurrent_layers(config):
-        return "some of its layers keep a recurrent state, which cannot be paged or rolled back"
     kinds = _cache_kinds(config)
     if kinds is None:
         return "transformers has no cache of plain keys and values for its layers"
-    special = [kind for kind in kinds if kind not in _PLAIN_LAYERS]
-    # By name: older transformers 5 releases have no such class to import.
-    if any(kind.__name__ == "DummyLayer" for kind in special):
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         return "some of its layers have no keys and values of their own"
+    special = [kind for kind in kinds if kind not in _KNOWN_LAYERS]
+    # By name: older transformers 5 releases have no such class to import.
+    special = [kind for kind in special if kind.__name__ != "DummyLayer"]
     if special:
         return f"its layers cache more than keys and values ({special[0].__name__})"
+    if has_recurrent_layers(config) and constant_rotary_length(config) is not None:
+        return "its layers keep states, and its rotary frequencies depend on the length of a text"
     return None
 
 
-_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+_KNOWN_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 
 def _cache_kinds(config: PretrainedConfig) -> list[type] | None:

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from planetserve.errors import ConfigError, ModelError
 from planetserve.model.capabilities import (
@@ -39,6 +38,7 @@ from planetserve.model.loading import (
     materialize_buffers,
 )
 from planetserve.model.quantization import block_bytes, prepare_for_quantization, quantize_experts
+from planetserve.model.span_cache import KvShape, LayerKind, SpanCache, layer_kinds
 from planetserve.types import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -53,54 +53,6 @@ __all__ = [
     "load_parameters",
     "materialize_buffers",
 ]
-
-
-class SpanCache(DynamicCache):
-    """Keys and values of one session for the layers of a span, addressed by their true index.
-
-    Every layer keeps its full history, also those with a sliding window: the mask hides what the
-    window excludes, and after a rollback no dropped token is needed.
-    """
-
-    def __init__(self, span: BlockSpan):
-        Cache.__init__(self, layers=[DynamicLayer() for _ in range(len(span))])
-        self.span = span
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append one layer's keys and values and return all of them."""
-        index = layer_idx - self.span.start
-        return super().update(key_states, value_states, index, *args, **kwargs)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens in a layer of the span; for any other index, in the first one."""
-        return super().get_seq_length(self._local(layer_idx))
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Key length and offset of the mask for `query_length` new tokens."""
-        return super().get_mask_sizes(query_length, self._local(layer_idx))
-
-    def truncate(self, num_tokens: int) -> None:
-        """Keep the first `num_tokens` tokens."""
-        self.crop(min(0, num_tokens - self.get_seq_length(self.span.start)))
-
-    def _local(self, layer_idx: int) -> int:
-        return layer_idx - self.span.start if layer_idx in self.span else 0
-
-
-@dataclass(frozen=True, slots=True)
-class KvShape:
-    """What a layer caches per token: `num_heads` keys of `key_dim`, values of `value_dim`."""
-
-    num_heads: int
-    key_dim: int
-    value_dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +88,8 @@ class SpanBlocks:
         such a pass, and a prompt must not be split into chunks."""
         self.layers = nn.ModuleList(list(decoder.layers)[span.start : span.end])
         """The loaded layers, first one first."""
+        self.kinds = layer_kinds(base.config)[span.start : span.end]
+        """What each of them caches."""
         self._decoder = decoder
         self._config = base.config
         self._num_blocks = len(decoder.layers)
@@ -210,10 +164,29 @@ class SpanBlocks:
 
     def make_cache(self, span: BlockSpan | None = None) -> SpanCache:
         """An empty cache for one session that runs `span`, by default all blocks here."""
-        return SpanCache(self.span if span is None else span)
+        span = self.span if span is None else span
+        return SpanCache(span, self.kinds_of(span))
+
+    def kinds_of(self, span: BlockSpan) -> list[LayerKind]:
+        """What the layers of a part of the span cache."""
+        first = span.start - self.span.start
+        return self.kinds[first : first + len(span)]
 
     def kv_shapes(self) -> list[KvShape]:
-        """What each block caches per token, found by running one token through plain caches."""
+        """What each block with keys and values caches per token."""
+        return [
+            KvShape(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
+            for layer, kind in zip(self._cache_of_one_token().layers, self.kinds, strict=True)
+            if kind.has_keys
+        ]
+
+    def state_bytes(self) -> int:
+        """Bytes of all states of one sequence; 0 if no block keeps any."""
+        if not any(kind.num_states for kind in self.kinds):
+            return 0
+        return self._cache_of_one_token().state_bytes
+
+    def _cache_of_one_token(self) -> SpanCache:
         cache = self.make_cache()
         width = self._config.hidden_size
         parameter = next(self.layers[0].parameters())
@@ -223,10 +196,7 @@ class SpanBlocks:
                 torch.zeros(1, 1, dtype=torch.int64, device=parameter.device),
                 cache,
             )
-        return [
-            KvShape(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
-            for layer in cache.layers
-        ]
+        return cache
 
     def run(
         self,
@@ -274,6 +244,8 @@ class SpanBlocks:
             self._exchange = _Exchange()
         if exchange.outgoing is None:
             raise ModelError(f"{self.model_name}: the base model never ran its layers")
+        if isinstance(past_key_values, SpanCache):
+            past_key_values.num_tokens += hidden_1TD.shape[1]
         return exchange.outgoing
 
     def _activate(self, span: BlockSpan) -> None:
@@ -346,6 +318,10 @@ def _load(
             quantize_experts(decoder.layers[block], quantizer)
 
 
+_LISTS_PER_LAYER = ("layer_types", "layers_block_type")
+"""What configurations call the kinds of their layers."""
+
+
 class _NoEmbedding(nn.Module):
     """Replaces an embedding table: zeros that broadcast against any hidden states."""
 
@@ -413,11 +389,29 @@ def _slice_config(config: PretrainedConfig, span: BlockSpan, num_layers: int) ->
             for layer, values in own.per_layer_overrides.items()
             if layer in span
         }
+    _fix_computed_lists(sliced, span, num_layers)
     sliced.num_hidden_layers = len(span)
     # Kept for views of parts of the span: by length alone, a short span's lists per layer could not
     # be distinguished from others.
     sliced.__dict__["planetserve_per_layer"] = per_layer
     return sliced
+
+
+def _fix_computed_lists(config: PretrainedConfig, span: BlockSpan, num_layers: int) -> None:
+    """Give a configuration the span's part of lists that it computes from the number of layers."""
+    cls = type(config)
+    computed = {
+        name: getattr(config, name)
+        for name in dir(cls)
+        if isinstance(getattr(cls, name, None), property) and name in _LISTS_PER_LAYER
+    }
+    parts = {
+        name: value[span.start : span.end]
+        for name, value in computed.items()
+        if isinstance(value, list | tuple) and len(value) == num_layers
+    }
+    if parts:
+        config.__class__ = type(cls.__name__, (cls,), parts)
 
 
 def _attention_configs(base: nn.Module, layers: Iterable[nn.Module]) -> list[PretrainedConfig]:

@@ -20,7 +20,7 @@ def shares_kv_heads(config: PretrainedConfig) -> bool:
     # Where these are attributes of each layer, reading them from the common configuration raises.
     layers = text.per_layer_config if text.is_heterogeneous else [text]
     for layer in layers:
-        shared = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-        if shared < layer.num_attention_heads:
+        num_heads = getattr(layer, "num_attention_heads", 0)  # Mamba has none
+        if (getattr(layer, "num_key_value_heads", None) or num_heads) < num_heads:
             return True
     return False

@@ -44,12 +44,15 @@ class ScheduledChunk:
         sequence_id: the sequence they are appended to.
         start: position of the first of them in the sequence; everything from there on is replaced.
         num_tokens: how many.
-        offset: index of the first of them among the item's tokens.
+        offset: index among the item's tokens of the first that is not restored.
         pages: page table of the sequence up to and including these tokens (a copy).
         slots: where each token's keys and values go.
         row: the sequence's row in the session.
-        is_restored: the tokens ran before and lost their pages; they are recomputed for the sake of
-            the item, and their outputs are known.
+        num_restored: so many tokens at its beginning ran before; they are recomputed for the sake
+            of the item, because their pages or the state after them are lost, and their outputs are
+            known.
+        kept_states: after how many tokens of the sequence the states of recurrent layers are kept
+            from now on, ascending.
     """
 
     item_id: int
@@ -61,7 +64,8 @@ class ScheduledChunk:
     pages: array[int]
     slots: array[int]
     row: int = 0
-    is_restored: bool = False
+    num_restored: int = 0
+    kept_states: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:

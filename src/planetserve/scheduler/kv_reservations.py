@@ -50,6 +50,7 @@ class KvReservations:
             while others hold any; 1: no limit.
         overcommit: promised pages divided by existing pages. One session gets all existing pages at
             most.
+        state_pages: pages that the states of one row take besides those of its tokens.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class KvReservations:
         clock: Clock,
         max_peer_share: float = 1.0,
         overcommit: float = 1.0,
+        state_pages: int = 0,
     ):
         if total_pages < 1 or page_size < 1 or not 0 < max_peer_share <= 1 or overcommit < 1:
             raise ConfigError(
@@ -71,6 +73,7 @@ class KvReservations:
         self._total_pages = total_pages
         self._max_promised_pages = int(total_pages * overcommit)
         self._page_size = page_size
+        self._state_pages = state_pages
         self._clock = clock
         self._max_peer_pages = max(1, int(self._max_promised_pages * max_peer_share))
         self._reservations: dict[bytes, _Reservation] = {}
@@ -83,8 +86,9 @@ class KvReservations:
 
     @property
     def free_tokens(self) -> int:
-        """Tokens that a new session could still lease."""
-        return min(self._total_pages, self._free_pages) * self._page_size
+        """Tokens that a new session of one row could still lease."""
+        free = min(self._total_pages, self._free_pages) - self._state_pages
+        return max(0, free) * self._page_size
 
     @property
     def _free_pages(self) -> int:
@@ -170,7 +174,9 @@ class KvReservations:
     def leased_tokens(self, session_id: bytes) -> int:
         """Tokens that a session's lease holds, all rows together; 0 if it is not open."""
         lease = self._reservations.get(session_id)
-        return 0 if lease is None else lease.num_pages * self._page_size
+        if lease is None:
+            return 0
+        return (lease.num_pages - lease.num_rows * self._state_pages) * self._page_size
 
     def close(self, session_id: bytes) -> None:
         """Take the promise back; closing twice does nothing."""
@@ -186,7 +192,8 @@ class KvReservations:
         self._lifetime_s += _LIFETIME_WEIGHT * (lifetime_s - self._lifetime_s)
 
     def _pages_of(self, length: int) -> int:
-        return -(-length // self._page_size)
+        """Pages of a row of so many tokens."""
+        return -(-length // self._page_size) + self._state_pages
 
     def _check_room(self, peer_id: str, num_pages: int, session_pages: int) -> None:
         if session_pages > self._total_pages:

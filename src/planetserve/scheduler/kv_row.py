@@ -10,10 +10,25 @@ A slot is the flat index of a token's place, `page * page_size + offset`.
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from planetserve.scheduler.page_allocator import PageAccountingError, PageAllocator
+
+
+class StateBudget(NamedTuple):
+    """What a row takes for states of recurrent layers; nothing by default.
+
+    Attributes:
+        pages: pages of the KV cache whose memory its states take, kept ones included. It holds them
+            from its first token on.
+        num_kept: states that are kept besides the one at the end of the row.
+    """
+
+    pages: int = 0
+    num_kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +36,7 @@ class Appended:
     """What `Sequence.append` decided.
 
     Attributes:
-        slots: one per new token.
+        slots: one per token that runs.
         copy: `(source page, destination page)` to copy before anything is written, or None.
         cleared_page: a new page that stays partly empty, or None. It must be zeroed after the
             copies and before it is written, so that a batched read of whole pages reads nothing
@@ -34,16 +49,39 @@ class Appended:
 
 
 class Sequence:
-    """Page table and length of one row. `sequence_id` is unique within its scheduler."""
+    """Page table and length of one row. `sequence_id` is unique within its scheduler.
 
-    __slots__ = ("_allocator", "_page_size", "length", "pages", "sequence_id")
+    With recurrent layers, tokens after the last of `states` must run again before new ones.
+    """
 
-    def __init__(self, sequence_id: int, allocator: PageAllocator, page_size: int):
+    __slots__ = (
+        "_allocator", "_budget", "_page_size",
+        "length", "pages", "sequence_id", "state_pages", "states",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        sequence_id: int,
+        allocator: PageAllocator,
+        page_size: int,
+        budget: StateBudget = StateBudget(),  # noqa: B008 - a constant
+    ):
         self.sequence_id = sequence_id
         self.length = 0
         self.pages: array[int] = array("i")
+        self.state_pages: array[int] = array("i")
+        self.states: list[int] = []
+        """After how many tokens states are kept, ascending; the first token needs none."""
         self._allocator = allocator
         self._page_size = page_size
+        self._budget = budget
+
+    @property
+    def num_again(self) -> int:
+        """Tokens at the end that must run again, because no state is kept after them."""
+        if not self._budget.pages:
+            return 0
+        return self.length - (self.states[-1] if self.states else 0)
 
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on.
@@ -58,18 +96,25 @@ class Sequence:
             self._allocator.release(self.pages[keep:])
             del self.pages[keep:]
         self.length = length
+        while self.states and self.states[-1] > length:
+            self.states.pop()
+        if not length:
+            self._allocator.release(self.state_pages)
+            del self.state_pages[:]
 
     def fork(self, sequence_id: int) -> Sequence:
-        """A second sequence with the same tokens; no page is copied yet."""
-        twin = Sequence(sequence_id, self._allocator, self._page_size)
+        """A second sequence with the same tokens; no page or state is copied yet."""
+        twin = Sequence(sequence_id, self._allocator, self._page_size, self._budget)
+        twin.states = self.states[:]
         self._allocator.share(self.pages)
         twin.pages = self.pages[:]
         twin.length = self.length
         return twin
 
     def append(self, num_tokens: int) -> Appended:
-        """Make room for `num_tokens` more tokens."""
+        """Make room for `num_tokens` more tokens, which run after those that must run again."""
         size = self._page_size
+        first = self.length - self.num_again
         start, end = self.length, self.length + num_tokens
         pages, allocator = self.pages, self._allocator
         copy = None
@@ -85,7 +130,12 @@ class Sequence:
                 pages.append(allocator.allocate(after=pages[-1] if pages else None))
             cleared_page = pages[-1] if end % size else None
         self.length = end
-        return Appended(self._slots(start, end), copy, cleared_page)
+        if self._budget.pages:
+            while len(self.state_pages) < self._budget.pages:
+                self.state_pages.append(allocator.allocate())
+            self.states.append(end)
+            thin(self.states, self._budget.num_kept + 1)
+        return Appended(self._slots(first, end), copy, cleared_page)
 
     def release(self) -> None:
         """Give all pages back."""
@@ -100,3 +150,20 @@ class Sequence:
             slots.extend(range(base + start % size, base + start % size + stop - start))
             start = stop
         return slots
+
+
+def thin(states: list[int], max_states: int) -> None:
+    """Drop the states that are least missed, until there are at most `max_states`.
+
+    The last two always stay: the end of the row, and where its latest tokens began. What drops is
+    the state without which a rollback, whose length is as likely to be 1 to 10 tokens as 10 to 100,
+    runs the fewest tokens more.
+    """
+    while len(states) > max(2, max_states):
+        end, before, best, least = states[-1], 0, 0, math.inf
+        for index, (state, after) in enumerate(zip(states, states[1:-1], strict=False)):
+            cost = (state - before) * math.log((end - state) / (end - after))
+            if cost < least:
+                best, least = index, cost
+            before = state
+        del states[best]

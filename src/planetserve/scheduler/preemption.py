@@ -47,12 +47,21 @@ class Preemption:
         allocator: the scheduler's pages.
         page_size: tokens per page.
         max_owner_pages: the share of one owner.
+        state_pages: pages that the states of one row take. With states, a session that gives up
+            pages gives up all: what is left would be of no use without a state after it.
     """
 
-    def __init__(self, allocator: PageAllocator, page_size: int, max_owner_pages: int):
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        page_size: int,
+        max_owner_pages: int,
+        state_pages: int = 0,
+    ):
         self._allocator = allocator
         self._page_size = page_size
         self._max_owner_pages = max_owner_pages
+        self._state_pages = state_pages
         self.num_preemptions = 0
         """How often a session that had all its pages lost some."""
         self.num_rewound_tokens = 0
@@ -148,6 +157,13 @@ class Preemption:
         item = StepRequest(step.item.item_id, session_id, tuple(slices))
         session.restoring = Progress(item, step.arrival, item.num_tokens, False, is_restored=True)
 
+    def run_again(self, session: Session, rows: list[Sequence]) -> None:
+        """Have a session compute what `rows` of it hold after their last states once more."""
+        lengths = [row.length for row in session.rows]
+        session.lost = Lost(lengths, [(row, 0) for row in range(len(lengths))])
+        for row in rows:
+            row.truncate(row.length - row.num_again)
+
     def finish(self, session: Session) -> None:
         """All lost tokens of the session have been recomputed."""
         self.fork(session, len(session.rows))
@@ -194,8 +210,15 @@ class Preemption:
         lost = session.lost
         if lost is None:
             self.num_preemptions += 1
-            lost = Lost([row.length for row in rows], _shared(rows, size))
+            shared = _shared(rows, size)
+            if self._state_pages:
+                shared = [(row, 0) for row in range(len(rows))]
+            lost = Lost([row.length for row in rows], shared)
         session.lost, session.restoring = lost, None
+        if self._state_pages:
+            draft.cut_sequences += [row.sequence_id for row in rows]
+            for row in rows:
+                row.truncate(0)
         target = self._allocator.num_free + num_pages
         while self._allocator.num_free < target:
             longest = max(row.length for row in rows)
@@ -264,14 +287,17 @@ class Preemption:
 
     def _pages_for(self, session: Session, slices: list[tuple[int, int, int]]) -> int:
         may_copy = len(session.rows) > 1
-        return sum(
+        need = sum(
             self._pages_of(end) - self._pages_of(start)
             + (may_copy and start % self._page_size != 0)
             for _, start, end in slices
         )  # fmt: skip
+        if may_copy and self._state_pages:  # a fork may have none of its own yet
+            need += sum(self._state_pages for _, start, _ in slices if start)
+        return need
 
     def _pages_of(self, length: int) -> int:
-        return -(-length // self._page_size)
+        return -(-length // self._page_size) + (self._state_pages if length else 0)
 
 
 def _shared(rows: list[Sequence], page_size: int) -> list[tuple[int, int]]:

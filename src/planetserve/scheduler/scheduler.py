@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from planetserve.errors import ConfigError, SessionError
 from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk, StepRequest
-from planetserve.scheduler.kv_row import Sequence
+from planetserve.scheduler.kv_row import Sequence, StateBudget
 from planetserve.scheduler.page_allocator import PageAllocator
 from planetserve.scheduler.policies import POLICIES, Candidate, Grant
 from planetserve.scheduler.preemption import Preemption
@@ -46,6 +46,7 @@ class SchedulerConfig:
             be taken one by one, and steps that can be spread; each session alone must fit.
         max_owner_share: fraction of the pages that one owner's sessions may hold before they lose
             their place in the order of age.
+        states: what a row takes for states of recurrent layers.
     """
 
     num_pages: int
@@ -57,6 +58,7 @@ class SchedulerConfig:
     can_rollback: bool = True
     preempts: bool = False
     max_owner_share: float = 1.0
+    states: StateBudget = StateBudget()  # noqa: RUF009 - a constant
 
     def __post_init__(self) -> None:
         if min(self.num_pages, self.page_size, self.max_decode_tokens) < 1:
@@ -85,7 +87,9 @@ class Scheduler:
         self._config = config
         self._allocator = PageAllocator(config.num_pages)
         max_owner_pages = max(1, int(config.num_pages * config.max_owner_share))
-        self._preemption = Preemption(self._allocator, config.page_size, max_owner_pages)
+        self._preemption = Preemption(
+            self._allocator, config.page_size, max_owner_pages, config.states.pages
+        )
         self._sessions: dict[bytes, Session] = {}
         self._ready: dict[bytes, Session] = {}
         self._waiting: Collection[bytes] = ()
@@ -225,7 +229,7 @@ class Scheduler:
             grants = sorted(grants, key=lambda grant: rank[grant.session_id])
         for grant in grants:
             self._run(grant, order, draft)
-        released, self._released = tuple(self._released), []
+        released, self._released = (*self._released, *draft.cut_sequences), []
         return ScheduledBatch(
             tuple(draft.chunks),
             tuple(draft.forks),
@@ -264,15 +268,20 @@ class Scheduler:
             PageAccountingError: a page is leaked or used twice.
         """
         self._allocator.check_integrity(
-            row.pages for session in self._sessions.values() for row in session.rows
+            table
+            for session in self._sessions.values()
+            for row in session.rows
+            for table in (row.pages, row.state_pages)
         )
 
     def _look_for_shortage(self, idle: Collection[bytes]) -> tuple[bytes, ...]:
         """All sessions, the first to be served first, if pages may run out; else nothing."""
-        if not self._config.preempts:
+        if not (self._config.preempts or self._config.states.pages):
             return ()
         for session_id, session in self._ready.items():
             self._preemption.plan(session_id, session)
+        if not self._config.preempts:
+            return ()
         shortage = self._preemption.shortage(self._sessions, self._ready, idle)
         self._waiting = () if shortage is None else shortage.waiting
         return () if shortage is None else shortage.order
@@ -284,6 +293,8 @@ class Scheduler:
         if session_id in draft.cut:
             return
         self._start(session, draft)
+        if session.lost is not None and session.restoring is None:
+            return  # what it must run again is planned with the next batch
         if order and not self._preemption.make_room(
             session_id, grant.num_tokens, self._sessions, order, draft
         ):
@@ -318,6 +329,9 @@ class Scheduler:
         self._reorder(session, head.item, draft)
         for chunk in head.item.rows:
             session.rows[chunk.row].truncate(chunk.start)
+        rows = [session.rows[chunk.row] for chunk in head.item.rows]
+        if any(row.num_again > self._config.max_decode_tokens for row in rows):
+            self._preemption.run_again(session, rows)
 
     def _take(self, session: Session, num_tokens: int, draft: Draft) -> None:
         """Put the next `num_tokens` tokens of what the session runs next into the batch."""
@@ -332,6 +346,7 @@ class Scheduler:
             count = min(num_tokens, row_slice.num_tokens - progress.row_tokens)
             start = row_slice.start + progress.row_tokens
             sequence = session.rows[row_slice.row]
+            num_again = sequence.num_again
             appended = sequence.append(count)
             if appended.copy is not None:
                 draft.copies.append(appended.copy)
@@ -342,20 +357,20 @@ class Scheduler:
                     progress.item.item_id,
                     progress.item.session_id,
                     sequence.sequence_id,
-                    start,
-                    count,
+                    start - num_again,
+                    count + num_again,
                     progress.num_done,
                     sequence.pages[:],
                     appended.slots,
                     row_slice.row,
-                    progress.is_restored,
+                    count if progress.is_restored else num_again,
+                    tuple(sequence.states),
                 )
             )
             num_tokens -= count
             progress.num_left -= count
             progress.row_tokens += count
-            if progress.is_restored:
-                self._num_restored_tokens += count
+            self._num_restored_tokens += count if progress.is_restored else num_again
             if progress.row_tokens == row_slice.num_tokens:
                 progress.row, progress.row_tokens = progress.row + 1, 0
 
@@ -409,7 +424,8 @@ class Scheduler:
         return lengths
 
     def _new_sequence(self) -> Sequence:
-        sequence = Sequence(self._num_sequences, self._allocator, self._config.page_size)
+        config = self._config
+        sequence = Sequence(self._num_sequences, self._allocator, config.page_size, config.states)
         self._num_sequences += 1
         return sequence
 

@@ -93,8 +93,9 @@ class Session:
     def num_pages(self) -> int:
         """Pages that its rows hold, each counted once."""
         if len(self.rows) == 1:
-            return len(self.rows[0].pages)
-        return len({page for row in self.rows for page in row.pages})
+            return len(self.rows[0].pages) + len(self.rows[0].state_pages)
+        shared = {page for row in self.rows for page in row.pages}
+        return len(shared) + sum(len(row.state_pages) for row in self.rows)
 
 
 @dataclass(slots=True)
@@ -110,4 +111,6 @@ class Draft:
     rewound: list[tuple[int, int]] = field(default_factory=list)
     cut: set[bytes] = field(default_factory=set)
     """Sessions that lost pages to this batch."""
+    cut_sequences: list[int] = field(default_factory=list)
+    """Rows of theirs that lost their states as well."""
     num_prefill_tokens: int = 0

@@ -16,12 +16,12 @@ from planetserve.engine.config import EngineConfig
 from planetserve.engine.engine import Engine
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.errors import ConfigError
-from planetserve.model.capabilities import check_servable
+from planetserve.model.capabilities import check_servable, has_recurrent_layers
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.linear import convert_span
 from planetserve.model.malloc_tuning import returning_freed_memory
 from planetserve.model.span_blocks import SpanBlocks
-from planetserve.model.text_config import shares_kv_heads
+from planetserve.model.text_config import shares_kv_heads, text_config
 from planetserve.swarm.libp2p.node import NodeConfig
 
 
@@ -89,9 +89,11 @@ def node_config(config: ServerConfig) -> NodeConfig:
 def engine_config_of(config: ServerConfig, checkpoint: Checkpoint) -> EngineConfig:
     """The engine's settings, of which some follow from the model."""
     shares = shares_kv_heads(checkpoint.config)
+    has_states = has_recurrent_layers(text_config(checkpoint.config))
     return EngineConfig(
-        attn_cache_tokens=config.cache_tokens(shares_kv_heads=shares),
+        attn_cache_tokens=config.cache_tokens(shares_kv_heads=shares, has_states=has_states),
         page_size=config.page_size,
+        state_snapshots=config.state_snapshots,
         max_batch_tokens=config.max_batch_size,
         prefill_slowdown=config.prefill_slowdown,
         batch_delay_factor=config.batch_delay_factor,
@@ -118,7 +120,13 @@ def build_engine(
         with returning_freed_memory():
             blocks = load()
             convert_span(blocks, linear_backend)
-        runner = SpanRunner(blocks, config.num_pages, config.page_size, config.attention_backend)
+        runner = SpanRunner(
+            blocks,
+            config.num_pages,
+            config.page_size,
+            config.attention_backend,
+            state_snapshots=config.state_snapshots,
+        )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ConfigError(
             "this machine's memory is too small for these blocks and their KV cache; serve fewer "

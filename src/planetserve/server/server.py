@@ -310,6 +310,7 @@ class Server:
         await self._announcer.announce()
         logger.info("loading blocks %s of %s", self.span, self.checkpoint.name)
         self.engine = await self._load_engine(engine_config, device)
+        self._max_session_tokens = self.engine.max_length
 
     async def _load_engine(self, config: EngineConfig, device: torch.device) -> Engine:
         return await asyncio.to_thread(

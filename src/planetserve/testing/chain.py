@@ -6,6 +6,7 @@ with a cache of its own. Tests compare its logits with the local model's.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,17 +25,24 @@ from planetserve.types import BlockSpan
 def local_logits(model: PreTrainedModel, pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Logits of one text given piece by piece `[B, T]`, as a whole local model computes them.
 
-    Some multimodal classes continue a text wrongly when they are called without positions, as
-    `generate()` never does, so those get the whole text each time.
+    Some classes continue a text wrongly when they are called without positions, as `generate()`
+    never does, so they get positions. Multimodal ones, and Jamba, whose layers begin anew with
+    every piece of several tokens, get the whole text each time.
     """
-    is_multimodal = text_config(model.config) is not model.config
-    logits, cache = [], None
+    parameters = inspect.signature(model.forward).parameters
+    text = text_config(model.config)
+    needs_all = text is not model.config or text.model_type == "jamba"
+    logits, cache, length = [], None, 0
     for number, piece_BT in enumerate(pieces, start=1):
-        if is_multimodal:
+        if needs_all:
             output = model(input_ids=torch.cat(list(pieces[:number]), dim=1))
         else:
-            output = model(piece_BT, past_key_values=cache, use_cache=True)
+            positions = {}
+            if "position_ids" in parameters:
+                positions["position_ids"] = torch.arange(length, length + piece_BT.shape[1])[None]
+            output = model(piece_BT, past_key_values=cache, use_cache=True, **positions)
             cache = output.past_key_values
+        length += piece_BT.shape[1]
         logits.append(output.logits[:, -piece_BT.shape[1] :])
     return logits
 

@@ -100,6 +100,25 @@ _LONG_ROPE = {
     "original_max_position_embeddings": 8,
 }
 
+_LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"] * (NUM_BLOCKS // 2)}
+_CONV_AND_FULL = {"layer_types": ["conv", "full_attention"] * (NUM_BLOCKS // 2)}
+_DELTA_NET = {
+    **_LINEAR_AND_FULL,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_MAMBA1 = {"mamba_d_state": 8, "mamba_dt_rank": 4}
+_MAMBA2 = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 4,
+}
+_MROPE = {**MROPE, "partial_rotary_factor": 1.0}
+
 _PLAIN_NAMES = """
     afmoe apertus arcee aria_text biogpt bitnet bloom cohere cohere2 cohere2_moe ctrl cwm diffllama
     doge ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma2 glm glm4 glm4_moe gpt2
@@ -147,7 +166,7 @@ _VARIANTS: Mapping[str, TinyFamily] = {
     "gemma4_unified_text": TinyFamily("gemma4_unified_text", _GEMMA4),
     "glm4v_moe": TinyFamily(
         "glm4v_moe",
-        {"text_config": {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}}},
+        {"text_config": {"rope_parameters": _MROPE}},
     ),
     "glm4_moe_lite": TinyFamily(
         "glm4_moe_lite", {**_MLA_MOE, "mlp_layer_types": ["dense"] + ["sparse"] * (NUM_BLOCKS - 1)}
@@ -194,46 +213,76 @@ _VARIANTS: Mapping[str, TinyFamily] = {
     "youtu": TinyFamily("youtu", _MLA),
 }
 
+_HYBRID: Mapping[str, TinyFamily] = {
+    "bailing_hybrid": TinyFamily("bailing_hybrid", {**_MLA_MOE, **_LINEAR_AND_FULL}),
+    "bamba": TinyFamily("bamba", {**_MAMBA2, "attn_layer_indices": [1, 3]}),
+    "falcon_h1": TinyFamily("falcon_h1", {**_MAMBA2, "mamba_d_ssm": 64}),
+    "granitemoehybrid": TinyFamily("granitemoehybrid", {**_MAMBA2, **_LINEAR_AND_FULL}),
+    "jamba": TinyFamily("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, **_MAMBA1}),
+    "kimi_linear": TinyFamily(
+        "kimi_linear",
+        {**_MLA_MOE, **_LINEAR_AND_FULL, "linear_num_heads": 4, "linear_head_dim": 8},
+    ),
+    "lfm2": TinyFamily("lfm2", _CONV_AND_FULL),
+    "lfm2_moe": TinyFamily("lfm2_moe", {**_CONV_AND_FULL, "num_dense_layers": 1}),
+    "lfm3": TinyFamily("lfm3"),
+    "nemotron_h": TinyFamily(
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 4,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "olmo_hybrid": TinyFamily("olmo_hybrid", _DELTA_NET),
+    "qwen3_5": TinyFamily("qwen3_5", {"text_config": {**_DELTA_NET, "rope_parameters": _MROPE}}),
+    "qwen3_5_moe": TinyFamily(
+        "qwen3_5_moe", {"text_config": {**_DELTA_NET, "rope_parameters": _MROPE}}
+    ),
+    "qwen3_5_moe_text": TinyFamily("qwen3_5_moe_text", {**_DELTA_NET, "rope_parameters": _MROPE}),
+    "qwen3_5_text": TinyFamily("qwen3_5_text", {**_DELTA_NET, "rope_parameters": _MROPE}),
+    "qwen3_next": TinyFamily("qwen3_next", _DELTA_NET),
+}
+"""Families whose layers keep states."""
+
 _REFUSED: Mapping[str, TinyFamily] = {
-    "bamba": TinyFamily("bamba", refusal="recurrent"),
     "bart": TinyFamily("bart", refusal="encoder-decoder"),
     "bert": TinyFamily("bert", refusal="it is an encoder"),
     "deepseek_v32": TinyFamily("deepseek_v32", refusal="more than keys and values"),
-    "falcon_h1": TinyFamily("falcon_h1", refusal="recurrent"),
-    "falcon_mamba": TinyFamily("falcon_mamba", refusal="recurrent"),
+    "falcon_mamba": TinyFamily("falcon_mamba", refusal="no attention"),
     "diffusion_gemma": TinyFamily("diffusion_gemma", refusal="by diffusion"),
     "gemma3n_text": TinyFamily("gemma3n_text", refusal="share keys and values"),
     "gemma4_e": TinyFamily("gemma4", refusal="token embeddings of their own"),
     "gemma4_text_e": TinyFamily("gemma4_text", refusal="token embeddings of their own"),
-    "granitemoehybrid": TinyFamily("granitemoehybrid", refusal="recurrent"),
-    "jamba": TinyFamily("jamba", refusal="recurrent"),
-    "kimi_linear": TinyFamily("kimi_linear", refusal="recurrent"),
+    "inkling2_text": TinyFamily("inkling2_text", refusal="other results"),
+    "inkling_text": TinyFamily("inkling_text", refusal="other results"),
     "kosmos-2": TinyFamily("kosmos-2", refusal="without an image"),
-    "lfm2": TinyFamily(
-        "lfm2", {"layer_types": ["conv", "full_attention"] * 16}, refusal="recurrent"
-    ),
-    "mamba": TinyFamily("mamba", refusal="recurrent"),
-    "mamba2": TinyFamily("mamba2", refusal="recurrent"),
+    "mamba": TinyFamily("mamba", refusal="no attention"),
+    "mamba2": TinyFamily("mamba2", refusal="no attention"),
     "minimax": TinyFamily("minimax", refusal="recurrent"),
     "mllama": TinyFamily("mllama", refusal="attend to images"),
-    "nemotron_h": TinyFamily("nemotron_h", refusal="recurrent"),
-    "olmo_hybrid": TinyFamily("olmo_hybrid", refusal="recurrent"),
     "openai-gpt": TinyFamily("openai-gpt", refusal="without a cache"),
     "paligemma": TinyFamily("paligemma", refusal="in both directions"),
-    "qwen3_5": TinyFamily("qwen3_5", refusal="recurrent"),
-    "qwen3_5_moe": TinyFamily("qwen3_5_moe", refusal="recurrent"),
-    "qwen3_next": TinyFamily("qwen3_next", refusal="recurrent"),
     "recurrent_gemma": TinyFamily("recurrent_gemma", refusal="recurrent"),
     "rwkv": TinyFamily("rwkv", refusal="recurrent"),
-    "zamba": TinyFamily("zamba", refusal="recurrent"),
-    "zamba2": TinyFamily("zamba2", refusal="recurrent"),
+    "xlstm": TinyFamily("xlstm", refusal="recurrent"),
+    "zamba": TinyFamily("zamba", refusal="token embeddings"),
+    "zamba2": TinyFamily("zamba2", refusal="token embeddings"),
+    "zaya": TinyFamily("zaya", refusal="other results"),
 }
 
 FAMILIES: Mapping[str, TinyFamily] = {
     **{name: TinyFamily(name) for name in (_PLAIN_NAMES + _PLAIN_MULTIMODAL).split()},
     **_VARIANTS,
+    **_HYBRID,
     **_REFUSED,
 }
+HYBRID_FAMILIES = tuple(sorted(_HYBRID))
 SERVABLE_FAMILIES = tuple(sorted(n for n, f in FAMILIES.items() if f.refusal is None))
 REFUSED_FAMILIES = tuple(sorted(n for n, f in FAMILIES.items() if f.refusal is not None))
 

@@ -132,6 +132,7 @@ class IntegerRunner(SpanRunner):
         self.hidden_size = WIDTH
         self.bytes_per_token = 8 * len(span)
         self.chunkable = True
+        self.states = StateBudget()
         self.batching = Batching.RAGGED
         self.num_pages = num_pages
         self.page_size = page_size

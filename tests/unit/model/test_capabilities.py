@@ -16,7 +16,12 @@ from planetserve.model.capabilities import (
 )
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.families import TESTED
-from planetserve.testing.checkpoints import FAMILIES, SERVABLE_FAMILIES, tiny_config
+from planetserve.testing.checkpoints import (
+    FAMILIES,
+    HYBRID_FAMILIES,
+    SERVABLE_FAMILIES,
+    tiny_config,
+)
 
 
 def test_tested_families_are_those_the_tests_cover() -> None:
@@ -27,7 +32,7 @@ def test_tested_families_are_those_the_tests_cover() -> None:
 def test_servable_families_are_not_refused(family: str) -> None:
     config = tiny_config(family)
     assert refusal(config) is None
-    assert not has_recurrent_layers(config)
+    assert has_recurrent_layers(config) == (family in HYBRID_FAMILIES)
     lengths = {"llama_dynamic_rope": 8, "phi3_longrope": 4096}
     assert constant_rotary_length(config) == lengths.get(family)
 

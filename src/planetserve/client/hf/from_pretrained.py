@@ -185,7 +185,8 @@ def attach(
     """Give the loaded half its distributed methods."""
     base = type(model)
     names = tuple(inspect.signature(model.forward).parameters)
-    own = {"remote_blocks": blocks, "forward_names": names}
+    # Servers roll back the states of recurrent layers, which transformers cannot.
+    own = {"remote_blocks": blocks, "forward_names": names, "_is_stateful": False}
     # Of the same name: transformers knows by it what a model can do.
     model.__class__ = type(base.__name__, (mixin, ModuleMixin, base), own)
     for inner in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:

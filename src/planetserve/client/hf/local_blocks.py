@@ -17,9 +17,11 @@ from collections.abc import Sequence
 import torch
 
 from planetserve.client.planning.block_ranges import BlockSplit
-from planetserve.errors import SessionClosed
+from planetserve.errors import ConfigError, SessionClosed
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.model.span_blocks import SpanBlocks, SpanCache
+from planetserve.model.span_blocks import SpanBlocks
+from planetserve.model.span_cache import SpanCache, layer_kinds
+from planetserve.model.text_config import text_config
 from planetserve.types import BlockSpan
 from planetserve.wire.step import StepTable
 
@@ -39,8 +41,15 @@ class LocalBlocks:
         """Read the weights of `span`.
 
         Raises:
+            ConfigError: a block keeps states, which a client cannot roll back.
             ModelError: weights are missing or damaged.
         """
+        kinds = layer_kinds(text_config(checkpoint.config))[span.start : span.end]
+        if any(kind.num_states for kind in kinds):
+            raise ConfigError(
+                f"local_blocks: blocks {span} have recurrent layers, which only servers run; "
+                "choose other blocks or leave local_blocks out"
+            )
         return cls(SpanBlocks.load(checkpoint, span, dtype))
 
     def make_caches(self, num_rows: int) -> Caches:
@@ -81,7 +90,7 @@ class LocalBlocks:
             raise SessionClosed(
                 "the client's own blocks missed a step that was interrupted; open another session"
             )
-        fork = SpanCache(cache.span)
+        fork = self._blocks.make_cache()
         # Layers replace their tensors and never write into them, so two caches may share them.
         fork.layers = [copy.copy(layer) for layer in cache.layers]
         fork.truncate(length)

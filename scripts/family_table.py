@@ -51,6 +51,9 @@ within 1e-4) for a prompt and for single tokens after it.
   prompts, run one by one. Keys and values lie in the same pages.
 - **plain**: correct, but one session per pass, without pages. No family below needs it; one that is
   not listed may.
+- Layers with states (gated delta net, Mamba, short convolutions, Kimi's linear attention) run
+  padded: the states of all sessions are rows of one tensor. Mamba-1 (`jamba`) goes on from a state
+  with one token at a time, because its own code begins anew with more: long prompts take longer.
 - **refused**: both ends say so in one line before they load anything.
 
 Of several files in a folder, the one that transformers would read counts. What `config.json` says
@@ -115,7 +118,7 @@ def served_row(family: str, folder: Path) -> Row:
     if error > 1e-4:
         raise SystemExit(f"{family}: logits differ from the local model's by {error:.1e}")
     blocks = SpanBlocks.load(checkpoint, BlockSpan(0, checkpoint.num_blocks), torch.float32)
-    verdict = SpanRunner(blocks, num_pages=4, page_size=16, attention_backend="sdpa").verdict
+    verdict = SpanRunner(blocks, num_pages=64, page_size=16, attention_backend="sdpa").verdict
     reasons = [verdict.why_not_ragged, verdict.why_not_padded]
     return Row(family, verdict.batching, "; ".join(filter(None, reasons)))
 

@@ -36,5 +36,5 @@ def test_the_page_lists_every_family() -> None:
 def test_the_page_says_how_sessions_share_passes(family: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(str(make_tiny_checkpoint(tmp_path, family)))
     blocks = SpanBlocks.load(checkpoint, BlockSpan(0, checkpoint.num_blocks), torch.float32)
-    runner = SpanRunner(blocks, num_pages=4, page_size=16)
+    runner = SpanRunner(blocks, num_pages=64, page_size=16)
     assert runner.batching == {row[0]: row[2] for row in rows()}[family]

@@ -201,9 +201,13 @@ def continues_by_token(
         for step in steps:
             padded.prepare(step.batch)
             actual.append(_run(padded, step, blocks))
-        tensors = [torch.cat(part) for part in (actual, expected, [s.hidden_TD for s in steps])]
-        padded_rows = [tensor[_padded_rows(steps)] for tensor in tensors]
-        if all(agree(*part, tolerance=_STATE_TOLERANCE) for part in (tensors, padded_rows)):
+        results = [torch.cat(part) for part in (actual, expected, [s.hidden_TD for s in steps])]
+        rows = _padded_rows(steps)
+        padded_rows = [result[rows] for result in results]
+        if all(
+            agree(made, known, hidden, tolerance=_STATE_TOLERANCE)
+            for made, known, hidden in (results, padded_rows)
+        ):
             return by_token
     half = "" if dtype == torch.float32 else f" in {_name(dtype)}{_WIDER}"
     raise ModelError(

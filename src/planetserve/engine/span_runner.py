@@ -184,6 +184,11 @@ class SpanRunner:
         return self.is_paged and self.chunkable
 
     @property
+    def state_bytes_held(self) -> int:
+        """Bytes of the states of all sequences."""
+        return self._runner.states.num_bytes if isinstance(self._runner, PaddedRunner) else 0
+
+    @property
     def is_paged(self) -> bool:
         """Whether keys and values lie in pages, so that sessions can share passes."""
         return self.batching is not Batching.PLAIN

@@ -46,8 +46,9 @@ def layer_kinds(config: PretrainedConfig) -> list[LayerKind]:
 
 
 def _kind_of(layer: object) -> LayerKind:
-    has_states = isinstance(layer, LinearAttentionCacheLayerMixin)
-    num_states = layer.number_of_states if has_states else 0
+    num_states = 0
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        num_states = layer.number_of_states
     return LayerKind(isinstance(layer, CacheLayerMixin), num_states)
 
 

@@ -20,6 +20,7 @@ from planetserve.engine.probe import Batching
 from planetserve.engine.span_runner import SpanRunner
 from planetserve.engine.worker import Worker
 from planetserve.scheduler.batch import ScheduledBatch, ScheduledChunk
+from planetserve.scheduler.kv_row import StateBudget
 from planetserve.scheduler.speed import StepCost, StepLatency
 from planetserve.testing.virtual_time import VirtualTimeLoop
 from planetserve.types import BlockSpan

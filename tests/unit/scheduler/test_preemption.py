@@ -81,7 +81,7 @@ def restored(batches: list[ScheduledBatch]) -> list[tuple[str, int, int]]:
         (chunk.session_id.decode(), chunk.start, chunk.end)
         for batch in batches
         for chunk in batch.chunks
-        if chunk.is_restored
+        if chunk.num_restored
     ]
 
 

@@ -325,7 +325,7 @@ class RandomServing(RuleBasedStateMachine):
         self._start_and_rewind(batch)
         self._write_and_read(batch)
         for chunk in batch.chunks:
-            if not chunk.is_restored:
+            if not chunk.num_restored:
                 assert self.done.get(chunk.item_id, 0) == chunk.offset
                 self.done[chunk.item_id] = chunk.offset + chunk.num_tokens
         for item_id in self.scheduler.commit(batch):
@@ -373,7 +373,7 @@ class RandomServing(RuleBasedStateMachine):
             assert read == self._expected(chunk)[: chunk.end]
 
     def _expected(self, chunk) -> list[int]:
-        if chunk.is_restored:
+        if chunk.num_restored:
             return self.inputs[chunk.session_id][chunk.row]
         item = self.items[chunk.item_id]
         before = 0

@@ -40,6 +40,7 @@ SERVER = {"model": "demo", "num_blocks": 3, "new_swarm": True}
         ({"throughput": 0}, "throughput=0.0 must be greater than 0"),
         ({"dht_prefix": "a.b"}, "dht_prefix='a.b' may hold letters"),
         ({"dht_prefix": ""}, "dht_prefix='' may hold letters"),
+        ({"state_snapshots": 0}, "state_snapshots"),
         ({"attn_cache_tokens": 10**11}, "more than any machine holds"),
     ],
 )

@@ -293,6 +293,10 @@ for _ in range(400):
         {"structured_outputs": {"grammar": "start: nothing"}},
         {"structured_outputs": {"grammar": "root ::= ("}},
         {"structured_outputs": {"choice": []}},
+        {"structured_outputs": {"regex": "\ud800"}},
+        {"structured_outputs": {"grammar": "root ::= " + "(" * 5000}},
+        {"structured_outputs": {"grammar": "x" * 200_000}},
+        schema({"enum": ["\ud800"]}),
         {"structured_outputs": {"json": "{"}},
         {"structured_outputs": {"json": "[1]"}},
         {"structured_outputs": {"structural_tag": "x"}},
@@ -312,7 +316,8 @@ for _ in range(400):
 )  # fmt: skip
 def test_what_cannot_be_followed_is_refused(web: httpx2.Client, fields: dict[str, Any]) -> None:
     body = {"messages": HELLO, "max_tokens": 5, **fields}
-    response = web.post("/v1/chat/completions", json=body)
+    headers = {"Content-Type": "application/json"}
+    response = web.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["message"]
     assert len(response.content) < 3000

@@ -16,7 +16,7 @@ import planetserve
 from planetserve.errors import PlanetServeError
 from planetserve.gateway.answers import ChatStyle, CompletionStyle, Prompt
 from planetserve.gateway.anthropic_api import CountRequest, MessagesRequest, MessagesStyle
-from planetserve.gateway.chat import format_grammar, prepare_chat
+from planetserve.gateway.chat import format_of, prepare_chat
 from planetserve.gateway.errors import RequestError, body_for, body_of, error_body, headers_of
 from planetserve.gateway.metrics import MetricFamilies
 from planetserve.gateway.protocol import (
@@ -105,8 +105,8 @@ async def _complete(models: Models, body: CompletionRequest, request: Request) -
     given = _prompts(body)
     limits.check_texts(len(given), body.n)
     sampling = sampling_params(body, limits, body.logprobs)
-    grammar = format_grammar(body)
-    matcher = grammar and await service.grammars.compile(grammar, "structured_outputs")
+    form = format_of(body)
+    matcher = None if form is None else await service.grammars.compile(form)
     style = CompletionStyle(model, body, service.spell(body))
     shown, texts = [], []
     for prompt in given:
@@ -121,9 +121,7 @@ async def _complete(models: Models, body: CompletionRequest, request: Request) -
         if max_tokens is None:
             max_tokens = service.room(body.n, ids)
         asked = body.logprobs if body.echo else None
-        texts.append(
-            text_request(body, limits, sampling, ids, max_tokens or 1, asked, matcher or None)
-        )
+        texts.append(text_request(body, limits, sampling, ids, max_tokens or 1, asked, matcher))
         shown.append(prompt if isinstance(prompt, str) else service.texts.decode(ids))
 
     def show(number: int, prompt: Prompt) -> None:

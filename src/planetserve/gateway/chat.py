@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from planetserve.gateway.constraints import json_grammar, text_grammar
+from planetserve.gateway.constraints import Format
 from planetserve.gateway.errors import RequestError
 from planetserve.gateway.messages import MessageFormat
 from planetserve.gateway.protocol import ChatRequest, ChosenTool, SamplingRequest
@@ -18,6 +18,7 @@ from planetserve.gateway.requests import sampling_params, text_request
 from planetserve.gateway.service import Service
 from planetserve.gateway.text import TextRequest
 
+_ANY_OBJECT = {"type": "object"}
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 _RESERVED_TOKENS = 2048
 """Tokens of an answer without a limit of its own that servers are asked to promise; most are
@@ -38,20 +39,18 @@ async def prepare_chat(service: Service, body: ChatRequest) -> TextRequest:
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs=true", "top_logprobs")
     tools, choice = _chosen_tools(service, body)
-    grammar, param = format_grammar(body), "response_format"
-    if tools and grammar is not None:
+    form = format_of(body)
+    if tools and form is not None:
         raise RequestError(
             "a format of the answer and tools cannot be asked for together; set tool_choice=none "
             "for an answer in that format",
-            param,
+            form.param,
         )
     forced: Literal["one", "many"] | None = None
     if choice == "required":
-        forced, param = "many", "tools"
-        grammar = _grammar(lambda: json_grammar(_calls_schema(tools, body)), param)
+        forced, form = "many", Format.of_schema(_calls_schema(tools, body), "tools")
     elif isinstance(choice, ChosenTool):
-        forced, param = "one", "tools"
-        grammar = _grammar(lambda: json_grammar(_parameters(tools[0])), param)
+        forced, form = "one", Format.of_schema(_parameters(tools[0]), "tools")
     prompt, prompt_ids = await service.texts.encode_chat(
         body.messages,
         add_generation_prompt=body.add_generation_prompt,
@@ -61,7 +60,7 @@ async def prepare_chat(service: Service, body: ChatRequest) -> TextRequest:
         tools=tools,
     )
     limits.check_prompt(prompt_ids, "messages")
-    matcher = None if grammar is None else await service.grammars.compile(grammar, param)
+    matcher = None if form is None else await service.grammars.compile(form)
     max_tokens, reserved_tokens = body.max_completion_tokens or body.max_tokens, None
     if max_tokens is None:
         max_tokens = service.room(body.n, prompt_ids)
@@ -74,7 +73,7 @@ async def prepare_chat(service: Service, body: ChatRequest) -> TextRequest:
     if templates is None and forced is None:
         return text
     reads_calls = bool(tools) and forced is None
-    form = MessageFormat(
+    messages = MessageFormat(
         template=templates and (templates.with_tools if reads_calls else templates.without_tools),
         prompt=prompt,
         tools=tools,
@@ -82,60 +81,43 @@ async def prepare_chat(service: Service, body: ChatRequest) -> TextRequest:
         max_calls=1 if body.parallel_tool_calls is False else None,
     )
     return dataclasses.replace(
-        text, form=form, kept_ids=service.kept_ids, reasoning_id=service.reasoning_id
+        text, form=messages, kept_ids=service.kept_ids, reasoning_id=service.reasoning_id
     )
 
 
-def format_grammar(body: SamplingRequest) -> str | None:
-    """The grammar of the format that an answer must have, if one is asked for.
+def format_of(body: SamplingRequest) -> Format | None:
+    """The format that an answer must have, if one is asked for.
 
     Raises:
-        RequestError: it is none, or there are two.
+        RequestError: it is incomplete, or there are two.
     """
     form, outputs = body.response_format, body.structured_outputs
-    found: list[tuple[str, str, Any]] = []
+    found: list[Format] = []
     if form is not None and form.type == "json_object":
-        found.append(("response_format", "schema", {"type": "object"}))
+        found.append(Format.of_schema(_ANY_OBJECT, "response_format"))
     elif form is not None and form.type == "json_schema":
         if form.json_schema is None:
             raise RequestError("json_schema is missing", "response_format")
-        found.append(("response_format", "schema", form.json_schema.schema_))
+        found.append(Format.of_schema(form.json_schema.schema_, "response_format"))
     if outputs is not None:
-        given = {
-            "schema": outputs.json_,
-            "regex": outputs.regex,
-            "choice": outputs.choice and json.dumps(outputs.choice),
-            "grammar": outputs.grammar,
-        }
-        asked = [("structured_outputs", kind, x) for kind, x in given.items() if x is not None]
+        param = "structured_outputs"
+        asked = []
+        if outputs.json_ is not None:
+            asked.append(Format.of_schema(outputs.json_, param))
         if outputs.json_object:
-            asked.append(("structured_outputs", "schema", {"type": "object"}))
+            asked.append(Format.of_schema(_ANY_OBJECT, param))
+        if outputs.regex is not None:
+            asked.append(Format("regex", outputs.regex, param))
+        if outputs.choice is not None:
+            asked.append(Format("choice", json.dumps(outputs.choice), param))
+        if outputs.grammar is not None:
+            asked.append(Format("grammar", outputs.grammar, param))
         if not asked:
-            raise RequestError("structured_outputs asks for nothing", "structured_outputs")
+            raise RequestError("structured_outputs asks for nothing", param)
         found += asked
     if len(found) > 1:
-        raise RequestError("an answer can have one format only", found[1][0])
-    if not found:
-        return None
-    param, kind, value = found[0]
-    if kind != "schema":
-        return _grammar(lambda: text_grammar(kind, value), param)
-
-    def of_schema() -> str:
-        schema = json.loads(value) if isinstance(value, str) else value
-        if not isinstance(schema, dict):
-            raise ValueError("the schema is no object")
-        return json_grammar(schema)
-
-    return _grammar(of_schema, param)
-
-
-def _grammar(make: Any, param: str) -> str:
-    try:
-        grammar: str = make()
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{param} is not usable: {str(error)[:200]}", param) from error
-    return grammar
+        raise RequestError("an answer can have one format only", found[1].param)
+    return found[0] if found else None
 
 
 def _chosen_tools(
@@ -170,9 +152,10 @@ def _calls_schema(tools: Sequence[dict[str, Any]], body: ChatRequest) -> dict[st
     for tool in tools:
         parameters = dict(_parameters(tool))
         for place in _DEFINITIONS:  # references to them begin at the root
-            for name, schema in parameters.pop(place, {}).items():
+            own = parameters.pop(place, {})
+            for name, schema in own.items() if isinstance(own, dict) else ():
                 if definitions.setdefault(place, {}).setdefault(name, schema) != schema:
-                    raise ValueError(f"two tools define {name!r} differently")
+                    raise RequestError("two tools define the same name differently", "tools")
         properties = {"name": {"const": tool["function"]["name"]}, "parameters": parameters}
         calls.append(
             {

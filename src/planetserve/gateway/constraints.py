@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,33 +22,40 @@ from tokenizers import Tokenizer
 
 from planetserve.gateway.errors import RequestError
 
-_MAX_GRAMMAR_CHARS = 128 * 1024
+_MAX_CHARS = 128 * 1024
 _COMPILE_TIMEOUT_S = 10.0
 _MAX_KEPT = 16
 """Compiled grammars that are kept for the next request."""
 _MAX_SHOWN_CHARS = 300
 
 
-def json_grammar(schema: Mapping[str, Any]) -> str:
-    """The grammar of JSON documents that a schema allows, without white space between tokens: a
-    weak model would go on with white space for ever.
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What an answer must be."""
 
-    Raises:
-        ValueError: it is no schema.
-    """
-    return LLMatcher.grammar_from_json_schema(
-        json.dumps(schema), overrides={"whitespace_flexible": False}
-    )
+    kind: Literal["schema", "regex", "choice", "grammar"]
+    text: str
+    """A JSON schema, a regular expression, a JSON list of strings, or Lark or GBNF."""
+    param: str
+    """The parameter of the request that asks for it."""
 
+    @classmethod
+    def of_schema(cls, schema: object, param: str) -> Format:
+        """Of a JSON schema, as an object or as text."""
+        return cls("schema", schema if isinstance(schema, str) else json.dumps(schema), param)
 
-def text_grammar(kind: str, text: str) -> str:
-    """The grammar of a "regex", a "choice" (a JSON list of strings), or a "grammar" in the notation
-    of Lark or GBNF.
+    def as_grammar(self) -> str:
+        """In llguidance's notation. Documents of a schema have no white space between their parts,
+        with which a weak model would go on for ever.
 
-    Raises:
-        ValueError: it is none.
-    """
-    return grammar_from(kind, text)  # type: ignore[arg-type]
+        Raises:
+            ValueError: it is no schema or grammar.
+        """
+        if self.kind == "schema":
+            return LLMatcher.grammar_from_json_schema(
+                self.text, overrides={"whitespace_flexible": False}
+            )
+        return grammar_from(self.kind, self.text)
 
 
 class Constraint:
@@ -120,39 +128,44 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planetserve-gateway-grammar")
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[Format, LLMatcher] = OrderedDict()
         self._guide: LLTokenizer | None = None
 
-    async def compile(self, grammar: str, param: str) -> LLMatcher:
-        """A matcher at the beginning of a grammar, to be copied for each answer.
+    async def compile(self, form: Format) -> LLMatcher:
+        """A matcher at the beginning of what a format allows, to be copied for each answer.
 
         Raises:
-            RequestError: the grammar is wrong, or too large.
+            RequestError: the format is wrong, or too large.
         """
-        found = self._compiled.get(grammar)
+        param = form.param
+        found = self._compiled.get(form)
         if found is None:
-            if len(grammar) > _MAX_GRAMMAR_CHARS:
-                raise RequestError(f"{param} is larger than {_MAX_GRAMMAR_CHARS} characters", param)
+            if len(form.text) > _MAX_CHARS:
+                raise RequestError(f"{param} is larger than {_MAX_CHARS} characters", param)
             try:
                 async with asyncio.timeout(_COMPILE_TIMEOUT_S):
                     found = await asyncio.get_running_loop().run_in_executor(
-                        self._thread, self._compile, grammar
+                        self._thread, self._compile, form
                     )
             except TimeoutError:
                 raise RequestError(f"{param} takes too long to compile", param) from None
+            except (ValueError, RecursionError) as error:
+                why = str(error)[:_MAX_SHOWN_CHARS]
+                raise RequestError(f"{param} is not usable: {why}", param) from error
             if found.is_error():
                 raise RequestError(f"{param} is not usable: {_why(found)}", param)
-            self._compiled[grammar] = found
+            self._compiled[form] = found
             if len(self._compiled) > _MAX_KEPT:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
+        self._compiled.move_to_end(form)
         return found
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def _compile(self, form: Format) -> LLMatcher:
+        grammar = form.as_grammar()
         if self._guide is None:  # takes seconds for a large vocabulary; not everybody needs it
             self._guide = LLTokenizer(
                 self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_ids

@@ -7,6 +7,7 @@ What a model writes may be anything: what cannot be parsed is content.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Sequence
@@ -80,9 +81,13 @@ class MessageReader:
         self.is_reasoning = False
         """Whether what comes next is reasoning."""
         if form.template is not None:
-            self._parser = ResponseParser(form.template, prefix=form.prompt, tools=[*form.tools])
-            for event in self._parser.initial_events:
-                self._open_or_close(event)
+            # A message that is to be continued may be anything; then the rest of it is content.
+            with contextlib.suppress(*_UNREADABLE):
+                self._parser = ResponseParser(
+                    form.template, prefix=form.prompt, tools=[*form.tools]
+                )
+                for event in self._parser.initial_events:
+                    self._open_or_close(event)
         self.has_reasoned = self._has_other
         """Whether the prompt holds a part besides content already, open or not."""
 

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 import planetserve
-from planetserve.gateway.constraints import Constraint, Grammars, json_grammar, text_grammar
+from planetserve.gateway.constraints import Constraint, Format, Grammars
 from planetserve.gateway.errors import RequestError
 from planetserve.gateway.sampling import RowSampling, SamplingParams, sample
 
@@ -34,7 +34,7 @@ def row(constraint: Constraint, **params: object) -> RowSampling:
 
 
 async def test_only_what_a_grammar_allows_is_chosen(grammars: Grammars) -> None:
-    matcher = await grammars.compile(text_grammar("regex", "(aa|bb)c+"), "regex")
+    matcher = await grammars.compile(Format("regex", "(aa|bb)c+", "x"))
     for seed in range(5):
         rows = [row(Constraint(matcher.deep_copy()), seed=seed), RowSampling(
             SamplingParams(temperature=0), [1], frozenset())]  # fmt: skip
@@ -50,7 +50,7 @@ async def test_only_what_a_grammar_allows_is_chosen(grammars: Grammars) -> None:
 
 
 async def test_forced_tokens_come_at_once_unless_they_are_to_be_shown(grammars: Grammars) -> None:
-    matcher = await grammars.compile(text_grammar("choice", '["list of lists", "no"]'), "choice")
+    matcher = await grammars.compile(Format("choice", '["list of lists", "no"]', "x"))
     logits_V = torch.zeros(VOCAB)
     logits_V[TOKENIZER.token_to_id("l")] = 50
     logits_V[TOKENIZER.encode("list").ids[-1]] = 100
@@ -66,7 +66,7 @@ async def test_forced_tokens_come_at_once_unless_they_are_to_be_shown(grammars: 
 
 
 async def test_reasoning_comes_first_and_is_not_bound(grammars: Grammars) -> None:
-    matcher = await grammars.compile(text_grammar("regex", "a"), "regex")
+    matcher = await grammars.compile(Format("regex", "a", "x"))
     constraint = Constraint(matcher.deep_copy(), reasoning_id=7)
     logits_V = torch.zeros(VOCAB)
     constraint.allow(logits_V)
@@ -82,7 +82,7 @@ async def test_reasoning_comes_first_and_is_not_bound(grammars: Grammars) -> Non
 
 
 async def test_what_does_not_follow_fails_its_own_text(grammars: Grammars) -> None:
-    matcher = await grammars.compile(text_grammar("regex", "a"), "regex")
+    matcher = await grammars.compile(Format("regex", "a", "x"))
     constraint = Constraint(matcher.deep_copy())
     constraint.take(TOKENIZER.token_to_id("b"))
     logits_V = torch.zeros(VOCAB)
@@ -93,8 +93,8 @@ async def test_what_does_not_follow_fails_its_own_text(grammars: Grammars) -> No
 
 
 async def test_compiled_grammars_are_kept_up_to_a_number(grammars: Grammars) -> None:
-    first = await grammars.compile(json_grammar({"const": 0}), "x")
-    assert await grammars.compile(json_grammar({"const": 0}), "x") is first
+    first = await grammars.compile(Format.of_schema({"const": 0}, "x"))
+    assert await grammars.compile(Format.of_schema({"const": 0}, "x")) is first
     for number in range(1, 17):
-        await grammars.compile(json_grammar({"const": number}), "x")
-    assert await grammars.compile(json_grammar({"const": 0}), "x") is not first
+        await grammars.compile(Format.of_schema({"const": number}, "x"))
+    assert await grammars.compile(Format.of_schema({"const": 0}, "x")) is not first

@@ -148,6 +148,12 @@ def test_calls_that_are_none_are_content(text: str) -> None:
         assert inner in content
 
 
+def test_a_message_that_goes_on_from_a_bad_call_is_content() -> None:
+    prompt = CHATML + "<tool_call>{bad</tool_call>"
+    form = MessageFormat(template=templates("<tool_call>").with_tools, prompt=prompt, tools=TOOLS)
+    assert read(form, [" and so on"]) == (" and so on", "", [])
+
+
 def test_an_unfinished_call_is_content() -> None:
     form = MessageFormat(template=templates("<tool_call>").with_tools, prompt=CHATML, tools=TOOLS)
     assert read(form, ['Yes. <tool_call>{"name": "wea']) == ('Yes.{"name": "wea', "", [])

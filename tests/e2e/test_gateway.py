@@ -240,6 +240,7 @@ COMPLETE = "/v1/completions"
         (COMPLETE, DEEP, 400),
         (COMPLETE, b'{"prompt": "x", "temperature": NaN}', 400),
         (COMPLETE, b'{"prompt": "x", "temperature": -1}', 400),
+        (COMPLETE, b'{"prompt": "x", "repetition_penalty": 5e-324}', 400),
         (COMPLETE, b'{"prompt": "x", "max_tokens": -1}', 400),
         (COMPLETE, b'{"prompt": "x", "max_tokens": 5000}', 400),
         (COMPLETE, b'{"prompt": "x", "n": 17}', 400),

@@ -114,7 +114,8 @@ class SamplingRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1)
     min_p: _Share | None = None
-    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    # Logits stay finite within these.
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     presence_penalty: _Penalty | None = 0.0
     frequency_penalty: _Penalty | None = 0.0
     logit_bias: dict[str, _Unbounded] | None = None

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from planetserve.errors import PlanetServeError
 from planetserve.gateway.constraints import Constraint
 
 _GREEDY_BELOW = 1e-5
@@ -70,6 +69,8 @@ class Sampled:
     logprob: TokenLogprob | None = None
     forced: tuple[int, ...] = ()
     """Tokens that the row's grammar wants next, chosen as well."""
+    is_finite: bool = True
+    """Whether the logits were numbers; otherwise nothing was chosen."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -172,11 +173,7 @@ class RowSampling:
 
 
 def sample(logits_NV: torch.Tensor, rows: Sequence[RowSampling]) -> list[Sampled]:
-    """Choose the next token of every row from its float32 logits, and note it in the row.
-
-    Raises:
-        PlanetServeError: logits are no numbers.
-    """
+    """Choose the next token of every row from its float32 logits, and note it in the row."""
     logprobs = _chosen_logprobs(logits_NV, rows)
     changed = [index for index, row in enumerate(rows) if row.changes_logits]
     if changed:
@@ -184,10 +181,12 @@ def sample(logits_NV: torch.Tensor, rows: Sequence[RowSampling]) -> list[Sampled
         for index in changed:
             _change(logits_NV[index], rows[index])
     best_N, tokens_N = logits_NV.max(dim=-1)
-    if not bool((best_N < torch.inf).all()):  # NaN too
-        raise PlanetServeError(
-            "the head has computed logits that are not finite; serve the model with another --dtype"
-        )
+    bad_N = ~(best_N < torch.inf)  # NaN too
+    if bool(bad_N.any()):
+        # Of this text alone: the others have done nothing to it.
+        logits_NV = logits_NV.masked_fill(bad_N[:, None], 0)
+        tokens_N[bad_N] = 0
+    bad: list[bool] = bad_N.tolist()
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
         chosen = logits_NV if len(drawn) == len(rows) else logits_NV[drawn]
@@ -195,9 +194,10 @@ def sample(logits_NV: torch.Tensor, rows: Sequence[RowSampling]) -> list[Sampled
     tokens: list[int] = tokens_N.tolist()
     sampled = []
     for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-        forced = row.take(token)
+        forced = () if bad[index] else row.take(token)
         of = logprobs.get(index)
-        sampled.append(Sampled(token, None if of is None else of.at(token), forced))
+        logprob = None if of is None else of.at(token)
+        sampled.append(Sampled(token, logprob, forced, is_finite=not bad[index]))
     return sampled
 
 
@@ -306,7 +306,8 @@ def _draw_cut(
         if width == vocab or bool(enough.all()):
             break
         width = vocab
-    probs[sums - probs >= top_p] = 0
+    # The most likely one stays, however small top_p is.
+    probs[:, 1:][(sums - probs)[:, 1:] >= top_p] = 0
     probs[probs < _column(rows, every, "min_p") * probs[:, :1]] = 0
     return ids.gather(1, _pick(probs, draws_R)[:, None])[:, 0]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
+from planetserve.errors import PlanetServeError
 from planetserve.gateway.constraints import Constraint
 from planetserve.gateway.detokenize import StopStrings, TokenDecoder
 from planetserve.gateway.messages import MessageDelta, MessageFormat, MessageReader
@@ -176,7 +177,13 @@ class Row:
 
         Raises:
             RequestError: the grammar cannot be followed any further.
+            PlanetServeError: the logits were no numbers.
         """
+        if not sampled.is_finite:
+            raise PlanetServeError(
+                "the head has computed logits that are not finite; serve the model with another "
+                "--dtype"
+            )
         reader = self._reader
         num_cached, self._num_cached = self._num_cached, 0  # told once
         text, message, num_tokens, num_reasoning = "", MessageDelta(), 0, 0

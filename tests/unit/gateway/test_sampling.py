@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -17,6 +19,7 @@ from transformers import (
 
 from planetserve.errors import PlanetServeError
 from planetserve.gateway.sampling import RowSampling, SamplingParams, prompt_logprobs, sample
+from planetserve.gateway.text import Row, TextRequest
 
 VOCAB = 50
 PROMPT = [3, 7, 7, 11]
@@ -143,8 +146,25 @@ def test_logprob_of_the_best_token_is_bit_equal_to_the_first_of_the_top() -> Non
         assert found.logprob <= found.top[0][1]
 
 
-def test_logits_that_are_no_numbers_are_an_error() -> None:
-    logits_NV = logits(2)
-    logits_NV[1, 5] = torch.nan
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.5}, {"temperature": 0.0}, {"logprobs": 2}])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_fail_their_own_text_only(
+    params: dict[str, Any], bad: float
+) -> None:
+    logits_NV = logits(3)
+    wanted = sample(logits_NV, [row(seed=seed, **params) for seed in (1, 7, 2)])
+    logits_NV[1, 5] = bad
+    found = sample(logits_NV, [row(seed=seed, **params) for seed in (1, 7, 2)])
+    assert [one.is_finite for one in found] == [True, False, True]
+    assert [found[0].token, found[2].token] == [wanted[0].token, wanted[2].token]
+    assert 0 <= found[1].token < VOCAB  # it is embedded with the others
+    tokenizer = Tokenizer(WordLevel({"a": 0}))
+    text = TextRequest(prompt_ids=[0], sampling=SamplingParams(), max_tokens=3)
     with pytest.raises(PlanetServeError, match="not finite"):
-        sample(logits_NV, [row(), row()])
+        Row(0, 0, text, tokenizer).add(found[1])
+
+
+def test_the_most_likely_token_stays_however_small_top_p_is() -> None:
+    logits_NV = logits()
+    found = sample(logits_NV, [row(top_p=5e-324)])
+    assert found[0].token == int(logits_NV[0].argmax())

@@ -214,12 +214,15 @@ class _Calls:
             if not self.number:
                 return self._call(self._form.tools[0]["function"]["name"], text)
             return MessageDelta(calls=(CallDelta(0, self._id, None, text),)) if text else _NOTHING
-        calls: list[CallDelta] = []
+        found = _NOTHING
         for char in text:
             if self._grow(char):
-                calls += self.add(json.loads(self._element)).calls
-                self._element = ""
-        return MessageDelta(calls=tuple(calls))
+                element, self._element = self._element, ""
+                try:
+                    found += self.add(json.loads(element))
+                except _UNREADABLE:  # nested too deeply
+                    found += MessageDelta(content=element)
+        return found
 
     def finish(self) -> MessageDelta:
         """An element that the limit of tokens has cut off is content: it is no call."""

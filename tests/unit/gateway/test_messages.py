@@ -175,6 +175,8 @@ def test_forced_calls_are_read_from_json() -> None:
     many = MessageFormat(tools=TOOLS, forced="many")
     assert read(many, list(text)) == read(many, [text]) == ("", "", wanted)
     assert read(many, [text[:20]]) == (text[1:20], "", [])
+    deep = '{"name":"weather","parameters":' + "[" * 5000 + "]" * 5000 + "}"
+    assert read(many, [f"[{deep}]"]) == (deep, "", [])
     single = MessageFormat(tools=TOOLS, forced="many", max_calls=1)
     assert read(single, [text])[2] == wanted[:1]
 

@@ -187,6 +187,10 @@ def test_models_and_tokenizer(client: openai.OpenAI, web: httpx2.Client, tokeniz
     )
     tokens = tokenizer.encode("A list", add_special_tokens=False)
     assert web.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "A list"}
+    about = web.get("/tokenizer_info").json()
+    assert (about["eos_token"], about["bos_token"]) == (tokenizer.eos_token, tokenizer.bos_token)
+    assert about["chat_template"] == tokenizer.chat_template
+    assert str(DEMO) not in json.dumps(about)
     assert web.get("/health").status_code == 200
     assert web.get("/version").json() == {"version": planetserve.__version__}
 

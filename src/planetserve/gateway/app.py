@@ -204,6 +204,12 @@ def _add_tokenizer(app: FastAPI, models: Models) -> None:
             token_strs=strings,
         )
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """The settings of the first model's tokenizer."""
+        service, _ = models.find(None)
+        return service.texts.about()
+
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         """The text of some tokens."""

@@ -147,6 +147,20 @@ class Texts:
         """The text of some tokens."""
         return self.decoder.decode(list(tokens), skip_special_tokens=skip_special_tokens)
 
+    def about(self) -> dict[str, Any]:
+        """The tokenizer's settings, as far as they are plain values, and its chat template."""
+        settings = {
+            name: value
+            for name, value in self._tokenizer.init_kwargs.items()
+            if isinstance(value, str | int | float) and not name.endswith(("_file", "_path"))
+        }
+        return {
+            **settings,
+            **self._tokenizer.special_tokens_map,
+            "tokenizer_class": type(self._tokenizer).__name__,
+            "chat_template": self.chat_template,
+        }
+
     def token_strings(self, tokens: Sequence[int]) -> list[str]:
         """Each token as the vocabulary writes it."""
         return [self.decoder.id_to_token(token) or "" for token in tokens]

@@ -79,7 +79,7 @@ class ApiKey:
         """
         now_s = self._clock()
         if self._max_texts is not None and self._num_texts + num_texts > self._max_texts:
-            raise self._full(f"{self._max_texts:g} texts at once", _FULL_RETRY_S)
+            raise self._full(f"more than {self._max_texts:g} texts at once", _FULL_RETRY_S)
         if self._tokens is not None and (wait_s := self._tokens.wait_s(1, now_s)):
             raise self._full("more tokens per minute", wait_s)
         if self._requests is not None:

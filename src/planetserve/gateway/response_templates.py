@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.utils.chat_parsing.response_templates import (
 
 from planetserve.errors import ConfigError
 
+_SPACE = {r"\s*": r"\s{0,8}", r"\s+": r"\s{1,8}"}
 _THINK = {"open": "<think>", "close": "</think>", "content": "text"}
 _FUNCTION = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 _CHATML = {"start_anchor": "<|im_start|>assistant\n"}
@@ -86,7 +88,7 @@ _FAMILIES: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
             },
             "tool_calls": {
                 "open_pattern": r"(?:<\|start\|>assistant)?(?:<\|channel\|>commentary )?"
-                                r" ?to=functions\.(?P<name>[\w.-]+)[^{]*?<\|message\|>",
+                                r" ?to=functions\.(?P<name>[\w.-]+)[^{]{0,64}?<\|message\|>",
                 "close": ["<|call|>", "<|end|>"],
                 "repeats": True,
                 "content": "json",
@@ -163,7 +165,8 @@ class ResponseTemplates:
 
     def __init__(self, template: Mapping[str, Any]):
         try:
-            self.with_tools: ResponseTemplate = load_response_template(copy.deepcopy(template))
+            template = _bounded(copy.deepcopy(dict(template)))
+            self.with_tools: ResponseTemplate = load_response_template(template)
             fields = {
                 name: field for name, field in template["fields"].items() if name != "tool_calls"
             }
@@ -184,6 +187,16 @@ class ResponseTemplates:
     def needs(self, special_token: str) -> bool:
         """Whether parts are told apart by this special token."""
         return special_token in self._written
+
+
+def _bounded(value: Any, is_pattern: bool = False) -> Any:
+    """A template whose patterns take little white space at once. The time of a search for `\\s*`
+    grows with the square of a run of it, and a model may be made to write long ones."""
+    if isinstance(value, dict):
+        return {key: _bounded(one, str(key).endswith("pattern")) for key, one in value.items()}
+    if isinstance(value, str) and is_pattern:
+        return re.sub(r"\\s[*+]", lambda found: _SPACE[found[0]], value)
+    return value
 
 
 def find_response_template(

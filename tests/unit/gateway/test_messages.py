@@ -192,6 +192,18 @@ def test_reasoning_is_known_while_it_goes_on() -> None:
     assert not reader.is_reasoning
 
 
+@pytest.mark.parametrize("marks", ["<tool_call>", "<tool_call> <function= <parameter="])
+def test_long_white_space_takes_no_time_to_speak_of(marks: str) -> None:
+    """With unbounded patterns this would take minutes."""
+    form = MessageFormat(template=templates(marks).with_tools, prompt=CHATML, tools=TOOLS)
+    space = " " * 200_000
+    assert read(form, [f"a{space}b"]) == (f"a{space}b", "", [])
+    if "<function=" in marks:
+        call = f"<tool_call><function=weather><parameter=city>a{space}b</parameter></function>"
+        (found,) = read(form, [call + "</tool_call>"])[2]
+        assert found == ("weather", {"city": f"a{space}b"})
+
+
 def test_a_tokenizer_s_own_template_comes_before_its_family_s(tmp_path: Path) -> None:
     own = {"start_anchor": ">", "fields": {"reasoning": {"open": "(", "close": ")"}, "content": {}}}
     tokenizer = SimpleNamespace(response_template=own)

@@ -4,7 +4,7 @@
     python benchmarks/crypto_cost.py --quick    two short rounds
 
 A random float32 Llama of 150 million parameters on three servers on loopback, each a process with
-one thread. Rounds take turns: edges sealed as always, and plain edges (`crypto/plain.py`, which no
+one thread. Rounds take turns: edges sealed as always, and plain edges (`plain_edges.py`, which no
 setting of the product leads to), in the same processes. Two ways to the same number:
 
 - *whole*: the difference of the two kinds of rounds. It is a small difference of large numbers,
@@ -36,16 +36,15 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import plain_edges
 import torch
 from common import cpu_seconds, environment, load, median, percentile, table, write_result
+from plain_edges import KINDS
 from processes import children, make_checkpoint, prepare, start_bootstrap, start_servers
 from switchable_server import FOLDER_VARIABLE
 
 from planetserve import AutoDistributedModelForCausalLM
-from planetserve.client.ring.ring_ends import RingEnds
 from planetserve.client.session import InferenceSession
-from planetserve.crypto.channel import EdgeOpener, EdgeSealer
-from planetserve.crypto.plain import PlainOpener, PlainSealer
 from planetserve.crypto.secrets import new_edge_secret
 from planetserve.demo import Child
 from planetserve.tensors import tensor_bytes, tensor_from_payload
@@ -65,7 +64,6 @@ SHAPE = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-KINDS = {"sealed": (EdgeSealer, EdgeOpener), "plain": (PlainSealer, PlainOpener)}
 
 
 @dataclass
@@ -103,7 +101,7 @@ class Swarm:
             for server in self.servers:
                 server.process.send_signal(signal.SIGUSR1)
         self.kind = kind
-        RingEnds.sealer_type, RingEnds.opener_type = KINDS[kind]
+        plain_edges.use(kind)
         self.passes_s()  # whoever has written has switched before
 
     def passes_s(self) -> list[list[float]]:

@@ -76,28 +76,28 @@ def note_client(stamps: Stamps) -> None:
     """Stamp what a client does."""
     from planetserve.client.hf.batched_lm_head import BatchedLmHead
     from planetserve.client.ring.ring import RingSession
-    from planetserve.client.ring.ring_ends import RingEnds
     from planetserve.client.session import InferenceSession
+    from planetserve.edge.receiver import StepReceiver
     from planetserve.swarm.libp2p.streams import FrameStream
 
     note(stamps, InferenceSession, "run", before="asked", after="told")
     note(stamps, RingSession, "step", before="on loop")
     note(stamps, FrameStream, "send", after="sent", only=is_step)
-    note(stamps, RingEnds, "open", before="answered")
+    note(stamps, StepReceiver, "open", before="answered")
     note(stamps, BatchedLmHead, "__call__", before="head", after="logits")
 
 
 def note_server(stamps: Stamps) -> None:
     """Stamp what a server does."""
     from planetserve.crypto.channel import EdgeSealer
+    from planetserve.edge.receiver import StepReceiver
     from planetserve.engine.engine import Engine
     from planetserve.engine.span_runner import SpanRunner
     from planetserve.engine.worker import Worker
     from planetserve.server.downstream import Downstream
-    from planetserve.server.upstream import Upstream
     from planetserve.swarm.libp2p.streams import FrameStream
 
-    note(stamps, Upstream, "_open", before="received")
+    note(stamps, StepReceiver, "open", before="received")
     note(stamps, Engine, "submit", before="opened")
     note(stamps, Worker, "_wait_for_work", before="waits", after="goes on")
     note(stamps, Worker, "accept", before="awake")

@@ -14,16 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import plain_edges
+
 from planetserve import cli, run_server
-from planetserve.crypto.channel import EdgeOpener, EdgeSealer
-from planetserve.crypto.plain import PlainOpener, PlainSealer
 
 FOLDER_VARIABLE = "PLANETSERVE_BENCH_FOLDER"
 
 
 def main() -> None:
     from planetserve.engine.span_runner import SpanRunner
-    from planetserve.server.session import ServerSession
 
     folder = Path(os.environ[FOLDER_VARIABLE])
     passes_s: list[float] = []
@@ -35,10 +34,12 @@ def main() -> None:
         passes_s.append(time.perf_counter() - started_s)
         return output
 
+    kind = "sealed"
+
     def switch(*_: object) -> None:
-        is_plain = ServerSession.sealer_type is PlainSealer
-        ServerSession.sealer_type = EdgeSealer if is_plain else PlainSealer
-        ServerSession.opener_type = EdgeOpener if is_plain else PlainOpener
+        nonlocal kind
+        kind = "plain" if kind == "sealed" else "sealed"
+        plain_edges.use(kind)
 
     def write(*_: object) -> None:
         part = folder / f"{os.getpid()}.part"

@@ -37,11 +37,13 @@ ALLOWED: dict[str, set[str]] = {
     "native": BASE,
     "model": BASE | {"native"},
     "engine": BASE | {"scheduler", "wire", "model", "native", "tensors", "history"},
+    "edge": BASE | {"wire", "crypto", "tensors", "history"},
     "swarm": BASE | {"wire", "crypto"},
     # 3: roles
-    "server": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "history", "model",
-                      "engine", "swarm"},
-    "client": BASE | {"wire", "crypto", "routing", "tensors", "history", "model", "swarm"},
+    "server": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "history", "edge",
+                      "model", "engine", "swarm"},
+    "client": BASE | {"wire", "crypto", "routing", "tensors", "history", "edge", "model",
+                      "swarm"},
     "gateway": BASE | {"wire", "model", "client"},
     # 4: commands
     "cli": BASE,
@@ -51,8 +53,8 @@ ALLOWED: dict[str, set[str]] = {
     "demo": BASE | {"cli", "client", "model"},
     "plan": BASE | {"cli", "client", "model", "routing"},
     "simulation": BASE | {"cli", "routing", "scheduler"},
-    "testing": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "model", "engine",
-                       "swarm", "server", "client"},
+    "testing": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "edge", "model",
+                       "engine", "swarm", "server", "client"},
 }  # fmt: skip
 
 HEAVY = {
@@ -60,6 +62,7 @@ HEAVY = {
     "torch": {
         "tensors",
         "history",
+        "edge",
         "native",
         "model",
         "engine",
@@ -104,9 +107,6 @@ LARGE_CLASSES = {
     "client.planning.server_discovery.ServerDiscovery": "settings and the latest view",
     "client.ring.hop_connection.HopConnection": "a hop's streams, keys and what it has reported",
     "engine.worker.Worker": "whatever the engine thread owns",
-    "server.downstream.Downstream": "the next hop, its stream and what it may be sent again",
-    "server.session.ServerSession": "a session's parts and what they share",
-    "server.upstream.Upstream": "the previous hop, its stream and what may arrive on it",
 }
 """Classes with more than `MAX_ATTRIBUTES`, and why they are not split."""
 

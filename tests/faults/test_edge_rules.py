@@ -14,7 +14,7 @@ import pytest_asyncio
 import torch
 from hostile import MeetServer, Opened, error_on, until
 
-from planetserve.crypto.secrets import DEAL_BYTES
+from planetserve.crypto.secrets import EDGE_KEYS_BYTES
 from planetserve.errors import (
     CacheExhausted,
     DecryptionFailed,
@@ -327,7 +327,7 @@ async def test_a_frame_that_does_not_belong_here(
 ) -> None:
     session = await (await meet()).open()
     await session.step(2)
-    payload = os.urandom(DEAL_BYTES) if kind is FrameType.EDGE_KEYS else b"{}"
+    payload = os.urandom(EDGE_KEYS_BYTES) if kind is FrameType.EDGE_KEYS else b"{}"
     await session.send(FrameHeader(kind, session=session.session_id), payload)
     error = await session.error()
     assert isinstance(error, DecryptionFailed | RemoteProtocolError)
@@ -341,7 +341,7 @@ async def test_a_step_before_the_deal(server: Server, meet: MeetServer, bystande
     await check_others(server, bystander)
 
 
-@pytest.mark.parametrize("size", [0, 15, DEAL_BYTES, DEAL_BYTES + 1])
+@pytest.mark.parametrize("size", [0, 15, EDGE_KEYS_BYTES, EDGE_KEYS_BYTES + 1])
 async def test_a_forged_deal(
     server: Server, meet: MeetServer, bystander: Opened, size: int
 ) -> None:

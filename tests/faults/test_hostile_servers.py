@@ -17,6 +17,7 @@ from fault_swarm import FaultSwarm, Held, Host, Moment
 from faulted_texts import GREEDY, Material
 
 from planetserve.client.ring.hop_connection import LEAST_CHUNK_TOKENS, MAX_UNREAD
+from planetserve.edge.chunk import StepChunk
 from planetserve.errors import (
     CapacityError,
     ConfigError,
@@ -31,7 +32,6 @@ from planetserve.errors import (
     SessionError,
 )
 from planetserve.server.downstream import Downstream
-from planetserve.server.replay_buffer import SentChunk
 from planetserve.server.session import ServerSession
 from planetserve.swarm.libp2p.streams import FrameStream
 from planetserve.types import PeerId
@@ -82,7 +82,7 @@ def test_a_flood_between_two_texts(
         async def flood() -> None:
             with contextlib.suppress(PlanetServeError):
                 for _ in range(NUM_FRAMES):
-                    await session._control.send(*frame)
+                    await session._reports.stream.send(*frame)
 
         async def begin() -> None:
             swarm.spawn(flood())
@@ -224,28 +224,28 @@ def test_a_server_that_ends_a_session_ends_no_text(
     assert swarm.leaked() == Held.nothing()
 
 
-def later_step(header: FrameHeader) -> FrameHeader:
-    return dataclasses.replace(header, step=header.step + 9)
+def later_step(chunk: StepChunk) -> StepChunk:
+    return dataclasses.replace(chunk, step=chunk.step + 9)
 
 
-def next_step(header: FrameHeader) -> FrameHeader:
-    return dataclasses.replace(header, step=header.step + 1)
+def next_step(chunk: StepChunk) -> StepChunk:
+    return dataclasses.replace(chunk, step=chunk.step + 1)
 
 
-def all_tokens(header: FrameHeader) -> FrameHeader:
-    return dataclasses.replace(header, flags=header.flags & ~FLAG_KEEP_LAST)
+def all_tokens(chunk: StepChunk) -> StepChunk:
+    return dataclasses.replace(chunk, flags=chunk.flags & ~FLAG_KEEP_LAST)
 
 
-def last_tokens(header: FrameHeader) -> FrameHeader:
-    return dataclasses.replace(header, flags=header.flags | FLAG_KEEP_LAST)
+def last_tokens(chunk: StepChunk) -> StepChunk:
+    return dataclasses.replace(chunk, flags=chunk.flags | FLAG_KEEP_LAST)
 
 
-def as_replay(header: FrameHeader) -> FrameHeader:
-    return dataclasses.replace(header, flags=header.flags | FLAG_REPLAY)
+def as_replay(chunk: StepChunk) -> StepChunk:
+    return dataclasses.replace(chunk, flags=chunk.flags | FLAG_REPLAY)
 
 
-def one_chunk_more(header: FrameHeader) -> FrameHeader:
-    return dataclasses.replace(header, num_chunks=header.num_chunks + 1)
+def one_chunk_more(chunk: StepChunk) -> StepChunk:
+    return dataclasses.replace(chunk, num_chunks=chunk.num_chunks + 1)
 
 
 ALTERED = (later_step, next_step, all_tokens, last_tokens, as_replay, one_chunk_more)
@@ -257,7 +257,7 @@ def test_what_a_hop_alters_is_not_held_against_those_who_pass_it_on(
     repaired_swarm: FaultSwarm,
     material: Material,
     monkeypatch: pytest.MonkeyPatch,
-    alter: Callable[[FrameHeader], FrameHeader],
+    alter: Callable[[StepChunk], StepChunk],
     first_step: int,
 ) -> None:
     """A first hop changes what the last one repeats, in frames that are well sealed. The text goes
@@ -267,9 +267,9 @@ def test_what_a_hop_alters_is_not_held_against_those_who_pass_it_on(
     liar, *others = (host.server.node for host in swarm.hosts)
     send = Downstream._send
 
-    async def alter_and_send(downstream: Downstream, target: FrameStream, chunk: SentChunk) -> None:
-        if downstream._dials._node is liar and chunk.header.step >= first_step:
-            chunk = dataclasses.replace(chunk, header=alter(chunk.header))
+    async def alter_and_send(downstream: Downstream, target: FrameStream, chunk: StepChunk) -> None:
+        if downstream._dials._node is liar and chunk.step >= first_step:
+            chunk = alter(chunk)
         await send(downstream, target, chunk)
 
     monkeypatch.setattr(Downstream, "_send", alter_and_send)

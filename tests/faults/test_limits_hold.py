@@ -308,11 +308,11 @@ async def test_a_journal_keeps_no_more_than_the_lease(server: Server, meet: Meet
     session = await greedy.open(max_length=64, next=greedy.nowhere())
     table, hidden_TD = session.numbers_for(64)
     await session.send(*session.sealed(table, hidden_TD, num_chunks=65535))
-    await until(lambda: server.handler.journal_bytes == hidden_TD.nbytes)
+    await until(lambda: server.handler.replay_bytes == hidden_TD.nbytes)
     await session.send(*session.sealed(table, hidden_TD, chunk=1, num_chunks=65535))
     assert isinstance(await session.error(), RemoteProtocolError)
     await until(lambda: not server.handler.num_sessions)
-    assert server.handler.journal_bytes == 0
+    assert server.handler.replay_bytes == 0
 
 
 async def send_steps(session: Opened, num_tokens: int, count: int) -> None:

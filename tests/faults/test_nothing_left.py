@@ -213,7 +213,7 @@ async def test_sessions_broken_off_anywhere(
     descriptors, tasks = await held()
     await round_of(STAGES, SESSIONS_PER_STAGE)
     assert server.handler.queued_bytes == 0
-    assert server.handler.journal_bytes == 0
+    assert server.handler.replay_bytes == 0
     stats = server.engine.stats()
     assert (stats.pages_leased, stats.num_sessions) == (0, 0)
     await until(lambda: server.engine.stats().pages_used == 0)

@@ -38,7 +38,7 @@ async def send(session: Opened, message: bytes, dealt_with: bytes | None = None)
     sealed = message if dealt_with is None else dealt_with
     blob = seal_edge_keys(
         session.channel,
-        session.channel.dealt_epoch + 1,
+        session.channel.keys_epoch + 1,
         new_edge_secret(),
         new_edge_secret(),
         sealed,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from planetserve.client.ring.ring import RingSession
-from planetserve.client.ring.ring_ends import RingStep
+from planetserve.client.ring.ring_step import RingStep
 from planetserve.engine.config import EngineConfig
 from planetserve.scheduler.scheduler import Scheduler
 from planetserve.testing import virtual_time

@@ -56,7 +56,7 @@ MOVED = {
     "scheduler.sequence": "scheduler.kv_row",
     "server.counters": "server.refusal_log",
     "server.gate": "server.backpressure",
-    "server.journal": "server.replay_buffer",
+    "server.journal": "edge.replay_buffer",
     "server.outlet": "server.downstream",
     "swarm.averages": "swarm.ewma",
     "swarm.buckets": "swarm.rate_limit",

@@ -54,15 +54,7 @@ class Sealer(Protocol):
 
     def seal(
         self, header: FrameHeader, parts: Sequence[Buffer], now_s: float
-    ) -> tuple[FrameHeader, Buffer | Sequence[Buffer]]: ...
-
-    def erase(self) -> None: ...
-
-
-class Opener(Protocol):
-    """What a receiver of frames needs of its end of an edge; see `EdgeOpener`."""
-
-    def open(self, header: FrameHeader, payload: bytearray) -> bytearray: ...
+    ) -> tuple[FrameHeader, bytes]: ...
 
     def erase(self) -> None: ...
 
@@ -71,7 +63,7 @@ class EdgeSealer:
     """The sending end.
 
     Args:
-        edge_secret: `SECRET_BYTES` dealt for this edge and epoch; not kept.
+        edge_secret: `SECRET_BYTES` of this edge and epoch; not kept.
         session_id, edge, epoch, direction: what every sealed header must say.
         now_s: monotonic time, from which the key's age counts.
 
@@ -139,7 +131,7 @@ class EdgeSealer:
 class EdgeOpener:
     """The receiving end; the arguments are those of `EdgeSealer`.
 
-    Frames of an earlier epoch may still be under way after a new one was dealt: the caller drops
+    Frames of an earlier epoch may still be under way after a new one has begun: the caller drops
     those by their header before they come here.
     """
 

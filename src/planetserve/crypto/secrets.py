@@ -37,10 +37,10 @@ KEY_BYTES = 32
 SALT_BYTES = 4
 
 _CHANNEL_INFO = b"planetserve/1 channel"
-_DEAL_CONTEXT = b"planetserve/1 deal"
-_DEAL = struct.Struct(">I32s32s")
-DEAL_BYTES = _DEAL.size + TAG_BYTES
-"""Length of a sealed deal."""
+_EDGE_KEYS_LABEL = b"planetserve/1 deal"
+_EDGE_KEYS = struct.Struct(">I32s32s")
+EDGE_KEYS_BYTES = _EDGE_KEYS.size + TAG_BYTES
+"""Length of sealed edge keys."""
 
 
 def new_edge_secret() -> bytearray:
@@ -71,8 +71,8 @@ class ChannelSecret:
         self._outgoing = _Cipher(secret, sends)
         self._incoming = _Cipher(secret, Direction(1 - sends))
         wipe(secret)
-        self.dealt_epoch = -1
-        """The latest epoch that was dealt through this end; deals only go up."""
+        self.keys_epoch = -1
+        """The epoch of the latest edge keys that passed through this end; it only goes up."""
 
     def seal(self, plaintext: bytes | bytearray, context: bytes) -> bytes:
         """The next message to the other end, `TAG_BYTES` longer than `plaintext`.
@@ -114,24 +114,24 @@ def seal_edge_keys(
 ) -> bytes:
     """What the client sends to a hop: the secrets of its two edges from `epoch` on.
 
-    `rewire` is the payload of the REWIRE frame that the deal belongs to, if any; the deal opens
-    only together with it.
+    `rewire` is the payload of the REWIRE frame that the keys belong to, if any; they open only
+    together with it.
 
     Raises:
-        LocalProtocolError: a secret of another length, an epoch that is not later than the last
-            one dealt, or a channel that has been erased.
+        LocalProtocolError: a secret of another length, an epoch that is not later than that
+            of the last ones, or a channel that has been erased.
     """
     if len(inbound_secret) != SECRET_BYTES or len(outbound_secret) != SECRET_BYTES:
         raise LocalProtocolError(f"an edge secret has {SECRET_BYTES} bytes")
-    if not channel.dealt_epoch < epoch < 1 << 32:
-        raise LocalProtocolError(f"epoch {epoch} cannot follow epoch {channel.dealt_epoch}")
-    plaintext = bytearray(_DEAL.size)
-    _DEAL.pack_into(plaintext, 0, epoch, inbound_secret, outbound_secret)
+    if not channel.keys_epoch < epoch < 1 << 32:
+        raise LocalProtocolError(f"epoch {epoch} cannot follow epoch {channel.keys_epoch}")
+    plaintext = bytearray(_EDGE_KEYS.size)
+    _EDGE_KEYS.pack_into(plaintext, 0, epoch, inbound_secret, outbound_secret)
     try:
         blob = channel.seal(plaintext, _edge_keys_context(rewire))
     finally:
         wipe(plaintext)
-    channel.dealt_epoch = epoch
+    channel.keys_epoch = epoch
     return blob
 
 
@@ -140,29 +140,29 @@ def open_edge_keys(
     blob: bytes | bytearray | memoryview,
     rewire: bytes | bytearray | memoryview = b"",
 ) -> tuple[int, bytearray, bytearray]:
-    """The epoch of a deal, and the secrets of the edges that enter and leave this hop.
+    """The epoch of edge keys, and the secrets of the edges that enter and leave this hop.
 
     The caller makes its openers and sealers of them and wipes them. `rewire` is the payload of the
     REWIRE frame that came before it, if any.
 
     Raises:
-        DecryptionFailed: forged, replayed, out of order, not later than the last deal, or of
-            another REWIRE. The channel is erased.
+        DecryptionFailed: forged, replayed, out of order, not later than the last ones, or
+            of another REWIRE. The channel is erased.
     """
     plaintext = channel.open(blob, _edge_keys_context(rewire))
     try:
         epoch = int.from_bytes(plaintext[:4], "big")
-        if len(plaintext) != _DEAL.size or epoch <= channel.dealt_epoch:
+        if len(plaintext) != _EDGE_KEYS.size or epoch <= channel.keys_epoch:
             channel.erase()
             raise decryption_failed()
-        channel.dealt_epoch = epoch
+        channel.keys_epoch = epoch
         return epoch, plaintext[4 : 4 + SECRET_BYTES], plaintext[4 + SECRET_BYTES :]
     finally:
         wipe(plaintext)
 
 
 def _edge_keys_context(rewire: bytes | bytearray | memoryview) -> bytes:
-    return _DEAL_CONTEXT + hashlib.sha256(rewire).digest() if rewire else _DEAL_CONTEXT
+    return _EDGE_KEYS_LABEL + hashlib.sha256(rewire).digest() if rewire else _EDGE_KEYS_LABEL
 
 
 class _Cipher:

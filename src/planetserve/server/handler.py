@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from planetserve.clock import Clock, SystemClock
 from planetserve.crypto.handshake import answer_open
+from planetserve.edge.replay_buffer import ReplayBytes
 from planetserve.engine.engine import Engine
 from planetserve.errors import (
     CacheExhausted,
@@ -29,8 +30,8 @@ from planetserve.server.backpressure import StepBackpressure
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
 from planetserve.server.next_hop_dials import Dials
 from planetserve.server.refusal_log import RefusalLog
-from planetserve.server.replay_buffer import ReplayBytes
-from planetserve.server.session import ServerSession, Shared, check_neighbours
+from planetserve.server.session import ServerSession, Shared
+from planetserve.server.session_control import check_neighbours
 from planetserve.swarm.network import Network, Stream
 from planetserve.types import CLIENT, BlockSpan, PeerId
 from planetserve.wire import protocols
@@ -70,8 +71,6 @@ class ServedModel:
 class SessionHandler:
     """Accepts sessions for `model` on `node` and runs them on `engine`."""
 
-    session_type: type[ServerSession] = ServerSession
-
     def __init__(
         self,
         node: Network,
@@ -87,8 +86,9 @@ class SessionHandler:
         clock = clock or SystemClock()
         self._admission = Admission(limits, clock)
         self._gate = StepBackpressure(QueuedBytes(limits))
-        self._journals = ReplayBytes()
-        self._shared = Shared(engine, self._gate, Dials(node, limits, clock), self._journals)
+        self._replay_bytes = ReplayBytes()
+        self.shared = Shared(engine, self._gate, Dials(node, limits, clock), self._replay_bytes)
+        """What every session gets that is opened from now on."""
         self._refusals = RefusalLog(clock)
         self._sessions: dict[SessionKey, ServerSession] = {}
         # Pushes whose OPEN is still on its way, by session and the peer that pushes: a stranger
@@ -113,9 +113,9 @@ class SessionHandler:
         return self._gate.queued.total
 
     @property
-    def journal_bytes(self) -> int:
+    def replay_bytes(self) -> int:
         """Bytes of what was passed on, kept for hops that may have to be replaced."""
-        return self._journals.total
+        return self._replay_bytes.total
 
     @property
     def num_sessions(self) -> int:
@@ -244,7 +244,7 @@ class SessionHandler:
             from_text(message.offer),
         )
         held.callback(channel.erase)
-        session = self.session_type(self._shared, header.session, message, stream, channel)
+        session = ServerSession(self.shared, header.session, message, stream, channel)
         try:
             self._lease(session, stream.remote)
         except CacheExhausted as refusal:

@@ -6,17 +6,18 @@ the keys of the edge; the others are what anybody does who writes the bytes of i
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from typing_extensions import override
 
-from planetserve.crypto.channel import Sealer
+from planetserve.crypto.channel import EdgeSealer, Sealer
+from planetserve.edge.sender import StepSender
 from planetserve.errors import PlanetServeError, error_from_code
-from planetserve.server.session import ServerSession
 from planetserve.swarm.network import Buffer
 from planetserve.types import PeerId
 from planetserve.wire.frame import FLAG_KEEP_LAST, FrameHeader, FrameType
@@ -152,7 +153,7 @@ class LyingSealer:
 
     def seal(
         self, header: FrameHeader, parts: Sequence[Buffer], now_s: float
-    ) -> tuple[FrameHeader, Buffer | Sequence[Buffer]]:
+    ) -> tuple[FrameHeader, bytes]:
         liar = self._liar()
         if liar is not None:
             header, parts = liar.before_sealing(header, parts)
@@ -162,14 +163,13 @@ class LyingSealer:
         self._sealer.erase()
 
 
-class LyingSession(ServerSession):
-    """A session of a server that may lie."""
+def new_lying_sender(liar: Callable[[], Liar | None]) -> Callable[..., StepSender]:
+    """What makes the senders of a server that may lie; `liar` as for `LyingSealer`."""
 
-    @override
-    def _new_sealer(self, secret: bytearray, edge: int, epoch: int) -> Sealer:
-        sealer = super()._new_sealer(secret, edge, epoch)
-        stream = self._control
-        return LyingSealer(sealer, lambda: getattr(stream, "liar", None))
+    def new_sealer(*args: Any) -> Sealer:
+        return LyingSealer(EdgeSealer(*args), liar)
+
+    return functools.partial(StepSender, new_sealer=new_sealer)
 
 
 def _altered(part: Buffer, rng: random.Random, value: float) -> bytes:

@@ -231,11 +231,6 @@ class MemoryStream:
     def closed(self) -> bool:
         return self._is_closed or self._is_broken
 
-    @property
-    def liar(self) -> Liar | None:
-        """The lie of the server at this end, if it tells one."""
-        return self._node.liar
-
     async def send(self, header: FrameHeader, payload: Buffer | Sequence[Buffer] = b"") -> None:
         data = bytes(payload) if isinstance(payload, Buffer) else b"".join(map(bytes, payload))
         if header.payload_bytes != len(data):

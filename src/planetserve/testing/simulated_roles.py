@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from planetserve.server.server import Server
 from planetserve.swarm.libp2p.node import NodeConfig
 from planetserve.swarm.network import Network
 from planetserve.testing.integer_model import WIDTH, IntegerRunner, LoopEngine
-from planetserve.testing.lies import LyingSession
+from planetserve.testing.lies import new_lying_sender
 from planetserve.testing.memory_network import MemoryNetwork, MemoryNode
 from planetserve.testing.virtual_time import ClockError, VirtualClock
 from planetserve.types import BlockSpan
@@ -80,7 +81,9 @@ class SimulatedServer(Server):
         server = cls(config, checkpoint, node, node.machine_clock, rng)
         server.block_s = plan.block_s
         await server.begin(torch.float32, torch.device("cpu"))
-        server.handler.session_type = LyingSession
+        server.handler.shared = dataclasses.replace(
+            server.handler.shared, new_sender=new_lying_sender(lambda: node.liar)
+        )
         return server
 
     @property

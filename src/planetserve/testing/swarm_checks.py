@@ -130,7 +130,7 @@ class SwarmChecks:
         most = _MAX_TASKS_PER_SESSION * (4 + num_sessions)
         held = {
             "queued bytes": (handler.queued_bytes, server.config.max_queued_mib << 20),
-            "replay bytes": (handler.journal_bytes, 2 * stats.pages_leased * page_bytes),
+            "replay bytes": (handler.replay_bytes, 2 * stats.pages_leased * page_bytes),
             "kept input bytes": (stats.kept_input_bytes, most_leased * page_bytes),
             "pages": (stats.pages_used, runner.num_pages),
             "leased pages": (stats.pages_leased, most_leased),
@@ -165,7 +165,7 @@ class SwarmChecks:
                 "pages": stats.pages_used,
                 "leased pages": stats.pages_leased,
                 "queued bytes": handler.queued_bytes,
-                "replay bytes": handler.journal_bytes,
+                "replay bytes": handler.replay_bytes,
                 "kept input bytes": stats.kept_input_bytes,
                 "streams": sum(stream.protocol != PING for stream in server.memory_node.streams),
             }

@@ -145,7 +145,7 @@ class PushHello(Message):
 
 
 class Rewire(Message):
-    """Client -> hop: a neighbour is replaced; the secrets of the new edge follow in a deal.
+    """Client -> hop: a neighbour is replaced; the secrets of the new edge follow in EDGE_KEYS.
 
     `previous` and `next` are as in `OpenSession`, None for what stays as it is. `epoch` is that of
     the edges that change. The hop sends `next` what it has sent on its edge so far, in frames of at

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from planetserve.client.ring import hop_connection
-from planetserve.client.ring.ring_ends import RingStep
+from planetserve.client.ring.hop_connection import HopFailure
 from planetserve.client.ring.ring_feed import RingFeed
 from planetserve.client.ring.ring_spec import RingSpec
+from planetserve.client.ring.ring_step import RingStep
+from planetserve.edge.chunk import StepChunk
 from planetserve.errors import StreamClosed
 from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY
 from planetserve.wire.step import MAX_CHUNKS_IN_FLIGHT, RowSlice, StepTable
@@ -31,10 +33,16 @@ def hops_get_chunks_as_small_as_they_wish(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class Sent:
-    """The client's ends of a ring of two hops, which only take note of what is sent."""
+    """A ring of hops with the client's sender and the first hop's stream, which only take note of
+    what is sent."""
 
     def __init__(self, *max_chunk_tokens: int):
-        self.links = [SimpleNamespace(max_chunk_tokens=tokens) for tokens in max_chunk_tokens]
+        self.links = [
+            SimpleNamespace(
+                max_chunk_tokens=tokens, stream=self, peer_id="hop", ended=asyncio.Event()
+            )
+            for tokens in max_chunk_tokens
+        ]
         self.inbox: asyncio.Queue[Any] = asyncio.Queue()
         self.chunks: list[tuple[int, int, int, list[float]]] = []
         """Step, chunk, flags and the first number of each token."""
@@ -43,20 +51,18 @@ class Sent:
         self.may_send.set()
         self.feed = RingFeed(SPEC, self, self, self.inbox)  # type: ignore[arg-type]
 
-    async def send(
-        self, first: object, table: StepTable, hidden_TD: torch.Tensor, *, step: int, chunk: int,
-        num_chunks: int, flags: int,
-    ) -> None:  # fmt: skip
+    def seal(self, chunk: StepChunk, _now_s: float) -> tuple[StepChunk, bytes]:
+        return chunk, b""
+
+    async def send(self, chunk: StepChunk, _payload: bytes) -> None:
         await self.may_send.wait()
-        assert first is self.links[0]
-        assert len(hidden_TD) == table.num_tokens
+        assert len(chunk.hidden_TD) == chunk.table.num_tokens
         if self.error is not None:
             raise self.error
-        self.chunks.append((step, chunk, flags, hidden_TD[:, 0].tolist()))
+        self.chunks.append((chunk.step, chunk.chunk, chunk.flags, chunk.hidden_TD[:, 0].tolist()))
 
     def step(self, number: int, num_tokens: int, *, keep_last: bool = False) -> RingStep:
-        table, hidden_TD = piece(0, num_tokens)
-        return RingStep(number, self.feed.cut(table), hidden_TD, keep_last)
+        return self.feed.new_step(number, *piece(0, num_tokens), keep_last=keep_last)
 
 
 def piece(start: int, num_tokens: int) -> tuple[StepTable, torch.Tensor]:
@@ -155,6 +161,6 @@ async def test_failures_of_what_is_sent_meanwhile_reach_the_inbox() -> None:
     sent.error = StreamClosed("gone")
     await sent.feed.send(sent.step(1, 3))
     await settle()
-    assert sent.inbox.get_nowait() == (sent.links[0], sent.error)
+    assert await sent.inbox.get() == HopFailure(sent.links[0], sent.error)
     with pytest.raises(StreamClosed):
         await sent.feed.send(sent.step(2, 1))

@@ -236,7 +236,7 @@ async def test_hops_that_are_put_in_while_a_ring_is_closed_are_let_go(
             opening.set()
             await may_open.wait()
 
-        async def deal(self, *_: object) -> None:
+        async def send_edge_keys(self, *_: object) -> None:
             pass
 
         async def close(self) -> None:
@@ -244,7 +244,7 @@ async def test_hops_that_are_put_in_while_a_ring_is_closed_are_let_go(
 
     monkeypatch.setattr(hop_setup, "HopConnection", SlowLink)
     nobody: Any = None
-    hops = HopSetup(nobody, nobody, bytes(16), asyncio.Queue(), nobody)
+    hops = HopSetup(nobody, nobody, bytes(16), asyncio.Queue(), nobody, nobody)
     splice = asyncio.create_task(hops.splice(0, 0, [HOP], {"a": server("a")}, 0))
     await opening.wait()
     await hops.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ import session_vectors as vectors
 from hypothesis import given
 from hypothesis import strategies as st
 
-import planetserve
 from planetserve.crypto.channel import (
     MAX_AGE_S,
     MAX_BYTES,
@@ -20,11 +18,7 @@ from planetserve.crypto.channel import (
     MAX_PLAINTEXT_BYTES,
     EdgeOpener,
     EdgeSealer,
-    Opener,
-    Sealer,
 )
-from planetserve.crypto.plain import PlainOpener, PlainSealer
-from planetserve.crypto.secrets import TAG_BYTES
 from planetserve.errors import (
     Blame,
     DecryptionFailed,
@@ -327,59 +321,6 @@ def test_what_names_no_edge_is_our_own_error(arguments: tuple[Any, ...]) -> None
         EdgeSealer(*arguments, Direction.FORWARD, 0.0)
     with pytest.raises(LocalProtocolError):
         EdgeOpener(*arguments, Direction.FORWARD)
-
-
-def plain() -> tuple[PlainSealer, PlainOpener]:
-    return (
-        PlainSealer(SECRET, SESSION, EDGE, 0, Direction.FORWARD, 0.0),
-        PlainOpener(SECRET, SESSION, EDGE, 0, Direction.FORWARD),
-    )
-
-
-def test_plain_edges_have_the_interface_of_real_ones() -> None:
-    ends: list[tuple[Sealer, Opener]] = [plain(), (sealer(), opener())]
-    for end, other in ends:
-        for sequence in range(3):
-            header, payload = end.seal(HEADER, [PLAINTEXT[:16], PLAINTEXT[16:]], 0.0)
-            body = payload if isinstance(payload, bytes) else b"".join(payload)
-            assert (header.sequence, header.payload_bytes) == (sequence, len(body))
-            assert other.open(header, bytearray(body)) == PLAINTEXT
-        end.erase()
-        other.erase()
-        with pytest.raises(DecryptionFailed):
-            other.open(changed(header, sequence=3), bytearray(body))
-
-
-@pytest.mark.parametrize("name", ["session", "edge", "direction", "epoch", "sequence"])
-def test_plain_edges_keep_the_order_of_frames(name: str) -> None:
-    end, other = plain()
-    header, _ = end.seal(HEADER, [PLAINTEXT], 0.0)
-    with pytest.raises(DecryptionFailed):
-        other.open(changed(header, **{name: OTHER_VALUES[name]}), bytearray(PLAINTEXT))
-    with pytest.raises(DecryptionFailed):
-        other.open(header, bytearray(PLAINTEXT))
-    if name != "sequence":
-        with pytest.raises(LocalProtocolError):
-            end.seal(changed(HEADER, **{name: OTHER_VALUES[name]}), [PLAINTEXT], 0.0)
-
-
-def test_a_real_opener_takes_no_plain_frame_and_a_plain_one_no_real_frame() -> None:
-    header, _ = plain()[0].seal(HEADER, [PLAINTEXT], 0.0)
-    check_refused(opener(), header, PLAINTEXT)
-    sealed_header, payload = sealer().seal(HEADER, [PLAINTEXT], 0.0)
-    assert len(payload) == len(PLAINTEXT) + TAG_BYTES
-    assert bytes(plain()[1].open(sealed_header, bytearray(payload))) != PLAINTEXT
-
-
-def test_nothing_in_the_product_can_turn_encryption_off() -> None:
-    source = Path(planetserve.__file__).parent
-    names = ("crypto.plain", "PlainSealer", "PlainOpener", "import plain")
-    users = [
-        path.name
-        for path in source.rglob("*.py")
-        if path.name != "plain.py" and any(name in path.read_text() for name in names)
-    ]
-    assert users == []
 
 
 def test_the_keep_last_flag_is_authenticated() -> None:

@@ -15,7 +15,7 @@ from planetserve.crypto import handshake as handshake_module
 from planetserve.crypto.handshake import PUBLIC_KEY_BYTES, ClientHandshake, answer_open
 from planetserve.crypto.identity import Identity
 from planetserve.crypto.secrets import (
-    DEAL_BYTES,
+    EDGE_KEYS_BYTES,
     SECRET_BYTES,
     ChannelSecret,
     new_edge_secret,
@@ -266,7 +266,7 @@ def test_deals_go_on_through_the_epochs() -> None:
     for epoch in (0, 1, 2, 7, 2**32 - 1):
         inbound, outbound = new_edge_secret(), new_edge_secret()
         blob = seal_edge_keys(client, epoch, inbound, outbound)
-        assert len(blob) == DEAL_BYTES
+        assert len(blob) == EDGE_KEYS_BYTES
         assert open_edge_keys(hop, memoryview(bytearray(blob))) == (epoch, inbound, outbound)
 
 
@@ -290,7 +290,7 @@ def test_a_deal_that_is_not_the_next_closes_the_channel(order: tuple[int, ...]) 
             open_edge_keys(hop, blob)
 
 
-@pytest.mark.parametrize("at", range(DEAL_BYTES))
+@pytest.mark.parametrize("at", range(EDGE_KEYS_BYTES))
 def test_any_changed_byte_of_a_deal_closes_the_channel(at: int) -> None:
     client, hop = channels()
     good = seal_edge_keys(client, 0, INBOUND, OUTBOUND)
@@ -313,7 +313,7 @@ def test_any_other_bytes_are_no_deal(blob: bytes) -> None:
 def test_a_message_that_is_no_deal_is_refused_even_from_the_client() -> None:
     client, hop = channels()
     with pytest.raises(DecryptionFailed):
-        open_edge_keys(hop, client.seal(bytes(DEAL_BYTES - 16), b"planetserve/1 receipt"))
+        open_edge_keys(hop, client.seal(bytes(EDGE_KEYS_BYTES - 16), b"planetserve/1 receipt"))
     client, hop = channels()
     with pytest.raises(DecryptionFailed):
         open_edge_keys(hop, client.seal(b"short", b"planetserve/1 deal"))
@@ -325,7 +325,7 @@ def test_the_client_cannot_deal_backwards_and_the_hop_would_not_take_it() -> Non
     for epoch in (-1, 0, 3, 2**32):
         with pytest.raises(LocalProtocolError, match="cannot follow"):
             seal_edge_keys(client, epoch, INBOUND, OUTBOUND)
-    client.dealt_epoch = -1
+    client.keys_epoch = -1
     with pytest.raises(DecryptionFailed):
         open_edge_keys(hop, seal_edge_keys(client, 3, INBOUND, OUTBOUND))
     with pytest.raises(DecryptionFailed):

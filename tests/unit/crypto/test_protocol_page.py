@@ -76,4 +76,4 @@ def test_the_limits_are_those_of_the_code() -> None:
     )
     assert f"at most {extensible.MAX_UNKNOWN_FIELDS} fields that its reader does not know" in PAGE
     assert PAGE.startswith(f"# The session protocol, version {PROTOCOL_VERSION}\n")
-    assert f"sealed deal, {secrets.DEAL_BYTES} bytes" in PAGE
+    assert f"sealed edge keys, {secrets.EDGE_KEYS_BYTES} bytes" in PAGE

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from planetserve.client.ring.ring_spec import RingSpec
@@ -40,9 +41,26 @@ from planetserve.wire.messages import (
 from planetserve.wire.protocols import SESSION_PROTOCOL
 
 T = TypeVar("T")
-Inbox = asyncio.Queue[
-    tuple["HopConnection", FrameHeader, bytearray] | tuple["HopConnection", PlanetServeError]
-]
+
+
+@dataclass(slots=True)
+class StepFrame:
+    """A STEP frame that a hop has sent."""
+
+    link: HopConnection
+    header: FrameHeader
+    payload: bytearray
+
+
+@dataclass(slots=True)
+class HopFailure:
+    """What a hop has failed with, or says that its neighbour has."""
+
+    link: HopConnection
+    error: PlanetServeError
+
+
+Inbox = asyncio.Queue[StepFrame | HopFailure]
 
 _CLOSE_TIMEOUT_S = 1.0
 _NOTICES = (FrameType.LEAVING, FrameType.REWIRED, FrameType.STATUS)
@@ -181,7 +199,7 @@ class HopConnection:
         self._note_edges(previous, following)
         self._reader = asyncio.create_task(self._read(stream))
 
-    async def deal(
+    async def send_edge_keys(
         self, epoch: int, inbound: bytearray, outbound: bytearray, rewire: bytes = b""
     ) -> None:
         """Give the hop the secrets of its two edges.
@@ -209,7 +227,7 @@ class HopConnection:
             self.epoch_out = message.epoch
         payload = message.encode()
         await self._send(FrameType.REWIRE, payload)
-        await self.deal(message.epoch, inbound, outbound, payload)
+        await self.send_edge_keys(message.epoch, inbound, outbound, payload)
         await self._answered(self._rewired, timeout_s)
 
     async def progress(self, timeout_s: float) -> Progress:
@@ -273,7 +291,7 @@ class HopConnection:
                 match header.type:
                     case FrameType.STEP:
                         await self._unread.acquire()
-                        self._inbox.put_nowait((self, header, payload))
+                        self._inbox.put_nowait(StepFrame(self, header, payload))
                     case FrameType.LEAVING:
                         self.is_leaving = True
                     case FrameType.NEXT_HOP_LOST:
@@ -294,7 +312,7 @@ class HopConnection:
                 error.peer_id = self.peer_id
             self.lost, self.lost_s = error, asyncio.get_running_loop().time()
             self.ended.set()
-            self._inbox.put_nowait((self, error))
+            self._inbox.put_nowait(HopFailure(self, error))
 
     def _count_notice(self, kind: FrameType) -> None:
         self._num_unasked += kind in _NOTICES
@@ -305,7 +323,7 @@ class HopConnection:
         accused = decode(ErrorReply, payload).blamed_peer
         error = EdgeStalled("a server cannot reach the next one")
         error.edge, error.epoch = (self.peer_id, accused), header.epoch
-        self._inbox.put_nowait((self, error))
+        self._inbox.put_nowait(HopFailure(self, error))
 
     def _reported(self, payload: bytearray) -> PeerReportedError:
         """What the hop reports, as its words.

@@ -1,7 +1,7 @@
 """The hops of one ring in their order, and how new ones take the place of others.
 
 `splice` opens the new hops, tells the two beside them whom they have to do with from now on, and
-deals a fresh secret for every edge that changes. Which hops have to go and who comes instead is for
+sends a fresh secret for every edge that changes. Which hops have to go and who comes instead is for
 `ring.py` to say, and so is what the new ones lack.
 """
 
@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from planetserve.client.ring.hop_connection import HopConnection, Inbox, chunk_tokens
-from planetserve.client.ring.ring_ends import RingEnds
 from planetserve.client.ring.ring_spec import RingSpec
 from planetserve.crypto.secrets import new_edge_secret, wipe
+from planetserve.edge.receiver import StepReceiver
+from planetserve.edge.sender import StepSender
 from planetserve.errors import NoChainAvailable, PlanetServeError, SessionClosed
 from planetserve.swarm.network import Network
 from planetserve.types import CLIENT, Hop, PeerId, ServerInfo
@@ -30,11 +31,18 @@ class HopSetup:
         spec: what the session asks of every hop.
         session_id: names the session.
         inbox: where what the hops say goes.
-        ends: the client's two ends of the ring, which get the secrets of their edges.
+        sender: the client's end of the edge to the first hop, which gets its secrets.
+        receiver: the client's end of the edge from the last hop.
     """
 
     def __init__(
-        self, node: Network, spec: RingSpec, session_id: bytes, inbox: Inbox, ends: RingEnds
+        self,
+        node: Network,
+        spec: RingSpec,
+        session_id: bytes,
+        inbox: Inbox,
+        sender: StepSender,
+        receiver: StepReceiver,
     ):
         self.links: list[HopConnection] = []
         """Hops that are in the ring now, the first one first."""
@@ -42,7 +50,8 @@ class HopSetup:
         self._spec = spec
         self._session_id = session_id
         self._inbox = inbox
-        self._ends = ends
+        self._sender = sender
+        self._receiver = receiver
         self._edge = -1
         self._epoch = -1
         self._retired: set[asyncio.Task[None]] = set()
@@ -86,7 +95,7 @@ class HopSetup:
         after = self.links[stop] if stop < len(self.links) else None
         try:
             await self._open_links(links, before, after, secrets, first_step)
-            await self._deal(links, before, secrets, first_step)
+            await self._send_edge_keys(links, before, secrets, first_step)
             if self._closed:
                 raise SessionClosed("the session was closed while hops were put in")
         except BaseException:
@@ -95,9 +104,12 @@ class HopSetup:
             raise
         else:
             if before is None:
-                self._ends.start_sending(secrets[0], links[0].edge, self._epoch)
+                hop, now_s = links[0].hop, asyncio.get_running_loop().time()
+                self._sender.start(
+                    secrets[0], links[0].edge, self._epoch, (hop.start, hop.end), now_s
+                )
             if after is None:
-                self._ends.start_receiving(secrets[-1], self._epoch)
+                self._receiver.start(secrets[-1], self._epoch)
         finally:
             wipe(*secrets)
         self.links[first:stop] = links
@@ -145,7 +157,7 @@ class HopSetup:
             jobs.append(self._rewire(after, message, secrets[-1], new_edge_secret()))
         await _all(jobs)
 
-    async def _deal(
+    async def _send_edge_keys(
         self,
         links: Sequence[HopConnection],
         before: HopConnection | None,
@@ -154,7 +166,7 @@ class HopSetup:
     ) -> None:
         """Give the new hops their keys, and the one before them its new neighbour."""
         jobs = [
-            link.deal(self._epoch, secrets[index], secrets[index + 1])
+            link.send_edge_keys(self._epoch, secrets[index], secrets[index + 1])
             for index, link in enumerate(links)
         ]
         if before is not None:

@@ -1,9 +1,9 @@
 """One session on a chain of hops: sends to the first, takes answers from the last, mends the rest.
 
 Frames go client -> hop 1 -> ... -> hop n -> client; the streams to the hops in between carry only
-what opens, deals, rewires and ends. When hops are lost, `mend` puts others in their place: those
-that are left keep their KV cache, the hop before the gap (or the client) sends the new ones what
-they lack, and the step under way goes on. Which hops those are is the caller's to say (`condemn`),
+edge keys and what opens, rewires and ends. When hops are lost, `mend` puts others in their place:
+those that are left keep their KV cache, the hop before the gap (or the client) sends the new ones
+what they lack, and the step under way goes on. Which hops those are is the caller's to say (`condemn`),
 and so is who takes their place. How others take it is in `hop_setup.py`, what is sent when in
 `ring_feed.py`. Runs on the event loop.
 """
@@ -16,12 +16,14 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
 import torch
 
-from planetserve.client.ring.hop_connection import HopConnection, Inbox
+from planetserve.client.ring.hop_connection import HopConnection, HopFailure, Inbox, StepFrame
 from planetserve.client.ring.hop_setup import HopSetup
-from planetserve.client.ring.ring_ends import RingEnds, RingStep
 from planetserve.client.ring.ring_feed import RingFeed
 from planetserve.client.ring.ring_spec import Gap, RingSpec
+from planetserve.client.ring.ring_step import RingStep
 from planetserve.client.ring.stall_detector import StallDetector
+from planetserve.edge.receiver import StepReceiver
+from planetserve.edge.sender import StepSender
 from planetserve.errors import (
     EdgeStalled,
     HandshakeFailed,
@@ -35,7 +37,7 @@ from planetserve.history import History
 from planetserve.routing.migration import new_hops
 from planetserve.swarm.network import Network
 from planetserve.types import CLIENT, Chain, Hop, PeerId, ServerInfo
-from planetserve.wire.frame import FrameHeader
+from planetserve.wire.frame import ANSWER_EDGE
 from planetserve.wire.step import HopLoad, StepTable
 
 _MENDABLE = (TransportError, PeerReportedError, HandshakeFailed)
@@ -55,9 +57,14 @@ class RingSession:
         self._spec = spec
         self._inbox: Inbox = asyncio.Queue()
         self._stall_detector = StallDetector(node, spec)
-        self._ends = RingEnds(self.session_id, spec)
-        self._hops = HopSetup(node, spec, self.session_id, self._inbox, self._ends)
-        self._feed = RingFeed(spec, self._hops, self._ends, self._inbox)
+        self._sender = StepSender(self.session_id, spec.dtype)
+        self._receiver = StepReceiver(
+            self.session_id, ANSWER_EDGE, spec.hidden_size, spec.dtype, num_rows=spec.num_rows
+        )
+        self._hops = HopSetup(
+            node, spec, self.session_id, self._inbox, self._sender, self._receiver
+        )
+        self._feed = RingFeed(spec, self._hops, self._sender, self._inbox)
         self._condemned: set[HopConnection] = set()
         self._number = 0
         self._step: RingStep | None = None
@@ -121,9 +128,7 @@ class RingSession:
             PlanetServeError: a hop failed. Either `condemn` takes the error, and after `mend` the
                 step goes on with `resume`, or the ring must be closed.
         """
-        tables = self._feed.cut(table)
-        hidden_TD = hidden_TD.to(self._spec.dtype)
-        self._step = step = RingStep(self._number, tables, hidden_TD, keep_last)
+        self._step = step = self._feed.new_step(self._number, table, hidden_TD, keep_last=keep_last)
         await self._feed.send(step)
         return await self.resume()
 
@@ -138,13 +143,15 @@ class RingSession:
             raise RuntimeError("no step is under way")
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._spec.step_timeout_s
-        while step.num_answered < len(step.tables):
-            header, payload = await self._next_answer(deadline_s)
-            answer = self._ends.open(step, header, payload, self._hops.links[-1].peer_id)
-            if answer is not None:
-                chunk_TD, loads = answer
-                self._note_loads(loads)
-                step.take(chunk_TD)
+        while step.num_answered < len(step.chunks):
+            frame = await self._next_answer(deadline_s)
+            last = self._hops.links[-1].peer_id
+            # Which step an answer belongs to and how many tokens it has is what came to the last
+            # hop, and that is any hop's fault.
+            chunk = self._receiver.open(frame.header, frame.payload, step, last)
+            if chunk is not None:
+                step.take(chunk.hidden_TD)
+                self._note_loads(chunk.loads)
                 deadline_s = loop.time() + self._spec.step_timeout_s
         self._step = None
         self._number += 1
@@ -228,7 +235,8 @@ class RingSession:
         """Tell every hop that the session is over and release the streams. Never raises."""
         await self._feed.stop()
         await self._hops.close()
-        self._ends.erase()
+        self._sender.erase()
+        self._receiver.erase()
 
     async def _splice(
         self,
@@ -258,7 +266,7 @@ class RingSession:
         # Numbered now: the answer may be here already, and the next step begin before this is sent.
         self._feed.send_again(replay, self._step, replayed_step=self._number - 1)
 
-    async def _next_answer(self, deadline_s: float) -> tuple[FrameHeader, bytearray]:
+    async def _next_answer(self, deadline_s: float) -> StepFrame:
         """The next STEP frame of the last hop.
 
         Raises:
@@ -274,21 +282,26 @@ class RingSession:
                     item = await self._inbox.get()
             except TimeoutError:
                 item = await self._stall_detector.watch(
-                    self._inbox.get(), self._hops.links, self._ends.frames
+                    self._inbox.get(), self._hops.links, self._my_frames
                 )
-            link = item[0]
+            link = item.link
             link.took()
             if link not in self._hops.links:
                 continue  # late news of a hop that has been replaced
-            if len(item) == 2:
-                if isinstance(item[1], EdgeStalled) and item[1].epoch not in (None, link.epoch_out):
+            if isinstance(item, HopFailure):
+                error = item.error
+                if isinstance(error, EdgeStalled) and error.epoch not in (None, link.epoch_out):
                     continue  # about a neighbour that it no longer has
-                raise await self._judged(link, item[1])
+                raise await self._judged(link, error)
             if link is not self._hops.links[-1]:
-                error = RemoteProtocolError("a hop in the middle of the ring sent a step frame")
-                error.peer_id = link.peer_id
-                raise error
-            return item[1], item[2]
+                wrong = RemoteProtocolError("a hop in the middle of the ring sent a step frame")
+                wrong.peer_id = link.peer_id
+                raise wrong
+            return item
+
+    def _my_frames(self) -> tuple[int, int]:
+        """Frames sent and received, each since its edge has its present keys."""
+        return self._sender.frames_sent, self._receiver.frames_received
 
     async def _judged(self, link: HopConnection, error: PlanetServeError) -> PlanetServeError:
         """What a hop reported, as far as it is to be believed."""

@@ -1,40 +1,51 @@
 """What goes into a ring: steps in chunks, behind what a first hop lacks that is new.
 
-One chunk of one step is for `ring_ends.py` to seal; here is which of them go when. What takes long
-is sent by a task of its own, since its answers come meanwhile.
+`edge/sender.py` seals each chunk; here is which of them go when. What takes long is sent by a task
+of its own, since its answers come meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import torch
 
-from planetserve.client.ring.hop_connection import Inbox, chunk_tokens
+from planetserve.client.ring.hop_connection import HopFailure, Inbox, chunk_tokens
 from planetserve.client.ring.hop_setup import HopSetup
-from planetserve.client.ring.ring_ends import RingEnds, RingStep
 from planetserve.client.ring.ring_spec import RingSpec
-from planetserve.errors import PlanetServeError
+from planetserve.client.ring.ring_step import RingStep
+from planetserve.edge.chunk import StepChunk, split_step
+from planetserve.edge.sender import StepSender
+from planetserve.errors import PlanetServeError, StreamClosed
 from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY
-from planetserve.wire.step import MAX_CHUNKS_IN_FLIGHT, StepTable, max_frame_tokens
+from planetserve.wire.step import MAX_CHUNKS_IN_FLIGHT, StepTable
 
 _SMALL_FRAME_BYTES = 64 * 1024
 """The daemon takes a frame below this at once, so sending it needs no task."""
+_LAST_WORDS_TIMEOUT_S = 0.2
 
 
 class RingFeed:
     """Sends to whoever is the first of `hops`; failures of its task go to the inbox."""
 
-    def __init__(self, spec: RingSpec, hops: HopSetup, ends: RingEnds, inbox: Inbox):
+    def __init__(self, spec: RingSpec, hops: HopSetup, sender: StepSender, inbox: Inbox):
         self._spec = spec
         self._hops = hops
-        self._ends = ends
+        self._sender = sender
         self._inbox = inbox
         self._sending: asyncio.Task[None] | None = None
 
-    def cut(self, table: StepTable) -> tuple[StepTable, ...]:
-        """The chunks of a step, none of them longer than every hop takes."""
-        return table.split(self._max_chunk_tokens())
+    def new_step(
+        self, number: int, table: StepTable, hidden_TD: torch.Tensor, *, keep_last: bool
+    ) -> RingStep:
+        """A step in chunks none of which is longer than every hop takes."""
+        hidden_TD = hidden_TD.to(self._spec.dtype)
+        flags = FLAG_KEEP_LAST if keep_last else 0
+        chunks = split_step(
+            table, hidden_TD, chunk_tokens(self._hops.links), step=number, flags=flags
+        )
+        return RingStep(number, chunks, hidden_TD, keep_last)
 
     async def send(self, step: RingStep) -> None:
         """Send a step if it is small, or else begin to, behind what is under way.
@@ -42,9 +53,9 @@ class RingFeed:
         Raises:
             StreamClosed: the first hop has gone without saying why; `peer_id` names it.
         """
-        is_small = len(step.tables) == 1 and step.hidden_TD.nbytes < _SMALL_FRAME_BYTES
+        is_small = len(step.chunks) == 1 and step.hidden_TD.nbytes < _SMALL_FRAME_BYTES
         if is_small and (self._sending is None or self._sending.done()):
-            await self._send_chunk(step, 0)
+            await self._send_chunk(step.chunks[0])
         else:
             self._sending = asyncio.create_task(self._send_after(self._sending, step))
 
@@ -68,10 +79,6 @@ class RingFeed:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
-    def _max_chunk_tokens(self) -> int:
-        by_bytes = max_frame_tokens(self._spec.hidden_size * self._spec.dtype.itemsize)
-        return max(1, min(by_bytes, chunk_tokens(self._hops.links)))
-
     async def _send_after(self, earlier: asyncio.Task[None] | None, step: RingStep) -> None:
         if earlier is not None:
             await asyncio.wait([earlier])
@@ -87,42 +94,35 @@ class RingFeed:
         first = self._hops.links[0]
         try:
             if replay is not None:
-                await self._send_replay(*replay, replayed_step)
+                table, hidden_TD = replay
+                max_tokens = chunk_tokens(self._hops.links)
+                for chunk in split_step(
+                    table,
+                    hidden_TD.to(self._spec.dtype),
+                    max_tokens,
+                    step=replayed_step,
+                    flags=FLAG_REPLAY,
+                ):
+                    await self._send_chunk(chunk)
             if step is not None:
-                for chunk in range(len(step.tables)):
-                    while chunk - step.num_answered >= MAX_CHUNKS_IN_FLIGHT:
+                for chunk in step.chunks:
+                    while chunk.chunk - step.num_answered >= MAX_CHUNKS_IN_FLIGHT:
                         step.room.clear()
                         await step.room.wait()
-                    await self._send_chunk(step, chunk)
+                    await self._send_chunk(chunk)
         except PlanetServeError as error:
-            self._inbox.put_nowait((first, error))
+            self._inbox.put_nowait(HopFailure(first, error))
 
-    async def _send_replay(self, table: StepTable, hidden_TD: torch.Tensor, step: int) -> None:
-        hidden_TD = hidden_TD.to(self._spec.dtype)
-        tables = self.cut(table)
-        offset = 0
-        for chunk, piece in enumerate(tables):
-            part_TD = hidden_TD[offset : offset + piece.num_tokens]
-            await self._ends.send(
-                self._hops.links[0],
-                piece,
-                part_TD,
-                step=step,
-                chunk=chunk,
-                num_chunks=len(tables),
-                flags=FLAG_REPLAY,
-            )
-            offset += piece.num_tokens
-
-    async def _send_chunk(self, step: RingStep, chunk: int) -> None:
-        offset = sum(piece.num_tokens for piece in step.tables[:chunk])
-        table = step.tables[chunk]
-        await self._ends.send(
-            self._hops.links[0],
-            table,
-            step.hidden_TD[offset : offset + table.num_tokens],
-            step=step.number,
-            chunk=chunk,
-            num_chunks=len(step.tables),
-            flags=FLAG_KEEP_LAST if step.keep_last else 0,
-        )
+    async def _send_chunk(self, chunk: StepChunk) -> None:
+        first = self._hops.links[0]
+        frame = self._sender.seal(chunk, asyncio.get_running_loop().time())
+        try:
+            await first.stream.send(*frame)
+        except StreamClosed as error:
+            # What the hop said before it closed the stream tells more: it goes to the inbox.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
+                    await first.ended.wait()
+                    return
+            error.peer_id = first.peer_id
+            raise

@@ -2,7 +2,7 @@
 
 The client counts its steps and cuts each into chunks. A hop that lies about a number, a flag or a
 chunk would otherwise have whoever comes after it answer wrongly; here the next hop refuses it. The
-client applies the same rules to what comes back to it (`client/ring/ring_ends.py`).
+client knows exactly which answer is due (`client/ring/ring_step.py`).
 """
 
 from __future__ import annotations

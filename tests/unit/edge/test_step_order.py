@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from planetserve.edge.step_order import StepOrder
 from planetserve.errors import RemoteProtocolError
-from planetserve.server.step_order import StepOrder
 from planetserve.wire.frame import FLAG_KEEP_LAST, FLAG_REPLAY, FrameHeader, FrameType
 from planetserve.wire.step import RowSlice, StepTable
 

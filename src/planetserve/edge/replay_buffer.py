@@ -10,28 +10,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
-
+from planetserve.edge.chunk import StepChunk, split_step
 from planetserve.errors import RemoteProtocolError
 from planetserve.history import History
 from planetserve.types import PeerId
-from planetserve.wire.frame import FrameHeader
-from planetserve.wire.step import StepTable
-
-
-@dataclass(frozen=True, slots=True)
-class SentChunk:
-    """One frame that was passed on: the header it came with, and what left."""
-
-    header: FrameHeader
-    table: StepTable
-    hidden_TD: torch.Tensor
+from planetserve.wire.frame import FLAG_REPLAY
 
 
 class ReplayBytes:
-    """Bytes in the journals of a server's sessions, by the peer that opened them."""
+    """Bytes in the replay buffers of a server's sessions, by the peer that opened them."""
 
     def __init__(self) -> None:
         self.per_peer: Counter[PeerId] = Counter()
@@ -44,7 +32,7 @@ class ReplayBytes:
 
     @property
     def total(self) -> int:
-        """Bytes in all journals."""
+        """Bytes in all replay buffers."""
         return self.per_peer.total()
 
 
@@ -62,7 +50,7 @@ class ReplayBuffer:
         self, num_rows: int, peer: PeerId, counted: ReplayBytes, max_tokens: Callable[[], int]
     ):
         self._settled = History(num_rows)
-        self._recent: list[SentChunk] = []
+        self._recent: list[StepChunk] = []
         self._num_recent_tokens = 0
         self._peer = peer
         self._counted = counted
@@ -74,28 +62,28 @@ class ReplayBuffer:
         """Bytes of hidden states that are kept; those that rows share count for each of them."""
         return self._num_bytes
 
-    def add(self, chunk: SentChunk) -> None:
+    def add(self, chunk: StepChunk) -> None:
         """Record a frame; the frames of a step before it are taken for answered.
 
         Raises:
             RemoteProtocolError: a step of more tokens than the session has leased.
         """
-        if self._recent and self._recent[-1].header.step != chunk.header.step:
-            self.settle(chunk.header.step)
+        if self._recent and self._recent[-1].step != chunk.step:
+            self.settle(chunk.step)
         num_tokens = self._num_recent_tokens + len(chunk.hidden_TD)
         if num_tokens > self._max_tokens():
             raise RemoteProtocolError("a step of more tokens than the session has leased")
         hidden_TD = chunk.hidden_TD
         if hidden_TD.untyped_storage().nbytes() > 2 * hidden_TD.nbytes:
             # A row of a batch would keep the whole batch in memory.
-            chunk = SentChunk(chunk.header, chunk.table, hidden_TD.clone())
+            chunk = chunk.with_hidden(hidden_TD.clone())
         self._recent.append(chunk)
         self._num_recent_tokens = num_tokens
         self._count(hidden_TD.shape[1] * hidden_TD.itemsize)
 
     def settle(self, first_step: int) -> None:
         """Steps before `first_step` are answered: only what they left in the rows counts."""
-        settled = [chunk for chunk in self._recent if chunk.header.step < first_step]
+        settled = [chunk for chunk in self._recent if chunk.step < first_step]
         if not settled:
             return
         for chunk in settled:
@@ -114,10 +102,17 @@ class ReplayBuffer:
         before, self._num_bytes = self._num_bytes, num_tokens * token_bytes
         self._counted.add(self._peer, self._num_bytes - before)
 
-    def replay(self) -> tuple[StepTable, torch.Tensor] | None:
-        """One step that fills an empty hop with what is settled, or None if nothing is."""
-        return self._settled.replay()
+    def chunks(self, first_step: int, max_tokens: int) -> list[StepChunk]:
+        """What the next hop's replacement may lack, in order: one step that fills an empty hop with
+        all that belongs to steps before `first_step`, in chunks of at most `max_tokens` tokens, and
+        the frames of the step under way."""
+        self.settle(first_step)
+        replay = self._settled.replay()
+        if replay is None:
+            return self.recent()
+        step = max(0, first_step - 1)
+        return split_step(*replay, max_tokens, step=step, flags=FLAG_REPLAY) + self.recent()
 
-    def recent(self) -> list[SentChunk]:
+    def recent(self) -> list[StepChunk]:
         """The frames that are not settled, in order."""
         return list(self._recent)

@@ -1,16 +1,19 @@
 """Edges that protect nothing, for benchmarks that measure what protection costs.
 
 Same interface and same sequence and epoch rules as `crypto/channel.py`, but payloads travel as they
-are and nothing is authenticated. No setting, flag or message selects this module, a test checks
-that no other module imports it, and a peer that uses it cannot talk to one that does not.
+are and nothing is authenticated. The product has no such thing: `use` puts it into the running
+program, and a peer that runs it cannot talk to one that does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from planetserve.crypto.channel import Buffer
+from planetserve.crypto.channel import Buffer, EdgeOpener, EdgeSealer
 from planetserve.crypto.secrets import decryption_failed
+from planetserve.edge import receiver
+from planetserve.edge.sender import StepSender
 from planetserve.errors import LocalProtocolError
 from planetserve.wire.frame import Direction, FrameHeader
 
@@ -84,3 +87,21 @@ class PlainOpener:
     def erase(self) -> None:
         """Open nothing any more."""
         self.failed = True
+
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "sealed": (EdgeSealer, EdgeOpener),
+    "plain": (PlainSealer, PlainOpener),
+}
+_init = StepSender.__init__
+
+
+def use(kind: str) -> None:
+    """Sessions that this process opens or admits from now on have edges of this kind."""
+    new_sealer, new_opener = KINDS[kind]
+
+    def init(sender: StepSender, *args: Any) -> None:
+        _init(sender, *args, new_sealer=new_sealer)
+
+    StepSender.__init__ = init  # type: ignore[method-assign,assignment]
+    receiver.EdgeOpener = new_opener  # type: ignore[misc]

@@ -24,7 +24,7 @@ _LEAST_STEPS = 8
 """Number of decode steps on one chain before it is judged, by the median of the latest."""
 _MOVE_SHARE = 0.5
 _SETUP_ROUND_TRIPS = 4
-"""Number of round trips to connect, open, deal and rewire."""
+"""Number of round trips to connect, open, send keys and rewire."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,9 @@
 Frames go client -> hop 1 -> ... -> hop n -> client; the streams to the hops in between carry only
 edge keys and what opens, rewires and ends. When hops are lost, `mend` puts others in their place:
 those that are left keep their KV cache, the hop before the gap (or the client) sends the new ones
-what they lack, and the step under way goes on. Which hops those are is the caller's to say (`condemn`),
-and so is who takes their place. How others take it is in `hop_setup.py`, what is sent when in
-`ring_feed.py`. Runs on the event loop.
+what they lack, and the step under way goes on. The caller says which hops those are (`condemn`) and
+which servers replace them. `hop_setup.py` connects a replacement, `ring_feed.py` decides what is
+sent when. Runs on the event loop.
 """
 
 from __future__ import annotations

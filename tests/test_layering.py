@@ -78,6 +78,7 @@ HEAVY = {
     "fastapi": {"gateway"},
     "starlette": {"gateway"},
     "uvicorn": {"gateway"},
+    "llguidance": {"gateway"},
     "prometheus_client": {"gateway"},
     "matplotlib": {"plan"},
     "simpy": {"simulation"},

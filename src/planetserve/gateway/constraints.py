@@ -168,7 +168,7 @@ class Grammars:
         grammar = form.as_grammar()
         if self._guide is None:  # takes seconds for a large vocabulary; not everybody needs it
             self._guide = LLTokenizer(
-                self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_ids
+                self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_ids or None
             )
         return LLMatcher(self._guide, grammar, log_level=0)
 

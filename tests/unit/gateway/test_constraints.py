@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import planetserve
 from planetserve.gateway.constraints import Constraint, Format, Grammars
@@ -98,3 +99,19 @@ async def test_compiled_grammars_are_kept_up_to_a_number(grammars: Grammars) -> 
     for number in range(1, 17):
         await grammars.compile(Format.of_schema({"const": number}, "x"))
     assert await grammars.compile(Format.of_schema({"const": 0}, "x")) is not first
+
+
+async def test_a_model_without_an_end_of_text_has_formats_too() -> None:
+    grammars = Grammars(TOKENIZER, VOCAB, [])
+    matcher = await grammars.compile(Format("regex", "a", "x"))
+    constraint = Constraint(matcher.deep_copy())
+    constraint.take(TOKENIZER.token_to_id("a"))
+    assert constraint.is_done
+    grammars.close()
+
+
+async def test_a_tokenizer_that_cannot_be_guided_refuses_formats() -> None:
+    grammars = Grammars(Tokenizer(WordLevel({"a": 0, "b": 1})), 2, [1])
+    with pytest.raises(RequestError, match="x is not usable"):
+        await grammars.compile(Format("regex", "a", "x"))
+    grammars.close()

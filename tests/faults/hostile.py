@@ -177,7 +177,7 @@ class Stranger:
         return OpenSession.model_validate({**fields, **changes})
 
     async def open(
-        self, session_id: bytes | None = None, *, deal: bool = True, **changes: Any
+        self, session_id: bytes | None = None, *, edge_keys: bool = True, **changes: Any
     ) -> Opened:
         """Open a session; what the server refuses is raised."""
         session_id = session_id or os.urandom(16)
@@ -209,7 +209,7 @@ class Stranger:
             message.num_rows,
             channel,
         )
-        if deal:
+        if edge_keys:
             blob = seal_edge_keys(channel, epoch, inbound, outbound)
             await control.send(dataclasses.replace(header, type=FrameType.EDGE_KEYS), blob)
         return session

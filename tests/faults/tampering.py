@@ -120,7 +120,7 @@ def lost(frames: list[Frame]) -> list[Frame]:
 
 
 def of_a_later_epoch(frames: list[Frame]) -> list[Frame]:
-    """A frame of an epoch for which nobody has been dealt keys."""
+    """A frame of an epoch for which no peer has keys."""
     header, payload = frames[-1]
     return [(dataclasses.replace(header, epoch=header.epoch + 1), payload)]
 

@@ -334,18 +334,20 @@ async def test_a_frame_that_does_not_belong_here(
     await check_others(server, bystander)
 
 
-async def test_a_step_before_the_deal(server: Server, meet: MeetServer, bystander: Opened) -> None:
-    session = await (await meet()).open(deal=False)
+async def test_a_step_before_the_edge_keys(
+    server: Server, meet: MeetServer, bystander: Opened
+) -> None:
+    session = await (await meet()).open(edge_keys=False)
     await session.send(*good(session))
     assert isinstance(await session.error(), RemoteProtocolError)
     await check_others(server, bystander)
 
 
 @pytest.mark.parametrize("size", [0, 15, EDGE_KEYS_BYTES, EDGE_KEYS_BYTES + 1])
-async def test_a_forged_deal(
+async def test_forged_edge_keys(
     server: Server, meet: MeetServer, bystander: Opened, size: int
 ) -> None:
-    session = await (await meet()).open(deal=False)
+    session = await (await meet()).open(edge_keys=False)
     await session.send(
         FrameHeader(FrameType.EDGE_KEYS, session=session.session_id), os.urandom(size)
     )

@@ -49,12 +49,12 @@ def step(session_id: bytes, accused: PeerId) -> tuple[FrameHeader, bytes]:
     return FrameHeader(FrameType.STEP, session=session_id), bytes(60 * 1024)
 
 
-def parked(session_id: bytes, accused: PeerId) -> tuple[FrameHeader, bytes]:
+def complaint(session_id: bytes, accused: PeerId) -> tuple[FrameHeader, bytes]:
     payload = error_reply(PeerUnreachable("gone"), accused).encode()
     return FrameHeader(FrameType.NEXT_HOP_LOST, session=session_id), payload
 
 
-@pytest.mark.parametrize("make", [step, parked])
+@pytest.mark.parametrize("make", [step, complaint])
 @pytest.mark.parametrize("first_block", [0, 3])
 def test_a_flood_between_two_texts(
     repaired_swarm: FaultSwarm,
@@ -98,7 +98,7 @@ def test_a_flood_between_two_texts(
         second = model.generate(None, **{**GREEDY, "max_new_tokens": 6})
         assert model.chain is not None
         suspects = {host.server.node.peer_id}
-        if make is parked and first_block == 0:
+        if make is complaint and first_block == 0:
             suspects.add(accused)
         assert not suspects <= {hop.peer_id for hop in model.chain}
     assert torch.equal(torch.cat([first, second], dim=1), whole)

@@ -29,7 +29,7 @@ def engine_held_up(server: Server) -> Iterator[threading.Event]:
 
 
 async def opened_only(stranger: Stranger) -> None:
-    await stranger.open(deal=False)
+    await stranger.open(edge_keys=False)
 
 
 async def in_a_prefill(stranger: Stranger) -> None:

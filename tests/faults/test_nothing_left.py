@@ -91,22 +91,22 @@ async def a_wrong_next_hop(attempt: Attempt) -> None:
     await stream.send(header, message.replace(b'"edge":1', b'"edge":0'))
 
 
-async def no_deal(attempt: Attempt) -> None:
-    await attempt.open(deal=False, next=attempt.next)
+async def no_edge_keys(attempt: Attempt) -> None:
+    await attempt.open(edge_keys=False, next=attempt.next)
 
 
-async def a_forged_deal(attempt: Attempt) -> None:
-    session = await attempt.open(deal=False, next=attempt.next)
+async def forged_edge_keys(attempt: Attempt) -> None:
+    session = await attempt.open(edge_keys=False, next=attempt.next)
     header = FrameHeader(FrameType.EDGE_KEYS, session=session.session_id)
     await session.control.send(header, bytes(84))
 
 
-async def a_push_that_waits_for_a_deal(attempt: Attempt) -> None:
+async def a_push_that_waits_for_edge_keys(attempt: Attempt) -> None:
     """Its OPEN comes after it, and its client is gone before there are keys."""
     session_id = os.urandom(16)
     attempt.streams.append(await attempt.hop.push(session_id, of=attempt.client))
     previous = attempt.hop.node.peer_id
-    await attempt.open(session_id, deal=False, edge=1, previous=previous)
+    await attempt.open(session_id, edge_keys=False, edge=1, previous=previous)
     attempt.streams.pop().abort()  # the client's; the hop's stays open for a while
 
 
@@ -142,7 +142,7 @@ async def answers_that_nobody_reads(attempt: Attempt) -> None:
         await session.send(*session.sealed(*session.numbers_for(20), step=step))
 
 
-async def a_rewiring_without_its_deal(attempt: Attempt) -> None:
+async def a_rewiring_without_its_edge_keys(attempt: Attempt) -> None:
     session = await attempt.open(next=attempt.next)
     following = attempt.next.model_copy(update={"edge": 2})
     message = Rewire(epoch=1, previous=None, next=following, first_step=0, max_chunk_tokens=8)
@@ -152,9 +152,9 @@ async def a_rewiring_without_its_deal(attempt: Attempt) -> None:
 
 STAGES: tuple[Stage, ...] = (
     nothing_said, half_a_header, a_header_alone, an_open_and_away, a_wrong_handshake,
-    a_wrong_next_hop, no_deal, a_forged_deal, a_push_that_waits_for_a_deal,
+    a_wrong_next_hop, no_edge_keys, forged_edge_keys, a_push_that_waits_for_edge_keys,
     a_next_hop_that_never_reads, a_next_hop_that_is_not_there, half_a_frame,
-    half_a_frame_from_a_hop, answers_that_nobody_reads, a_rewiring_without_its_deal,
+    half_a_frame_from_a_hop, answers_that_nobody_reads, a_rewiring_without_its_edge_keys,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""REWIRE: only what fits the session, sealed into the deal that follows, and not without end."""
+"""REWIRE: only what fits the session, sealed into the edge keys after it, and not without end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rewire(**changes: Any) -> bytes:
 
 
 async def send(session: Opened, message: bytes, dealt_with: bytes | None = None) -> None:
-    """REWIRE and its deal, which may belong to another one."""
+    """REWIRE and its edge keys, which may belong to another one."""
     sealed = message if dealt_with is None else dealt_with
     blob = seal_edge_keys(
         session.channel,
@@ -74,7 +74,7 @@ async def test_a_rewiring_that_does_not_fit(
     await until(lambda: not server.handler.num_sessions)
 
 
-async def test_a_deal_opens_only_with_its_rewiring(server: Server, meet: MeetServer) -> None:
+async def test_edge_keys_open_only_with_its_rewiring(server: Server, meet: MeetServer) -> None:
     session = await (await meet()).open(edge=1, previous=PEER)
     other = "12D3KooWJ8iDoJ7GxGTzhbPVFMQnbSq8VjLnDpvhvPhUzkRvEQXA"
     await send(session, rewire(previous=other), dealt_with=rewire(previous=PEER))

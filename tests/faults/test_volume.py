@@ -184,7 +184,7 @@ def must_be_answered(data: bytes) -> bool:
 async def bad_frame_in_a_session(stranger: Stranger, garbage: Garbage) -> None:
     """An open session, perhaps a good step, then something else."""
     choose = garbage.random
-    session = await stranger.open(deal=choose.random() < 0.9, num_rows=choose.choice((1, 3)))
+    session = await stranger.open(edge_keys=choose.random() < 0.9, num_rows=choose.choice((1, 3)))
     table, hidden_TD = session.numbers_for(choose.choice((1, 4)))
     header, payload = session.sealed(table, hidden_TD)
     spoiled = bytearray(payload)

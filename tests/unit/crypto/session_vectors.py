@@ -45,12 +45,12 @@ EXPECTED = {
     "secret": "f8d02c961ab87f694b22412b652b3b621fa1356e012897fda5fc9a6d4e2dab7a",
     "client to hop": ("6e054136de7c83480c484fe0863b302f9b4f4a76520cbcc933244454905a8e32266d265a"),
     "hop to client": ("ae1c6a2f17eb4c1e1f8dd92889b0400de2a617ff77a9a490c2659a2825e7c019d1ecb059"),
-    "deal of epoch 0": (
+    "edge keys of epoch 0": (
         "f892fba366b6ddac43d60d7b8159781245801fa444dda55ac53c99e2a24961c2"
         "1ecafcada3add312731a1d5ad702366765fc0bf7aa0463f38dc45fedbfaaf57c"
         "8ba2db9b120175dc5ab29f420e8d96f8de91928d"
     ),
-    "deal of epoch 1": (
+    "edge keys of epoch 1": (
         "3e2c7967363bdefb7dd38d83819ee7a7bd6cd8ca0f56ebc4da9c8ae2d9d75805"
         "46fd235ac59b13f046b10eef75d700c4f30a26574b289c07064d67d615156e77"
         "dd44c3db4a74ee570d5cb9c8fdb39c1135966f6c"
@@ -134,7 +134,7 @@ def compute() -> dict[str, str]:
     to_hop = hkdf_expand(secret, b"planetserve/1 channel\x00", 36)
     to_client = hkdf_expand(secret, b"planetserve/1 channel\x01", 36)
     label = b"planetserve/1 deal"
-    deals = [
+    sealed_keys = [
         gcm_seal(to_hop, 0, struct.pack(">I", 0) + INBOUND + OUTBOUND, label),
         gcm_seal(to_hop, 1, struct.pack(">I", 1) + OUTBOUND + INBOUND, label),
     ]
@@ -155,8 +155,8 @@ def compute() -> dict[str, str]:
         "secret": secret,
         "client to hop": to_hop,
         "hop to client": to_client,
-        "deal of epoch 0": deals[0],
-        "deal of epoch 1": deals[1],
+        "edge keys of epoch 0": sealed_keys[0],
+        "edge keys of epoch 1": sealed_keys[1],
         "edge, epoch 0, forward": forward,
         "edge, epoch 0, backward": backward,
         "edge, epoch 1, forward": next_epoch,

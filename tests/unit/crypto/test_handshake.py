@@ -1,4 +1,4 @@
-"""Handshakes and deals: fixed vectors, every part of the transcript, impostors, replays."""
+"""Handshakes and sealed_keys: fixed vectors, every part of the transcript, impostors, replays."""
 
 from __future__ import annotations
 
@@ -107,13 +107,13 @@ def test_the_handshake_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (answer, signature) == (expected["answer"], expected["signature"])
     channel = client.finish(vectors.OPEN_PAYLOAD, answer, signature)
 
-    deals = (
+    sealed_keys = (
         seal_edge_keys(channel, 0, INBOUND, OUTBOUND),
         seal_edge_keys(channel, 1, OUTBOUND, INBOUND),
     )
-    assert deals == (expected["deal of epoch 0"], expected["deal of epoch 1"])
-    assert open_edge_keys(hop, deals[0]) == (0, INBOUND, OUTBOUND)
-    assert open_edge_keys(hop, deals[1]) == (1, OUTBOUND, INBOUND)
+    assert sealed_keys == (expected["edge keys of epoch 0"], expected["edge keys of epoch 1"])
+    assert open_edge_keys(hop, sealed_keys[0]) == (0, INBOUND, OUTBOUND)
+    assert open_edge_keys(hop, sealed_keys[1]) == (1, OUTBOUND, INBOUND)
     back = hop.seal(b"word", b"test")
     assert back == vectors.gcm_seal(expected["hop to client"], 0, b"word", b"test")
 
@@ -261,7 +261,7 @@ def test_numbers_out_of_range_are_our_own_error(session_id: bytes, edge: int) ->
         client.finish(PAYLOAD, client.offer, bytes(64))
 
 
-def test_deals_go_on_through_the_epochs() -> None:
+def test_edge_keys_go_on_through_the_epochs() -> None:
     client, hop = channels()
     for epoch in (0, 1, 2, 7, 2**32 - 1):
         inbound, outbound = new_edge_secret(), new_edge_secret()
@@ -270,7 +270,7 @@ def test_deals_go_on_through_the_epochs() -> None:
         assert open_edge_keys(hop, memoryview(bytearray(blob))) == (epoch, inbound, outbound)
 
 
-def test_a_deal_hides_its_secrets() -> None:
+def test_edge_keys_hide_their_secrets() -> None:
     client, _ = channels()
     blob = seal_edge_keys(client, 0, INBOUND, OUTBOUND)
     assert INBOUND[:8] not in blob
@@ -278,7 +278,7 @@ def test_a_deal_hides_its_secrets() -> None:
 
 
 @pytest.mark.parametrize("order", [(1,), (0, 0), (0, 2), (0, 1, 1), (0, 1, 0)])
-def test_a_deal_that_is_not_the_next_closes_the_channel(order: tuple[int, ...]) -> None:
+def test_edge_keys_that_are_not_the_next_close_the_channel(order: tuple[int, ...]) -> None:
     client, hop = channels()
     blobs = [seal_edge_keys(client, epoch, INBOUND, OUTBOUND) for epoch in range(3)]
     for index in order[:-1]:
@@ -291,7 +291,7 @@ def test_a_deal_that_is_not_the_next_closes_the_channel(order: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("at", range(EDGE_KEYS_BYTES))
-def test_any_changed_byte_of_a_deal_closes_the_channel(at: int) -> None:
+def test_any_changed_byte_of_edge_keys_closes_the_channel(at: int) -> None:
     client, hop = channels()
     good = seal_edge_keys(client, 0, INBOUND, OUTBOUND)
     bad = bytearray(good)
@@ -305,12 +305,12 @@ def test_any_changed_byte_of_a_deal_closes_the_channel(at: int) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_any_other_bytes_are_no_deal(blob: bytes) -> None:
+def test_any_other_bytes_are_no_edge_keys(blob: bytes) -> None:
     with pytest.raises(DecryptionFailed):
         open_edge_keys(channels()[1], blob)
 
 
-def test_a_message_that_is_no_deal_is_refused_even_from_the_client() -> None:
+def test_a_message_without_edge_keys_is_refused_even_from_the_client() -> None:
     client, hop = channels()
     with pytest.raises(DecryptionFailed):
         open_edge_keys(hop, client.seal(bytes(EDGE_KEYS_BYTES - 16), b"planetserve/1 receipt"))
@@ -319,7 +319,7 @@ def test_a_message_that_is_no_deal_is_refused_even_from_the_client() -> None:
         open_edge_keys(hop, client.seal(b"short", b"planetserve/1 deal"))
 
 
-def test_the_client_cannot_deal_backwards_and_the_hop_would_not_take_it() -> None:
+def test_the_client_cannot_send_older_edge_keys_and_the_hop_would_not_take_it() -> None:
     client, hop = channels()
     open_edge_keys(hop, seal_edge_keys(client, 3, INBOUND, OUTBOUND))
     for epoch in (-1, 0, 3, 2**32):

@@ -1,4 +1,4 @@
-"""Peers in memory: a client and hops that open a session, deal, and pass frames over bad links."""
+"""Peers in memory: a client and hops open a session, send keys and pass frames over bad links."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Hop:
         )
         return answer, signature
 
-    def on_deal(self, blob: bytes) -> None:
+    def on_edge_keys(self, blob: bytes) -> None:
         assert self.channel is not None
         self.epoch, inbound, outbound = open_edge_keys(self.channel, blob)
         self.opener = EdgeOpener(inbound, SESSION, self.edge, self.epoch, FORWARD)
@@ -94,14 +94,14 @@ class Client:
         self.hops[index] = Hop(identity, index)
         self.channels[index] = self._open(self.hops[index])
 
-    def deal(self) -> None:
+    def send_edge_keys(self) -> None:
         """Start the next epoch."""
         self.epoch += 1
         last = len(self.hops)
         secrets = [new_edge_secret() for _ in range(last + 1)]
         for hop, channel in zip(self.hops, self.channels, strict=True):
             pair = secrets[hop.edge], secrets[hop.edge + 1]
-            hop.on_deal(seal_edge_keys(channel, self.epoch, *pair))
+            hop.on_edge_keys(seal_edge_keys(channel, self.epoch, *pair))
         self.sealer = EdgeSealer(secrets[0], SESSION, 0, self.epoch, FORWARD, 0.0)
         self.opener = EdgeOpener(secrets[last], SESSION, last, self.epoch, FORWARD)
         wipe(*secrets)
@@ -118,7 +118,7 @@ class Client:
 
 def ring(num_hops: int = 3) -> Client:
     client = Client([Hop(IDENTITIES[index], index) for index in range(num_hops)])
-    client.deal()
+    client.send_edge_keys()
     return client
 
 
@@ -134,17 +134,17 @@ def test_a_replaced_hop_joins_under_the_next_epoch() -> None:
     client = ring()
     client.round_trip(0, b"before")
     client.replace(1, IDENTITIES[3])
-    client.deal()
+    client.send_edge_keys()
     assert client.epoch == 1
     assert client.round_trip(1, b"after") == b"after\x00\x01\x02"
-    client.deal()
+    client.send_edge_keys()
     assert client.round_trip(2, b"later") == b"later\x00\x01\x02"
 
 
 def test_late_frames_of_an_old_epoch_are_dropped_and_harm_nothing() -> None:
     client = ring()
     late = pack_frame(client.sealer, step(0, 0, 0), b"late frame")
-    client.deal()
+    client.send_edge_keys()
     assert client.hops[0].on_step(late) is None
     assert client.round_trip(1, b"on time") == b"on time\x00\x01\x02"
 
@@ -152,7 +152,7 @@ def test_late_frames_of_an_old_epoch_are_dropped_and_harm_nothing() -> None:
 def test_a_frame_of_an_old_epoch_does_not_pass_under_the_new_number() -> None:
     client = ring()
     late = bytearray(pack_frame(client.sealer, step(0, 0, 0), b"late frame"))
-    client.deal()
+    client.send_edge_keys()
     late[24:28] = (1).to_bytes(4, "big")
     with pytest.raises(DecryptionFailed):
         client.hops[0].on_step(bytes(late))
@@ -162,7 +162,7 @@ def test_a_hop_that_left_can_read_nothing_of_the_next_epoch() -> None:
     client = ring()
     gone = client.hops[1]
     client.replace(1, IDENTITIES[3])
-    client.deal()
+    client.send_edge_keys()
     frame = client.hops[0].on_step(pack_frame(client.sealer, step(0, 1, 0), b"secret"))
     assert frame is not None
     gone.opener = EdgeOpener(bytes(32), SESSION, 1, 1, FORWARD)
@@ -273,7 +273,7 @@ def test_what_comes_through_a_bad_link_is_a_beginning_of_what_was_sent(
 
 
 @given(st.lists(FAULTS, min_size=1, max_size=3))
-def test_deals_over_a_bad_link_arrive_in_order_or_not_at_all(faults: list[Fault]) -> None:
+def test_edge_keys_over_a_bad_link_arrive_in_order_or_not_at_all(faults: list[Fault]) -> None:
     hop = Hop(IDENTITIES[0], 0)
     client = Client([hop])
     secrets = [(bytes(new_edge_secret()), bytes(new_edge_secret())) for _ in range(4)]

@@ -115,10 +115,10 @@ class ThroughputConstraint:
             if effort > 0 and self._best_ms(rate) <= lower * (1 + _PROVABLE):
                 lower, _ = self._search(rate, limits, priced, lower, effort)
         if work.best(rate) is None:
-            dealt = assign_blocks(work.graph, limits)
-            if dealt is None:
+            assigned = assign_blocks(work.graph, limits)
+            if assigned is None:
                 return math.inf
-            self._neighbourhood.improve(dealt, limits)
+            self._neighbourhood.improve(assigned, limits)
         return lower
 
     def _priced(self, rate: float, limits: Limits, free: Priced, steps: int) -> Priced:

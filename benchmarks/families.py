@@ -63,6 +63,12 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
          "q_lora_rank": 256, "kv_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64,
          "v_head_dim": 64},
     ),
+    # Three layers of four are gated delta nets.
+    "qwen3_5": (
+        "qwen3_5_text",
+        {**_GATED, "head_dim": 64, "linear_num_key_heads": 6, "linear_num_value_heads": 12,
+         "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    ),
 }  # fmt: skip
 """Model types and configurations by name."""
 

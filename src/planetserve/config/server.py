@@ -94,7 +94,7 @@ class ServerConfig:
     page_size: int = 16
     """Number of tokens in one page of the KV cache; rounded up to what the attention backend
     needs."""
-    state_snapshots: int = 1
+    state_snapshots: int = 2
     """Number of earlier states that each sequence keeps in models with recurrent layers. Where a
     rollback (speculative decoding, a position set back) meets none, more tokens are recomputed."""
     attention_backend: str = "auto"

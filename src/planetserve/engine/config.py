@@ -35,7 +35,7 @@ class EngineConfig:
 
     attn_cache_tokens: int
     page_size: int = 16
-    state_snapshots: int = 1
+    state_snapshots: int = 2
     max_batch_tokens: int = 512
     prefill_slowdown: float = 1.7
     batch_delay_factor: float = 0.5

@@ -52,7 +52,7 @@ class SpanRunner:
         page_size: int,
         attention_backend: str = "auto",
         best: Batching = Batching.RAGGED,
-        state_snapshots: int = 1,
+        state_snapshots: int = 2,
     ):
         attention.BACKENDS.check(attention_backend)
         self.device: torch.device = next(blocks.layers[0].parameters()).device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +179,17 @@ def test_states_count_in_leases_and_announcements(span) -> None:
             engine.open_session(b"large", "peer", 2, 4 * (total - per_row) // 2)
 
     run(blocks, work, inference_max_length=2048)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "by_token"), [("jamba", True), ("qwen3_next", False)])
+def test_layers_that_begin_anew_are_given_single_tokens(
+    family: str, by_token: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(str(make_tiny_checkpoint(tmp_path, family)))
+    for part in (BlockSpan(0, 3), BlockSpan(2, 4)):
+        runner = SpanRunner(SpanBlocks.load(checkpoint, part, dtype), 64, 16)
+        assert runner.verdict.by_token == by_token
 
 
 def test_a_cache_that_holds_no_state_and_a_budget_of_none_are_refused(span) -> None:

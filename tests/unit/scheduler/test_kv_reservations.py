@@ -138,3 +138,16 @@ def test_more_is_promised_than_there_is_unless_sessions_wait():
     leases.is_short = False
     leases.open(b"c", "third", 1, 64)
     assert leases.leased_pages == 16
+
+
+def test_states_of_every_row_are_leased_with_its_tokens():
+    leases = KvReservations(20, 16, ManualClock(), state_pages=5)
+    assert leases.free_tokens == 15 * 16
+    leases.open(b"a", "peer", num_rows=2, max_length=17)
+    assert leases.leased_pages == 14
+    assert leases.leased_tokens(b"a") == 64
+    assert leases.free_tokens == 16
+    with pytest.raises(CacheExhausted):
+        leases.open(b"b", "peer", 1, 17)
+    leases.close(b"a")
+    assert leases.leased_pages == 0

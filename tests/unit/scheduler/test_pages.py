@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from planetserve.scheduler.kv_row import Sequence
+from planetserve.scheduler.kv_row import Sequence, thin
 from planetserve.scheduler.page_allocator import PageAccountingError, PageAllocator
 
 PAGE_SIZE = 4
@@ -162,3 +162,13 @@ class PagedRows(RuleBasedStateMachine):
 
 TestPagedRows = PagedRows.TestCase
 TestPagedRows.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_states_that_stay_are_spread_over_the_past():
+    states = [100]
+    for end in range(101, 400):
+        states.append(end)
+        thin(states, 4)
+        assert states[-2:] == [end - 1, end]
+    assert len(states) == 4
+    assert 100 <= states[0] < states[1] < 398 - 10

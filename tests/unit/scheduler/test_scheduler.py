@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from planetserve.errors import ConfigError, SessionError
 from planetserve.scheduler.batch import ScheduledBatch, StepRequest
+from planetserve.scheduler.kv_row import StateBudget
 from planetserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from planetserve.wire.step import RowSlice
 
@@ -265,6 +266,7 @@ class RandomServing(RuleBasedStateMachine):
         self.finished: dict[bytes, list[int]] = {}
         self.slots: dict[int, int] = {}
         self.done: dict[int, int] = {}
+        self.states: dict[int, dict[int, list[int]]] = {}
         self.next_id = 0
 
     @precondition(lambda self: len(self.sessions) < self.MAX_SESSIONS)
@@ -321,13 +323,17 @@ class RandomServing(RuleBasedStateMachine):
 
     def _tick(self) -> bool:
         batch = self.scheduler.schedule()
-        assert batch.num_tokens <= 8
         self._start_and_rewind(batch)
         self._write_and_read(batch)
+        self._keep_states(batch)
+        num_in_budget = 0
         for chunk in batch.chunks:
-            if not chunk.num_restored:
+            num_new = chunk.num_tokens - chunk.num_restored
+            num_in_budget += num_new or chunk.num_restored
+            if num_new:
                 assert self.done.get(chunk.item_id, 0) == chunk.offset
-                self.done[chunk.item_id] = chunk.offset + chunk.num_tokens
+                self.done[chunk.item_id] = chunk.offset + num_new
+        assert num_in_budget <= 8
         for item_id in self.scheduler.commit(batch):
             item = self.items[item_id]
             self.finished[item.session_id].append(item_id)
@@ -362,8 +368,9 @@ class RandomServing(RuleBasedStateMachine):
         for chunk in batch.chunks:
             expected = self._expected(chunk)
             for i, slot in enumerate(chunk.slots):
-                assert slot not in used
-                used.add(slot)
+                if i >= chunk.num_restored:
+                    assert slot not in used
+                    used.add(slot)
                 self.slots[slot] = expected[chunk.start + i]
         for chunk in batch.chunks:
             read = [
@@ -372,8 +379,28 @@ class RandomServing(RuleBasedStateMachine):
             ]
             assert read == self._expected(chunk)[: chunk.end]
 
+    def _keep_states(self, batch: ScheduledBatch) -> None:
+        """What a runner does with states: each chunk must find the one that it begins with."""
+        budget = self.OPTIONS.get("states")
+        if budget is None:
+            return
+        for sequence_id in batch.released:
+            self.states.pop(sequence_id, None)
+        for new, source in batch.forks:
+            self.states[new] = dict(self.states.get(source, {}))
+        for chunk in batch.chunks:
+            states, text = self.states.setdefault(chunk.sequence_id, {}), self._expected(chunk)
+            if chunk.start:
+                assert states[chunk.start] == text[: chunk.start]
+                assert chunk.start in chunk.kept_states
+            states[chunk.end] = text[: chunk.end]
+            assert chunk.kept_states[-1] == chunk.end
+            assert len(chunk.kept_states) <= 1 + budget.num_kept
+            for position in [p for p in states if p not in chunk.kept_states]:
+                del states[position]
+
     def _expected(self, chunk) -> list[int]:
-        if chunk.num_restored:
+        if chunk.num_restored == chunk.num_tokens:
             return self.inputs[chunk.session_id][chunk.row]
         item = self.items[chunk.item_id]
         before = 0
@@ -392,7 +419,8 @@ class RandomServing(RuleBasedStateMachine):
             for row in rows
             for token in range(row.length)
         }
-        assert self.scheduler.num_live_tokens == len(live)
+        states = sum(len(row.state_pages) for row in rows)
+        assert self.scheduler.num_live_tokens == len(live) + PAGE_SIZE * states
 
     def teardown(self):
         while self.scheduler.has_work:
@@ -403,6 +431,8 @@ class RandomServing(RuleBasedStateMachine):
             own = [i for i, item in self.items.items() if item.session_id == session_id]
             assert self.finished[session_id] == own
             self.scheduler.close(session_id)
+        self._keep_states(self.scheduler.schedule())
+        assert not self.states
         assert self.scheduler.num_used_pages == 0
         assert self.scheduler.num_queued_tokens == 0
 
@@ -442,7 +472,32 @@ class RandomPreemption(RandomServing):
         return session_id not in self.sessions or item_id in self.finished[session_id]
 
 
+STATES = StateBudget(pages=3, num_kept=2)
+
+
+class RandomStates(RandomServing):
+    """The same with layers that keep states."""
+
+    OPTIONS: ClassVar = {"num_pages": RandomServing.OPTIONS["num_pages"] + 24, "states": STATES}
+
+
+class RandomPreemptionOfStates(RandomPreemption):
+    """With states and too few pages."""
+
+    OPTIONS: ClassVar = {
+        **RandomPreemption.OPTIONS,
+        "num_pages": RandomPreemption.OPTIONS["num_pages"] + 6,
+        "states": STATES,
+    }
+
+
 TestRandomServing = RandomServing.TestCase
 TestRandomServing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestRandomPreemption = RandomPreemption.TestCase
 TestRandomPreemption.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestRandomStates = RandomStates.TestCase
+TestRandomStates.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestRandomPreemptionOfStates = RandomPreemptionOfStates.TestCase
+TestRandomPreemptionOfStates.settings = settings(
+    max_examples=100, stateful_step_count=60, deadline=None
+)

@@ -83,8 +83,9 @@ class EngineStats:
 
     Attributes:
         pages_total: pages of the KV cache.
-        pages_used: pages that hold tokens.
-        live_tokens: tokens that these pages hold; one that several rows share counts once.
+        pages_used: pages that hold tokens, or stand for states of recurrent layers.
+        live_tokens: tokens that these pages hold, as many as fit where they stand for states; one
+            that several rows share counts once.
         kv_useful_share: fraction of these pages' slots that hold a token; 1 if no page is used.
         pages_leased: pages promised to open sessions.
         free_cache_tokens: tokens that new sessions could lease.
@@ -92,7 +93,7 @@ class EngineStats:
         queued_tokens: tokens of accepted steps that have not run yet.
         sessions_waiting: sessions that have steps and no pages for them.
         preemptions: how often a session lost pages to others since the start.
-        recomputed_tokens: tokens that ran once more because of that.
+        recomputed_tokens: tokens that ran once more because of that, or after a rollback of states.
         kept_input_bytes: inputs of open sessions that are kept to compute their KV cache again.
         decode_ms_per_block: what one block adds to a decode step's time, waiting for the steps of
             other sessions included; 0 before `Engine.measure`.

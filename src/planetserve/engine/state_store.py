@@ -59,14 +59,10 @@ class LayerStates:
         return state_B
 
     def row(self, index: int) -> LayerStates:
-        """A copy of one sequence's states."""
+        """One sequence's states, in memory of their own."""
         own = LayerStates(0)
-        own.convolutions = [
-            None if x is None else x[index : index + 1].clone() for x in self.convolutions
-        ]
-        own.recurrent = [
-            None if x is None else x[index : index + 1].clone() for x in self.recurrent
-        ]
+        own.convolutions = [_row(tensor, index) for tensor in self.convolutions]
+        own.recurrent = [_row(tensor, index) for tensor in self.recurrent]
         return own
 
     @staticmethod
@@ -79,7 +75,16 @@ class LayerStates:
 
     @property
     def tensors(self) -> Iterable[torch.Tensor]:
+        """All of them."""
         return (x for x in (*self.convolutions, *self.recurrent) if x is not None)
+
+
+def _row(tensor: torch.Tensor | None, index: int) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    own = tensor[index : index + 1]
+    # A view would keep alive what other rows, or a layer's intermediate results, take.
+    return own.clone() if own.untyped_storage().nbytes() > own.nbytes else own
 
 
 def _cat(rows: Sequence[_Tensors]) -> _Tensors:
@@ -102,7 +107,7 @@ class StateStore:
     def num_bytes(self) -> int:
         """Bytes of all states; what sequences share counts once."""
         found = {
-            id(tensor): tensor.nbytes
+            tensor.data_ptr(): tensor.untyped_storage().nbytes()
             for positions in self._sequences.values()
             for layers in positions.values()
             for states in layers.values()
@@ -129,7 +134,7 @@ class StateStore:
     def write(self, layer: int, chunks: Sequence[ScheduledChunk], states: LayerStates) -> None:
         """Store a layer's states at the ends of chunks, and drop what is kept no longer."""
         for index, chunk in enumerate(chunks):
-            own = states if len(chunks) == 1 else states.row(index)
+            own = states.row(index)
             positions = self._sequences.setdefault(chunk.sequence_id, {})
             positions.setdefault(chunk.end, {})[layer] = own
             for position in [p for p in positions if p not in chunk.kept_states]:

@@ -122,7 +122,7 @@ class Scheduler:
 
     @property
     def num_recomputed_tokens(self) -> int:
-        """Tokens that ran once more because pages were lost."""
+        """Tokens that ran once more because pages, or states after them, were lost."""
         return self._num_restored_tokens + self._preemption.num_rewound_tokens
 
     @property

@@ -15,7 +15,7 @@ from planetserve.config import GatewayConfig
 from planetserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from planetserve.gateway.serving import Address
+    from planetserve.gateway.server import Address
 
 PROG = "python -m planetserve.run_gateway"
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.setup_logging(config.log_level)
 
     with cli.ended_by_interrupts():
-        from planetserve.gateway.serving import serve
+        from planetserve.gateway.server import serve
 
     def on_ready(address: Address) -> None:
         names = ", ".join(address.models)

@@ -8,7 +8,7 @@ from typing import Any
 
 from planetserve.client.event_loop_thread import EventLoopThread
 from planetserve.config import GatewayConfig
-from planetserve.gateway.serving import Address, running
+from planetserve.gateway.server import Address, running
 from planetserve.testing.swarm import LocalSwarm
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import planetserve
 from planetserve.errors import ConfigError
-from planetserve.gateway.serving import Address
+from planetserve.gateway.server import Address
 from planetserve.testing.swarm import LocalSwarm
 
 DEMO = Path(planetserve.__path__[0]) / "demo_model"

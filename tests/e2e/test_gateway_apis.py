@@ -19,7 +19,7 @@ from gateways import gateway
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from planetserve.gateway.serving import Address
+from planetserve.gateway.server import Address
 from planetserve.testing.swarm import LocalSwarm
 
 QUESTION = "What is a list?"

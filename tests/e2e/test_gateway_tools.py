@@ -12,7 +12,7 @@ import openai
 import pytest
 from gateways import gateway
 
-from planetserve.gateway.serving import Address
+from planetserve.gateway.server import Address
 from planetserve.testing.swarm import LocalSwarm
 
 HELLO = [{"role": "user", "content": "What is a list?"}]

@@ -12,7 +12,7 @@ import openai
 import pytest
 from gateways import gateway
 
-from planetserve.gateway.serving import Address
+from planetserve.gateway.server import Address
 from planetserve.testing.swarm import LocalSwarm
 
 LONG = "Tell me about lists, tuples, dictionaries, sets and strings, one after the other. " * 8

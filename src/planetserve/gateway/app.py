@@ -1,4 +1,4 @@
-"""The endpoints. What they have in common is in `responding.py`, limits in `requests.py`."""
+"""The endpoints. What they have in common is in `request_runner.py`, limits in `requests.py`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from planetserve.gateway.protocol import (
     TokenizeResponse,
     invalid_request,
 )
+from planetserve.gateway.request_runner import Responder
 from planetserve.gateway.requests import sampling_params, text_request
-from planetserve.gateway.responding import Responder
 from planetserve.gateway.responses_api import ResponsesRequest, ResponsesStyle
-from planetserve.gateway.service import Models
+from planetserve.gateway.served_models import Models
 from planetserve.gateway.text import PromptLogprobs
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """From a chat to what the text engine runs: tools, formats of answers, and how answers are read.
 
-`/v1/responses` and `/v1/messages` become a chat first (`responses.py`, `anthropic.py`).
+`/v1/responses` and `/v1/messages` become a chat first (`responses_api.py`, `anthropic_api.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from planetserve.gateway.errors import RequestError
 from planetserve.gateway.messages import MessageFormat
 from planetserve.gateway.protocol import ChatRequest, ChosenTool, SamplingRequest
 from planetserve.gateway.requests import sampling_params, text_request
-from planetserve.gateway.service import Service
+from planetserve.gateway.served_models import Service
 from planetserve.gateway.text import TextRequest
 
 _ANY_OBJECT = {"type": "object"}

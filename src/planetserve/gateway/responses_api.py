@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from planetserve.gateway.answers import Answer, Event, Usage
-from planetserve.gateway.blocks import Block, Blocks, Change
 from planetserve.gateway.errors import RequestError, body_of
+from planetserve.gateway.message_blocks import Block, Blocks, Change
 from planetserve.gateway.protocol import ChatRequest, chat_request, refuse_unsupported
 from planetserve.gateway.text import Delta
 

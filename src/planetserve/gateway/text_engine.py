@@ -1,9 +1,9 @@
 """Generates many texts at once on one event loop: the client core of the gateway.
 
 Each prompt is one session on a chain of servers (`client/session_core.py`), whose rows are its
-answers; the prompt is computed once. Between two steps of a session its rows go through `turns.py`,
-together with those of all others that have come back. A text that is cancelled closes its session
-on every hop at once.
+answers; the prompt is computed once. Between two steps of a session its rows go through
+`batch_thread.py`, together with those of all others that have come back. A text that is cancelled
+closes its session on every hop at once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from planetserve.client.planning.chain_manager import ChainManager
 from planetserve.client.session_core import SessionCore
 from planetserve.errors import QueueFull
+from planetserve.gateway.batch_thread import Turns
 from planetserve.gateway.metrics import Metrics
 from planetserve.gateway.text import (
     Failed,
@@ -29,7 +30,6 @@ from planetserve.gateway.text import (
     TextRequest,
     TextTimes,
 )
-from planetserve.gateway.turns import Turns
 from planetserve.gateway.warm_sessions import WarmSessions
 from planetserve.wire.step import RowSlice, StepTable
 

@@ -16,7 +16,7 @@ from planetserve.gateway.protocol import SamplingRequest
 from planetserve.gateway.requests import Limits
 from planetserve.gateway.response_templates import ResponseTemplates
 from planetserve.gateway.text_engine import TextEngine
-from planetserve.gateway.texts import Texts
+from planetserve.gateway.tokenizer_thread import Texts
 
 _MAX_SHOWN_CHARS = 200
 

@@ -21,8 +21,8 @@ from typing_extensions import override
 from planetserve.errors import PlanetServeError
 from planetserve.gateway.answers import Answer, Event, Style, Usage
 from planetserve.gateway.errors import RequestError
-from planetserve.gateway.guard import KEY
 from planetserve.gateway.keys import ApiKey
+from planetserve.gateway.middleware import KEY
 from planetserve.gateway.text import Delta, Failed, Output, Outputs, PromptLogprobs, TextRequest
 from planetserve.gateway.text_engine import TextEngine
 

@@ -23,17 +23,17 @@ from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.config import GatewayConfig
 from planetserve.errors import ConfigError
 from planetserve.gateway.app import create_app
+from planetserve.gateway.batch_thread import Turns
 from planetserve.gateway.client_half import ClientHalf
 from planetserve.gateway.constraints import Grammars
-from planetserve.gateway.guard import Guard
 from planetserve.gateway.keys import read_keys
 from planetserve.gateway.metrics import MetricFamilies, Metrics
+from planetserve.gateway.middleware import Guard
 from planetserve.gateway.requests import Limits, ignored_processors, sampling_defaults
 from planetserve.gateway.response_templates import ResponseTemplates
-from planetserve.gateway.service import Models, Service
+from planetserve.gateway.served_models import Models, Service
 from planetserve.gateway.text_engine import TextEngine, TextSlots
-from planetserve.gateway.texts import Texts, read_template
-from planetserve.gateway.turns import Turns
+from planetserve.gateway.tokenizer_thread import Texts, read_template
 from planetserve.gateway.warm_sessions import WarmSessions
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 

@@ -1,4 +1,4 @@
-"""Who asks: API keys with a name and limits each.
+"""API keys, each with a name and limits.
 
 Requests and tokens are limited by buckets that fill up continuously, a minute's worth at most.
 Tokens are known only afterwards: a key that has used too many waits until its bucket is positive.
@@ -24,7 +24,7 @@ _FULL_RETRY_S = 2.0
 
 
 class _Bucket:
-    """So many per minute."""
+    """A rate limit: a number of units per minute."""
 
     def __init__(self, per_minute: float, now_s: float):
         self._per_minute = self._level = per_minute

@@ -45,7 +45,7 @@ class TextRequest:
     reasoning_id: int | None = None
     """Token that begins reasoning, which may come before what the grammar binds."""
     owner: str = ""
-    """Who asks; only it may go on from what servers hold of this."""
+    """Name of the API key. Only its own texts may continue a session that is kept warm."""
     prompt_logprobs: int | None = None
     """How many most likely tokens to report for each token of the prompt; None: nothing."""
 

@@ -276,6 +276,10 @@ async def test_thousands_of_streams_on_which_nothing_is_said(
         started_s = time.monotonic()
         await open_streams(stranger, stack)
         during = [Held.by(pid) for pid in pids]
+        # Those on their way to being refused go at once, long before their timeout.
+        while Held.by(pids[0]).files - before[0].files > 1.1 * most:
+            assert time.monotonic() - started_s < DEADLINE_S, "one peer keeps more than its share"
+            await asyncio.sleep(0.1)
         await honest_request(bystander)
         await ping(bystander.node, bystander.target.peer_id, bystander.target.addresses, 5.0)
         await Directory(bystander.node, SystemClock()).lookup("any")
@@ -283,8 +287,8 @@ async def test_thousands_of_streams_on_which_nothing_is_said(
         await asyncio.sleep(DEADLINE_S + 2)
         after = [Held.by(pid) for pid in pids]
         logger.info("before %s; with the streams %s; after %s", before, during, after)
-        # Some are on their way to being refused; on a slow machine the first are gone already.
-        assert most / 8 < during[0].files - before[0].files <= 1.5 * most
+        # On a slow machine the first are gone already.
+        assert most / 8 < during[0].files - before[0].files
         assert during[0].memory - before[0].memory < MAX_GROWTH_BYTES
         assert during[1].memory - before[1].memory < MAX_DAEMON_GROWTH_BYTES
         for then, now in zip(before, after, strict=True):

@@ -133,7 +133,8 @@ async def test_one_peer_may_ask_so_often(start_node: StartNode) -> None:
             while part := await loop.sock_recv(sock, 4096):
                 answer += part
     assert len(answer) < len(data * 30)
-    assert server.refused["route"] == 1
+    # The client's own daemon looks peers up too, and may be refused as well.
+    assert server.refused["route"] >= 1
 
 
 @given(st.binary(max_size=60))

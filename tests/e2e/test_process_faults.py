@@ -1,7 +1,8 @@
 """A server process is killed, stopped or asked to leave in the middle of a text: no token changes.
 
-Two replicas of each half of the model, as separate processes. The fault hits the hop in use, and
-its libp2p daemon with it.
+Two replicas of each half of a model, as separate processes. The fault hits the hop in use, and its
+libp2p daemon with it. Models with recurrent layers keep states besides keys and values; a
+replacement has to compute both again.
 """
 
 from __future__ import annotations
@@ -16,23 +17,30 @@ from commands import Command
 from transformers.generation.streamers import BaseStreamer
 
 from planetserve import AutoDistributedModelForCausalLM
+from planetserve.testing.checkpoints import NUM_BLOCKS, load_local, make_tiny_checkpoint
 
 LOOPBACK = ("--host_maddrs", "/ip4/127.0.0.1/tcp/0")
 NUM_NEW = 24
 
 
 @pytest.fixture
-def replicas(tmp_path: Path, llama_folder: Path, started: list[Command]) -> list[Command]:
-    """Four servers: 0:3 twice and 3:6 twice."""
+def folder(tmp_path: Path, family: str) -> Path:
+    return make_tiny_checkpoint(tmp_path / "model", family, seed=3)
+
+
+@pytest.fixture
+def replicas(tmp_path: Path, folder: Path, started: list[Command]) -> list[Command]:
+    """A bootstrap peer, and two servers of each half of the model."""
     bootstrap = Command(tmp_path, "run_dht", *LOOPBACK)
     started.append(bootstrap)
     peers = bootstrap.wait_ready()["addresses"]
-    for span in ("0:3", "0:3", "3:6", "3:6"):
-        started.append(
+    middle = NUM_BLOCKS // 2
+    for span in (f"0:{middle}", f"{middle}:{NUM_BLOCKS}"):
+        started += [
             Command(
                 tmp_path,
                 "run_server",
-                str(llama_folder),
+                str(folder),
                 "--block_indices",
                 span,
                 "--initial_peers",
@@ -40,8 +48,9 @@ def replicas(tmp_path: Path, llama_folder: Path, started: list[Command]) -> list
                 *LOOPBACK,
                 "--num_threads",
                 "1",
-            )  # fmt: skip
-        )
+            )
+            for _ in range(2)
+        ]
     for command in started:
         command.wait_ready()
     return started
@@ -71,15 +80,27 @@ class _FaultAt(BaseStreamer):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("family", "number"),
+    [
+        ("llama", signal.SIGKILL),
+        ("llama", signal.SIGSTOP),
+        ("llama", signal.SIGTERM),
+        ("qwen3_next", signal.SIGKILL),
+        ("falcon_h1", signal.SIGKILL),
+    ],
+)
 def test_tokens_survive_a_process_fault(
-    replicas: list[Command], llama_folder: Path, local: Any, prompt: torch.Tensor, number: int
+    replicas: list[Command], folder: Path, prompt: torch.Tensor, number: int
 ) -> None:
-    options: dict[str, Any] = {"max_new_tokens": NUM_NEW, "do_sample": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": NUM_NEW, "min_new_tokens": NUM_NEW, "do_sample": False,
+        "pad_token_id": 0,
+    }  # fmt: skip
     peers = replicas[0].wait_ready()["addresses"]
-    expected = local.generate(prompt, **options)
+    expected = load_local(folder).generate(prompt, **options)
     with AutoDistributedModelForCausalLM.from_pretrained(
-        str(llama_folder), initial_peers=peers, probe_after=1.0, ping_timeout=1.0
+        str(folder), initial_peers=peers, probe_after=1.0, ping_timeout=1.0
     ) as model:
         # Both hops in turn: the second fault leaves one server of each half.
         for hop in (1, 0):

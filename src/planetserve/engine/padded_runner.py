@@ -105,14 +105,15 @@ class PaddedRunner:
 
 
 def _token(chunk: ScheduledChunk, index: int) -> ScheduledChunk:
-    """One token of a chunk, whose state is there for the next one."""
+    """One token of a chunk; the state after it stays for the next one."""
     start = chunk.start + index
+    is_last = index == chunk.num_tokens - 1
     return dataclasses.replace(
         chunk,
         start=start,
         num_tokens=1,
         slots=chunk.slots[index : index + 1],
-        kept_states=(*chunk.kept_states, start, start + 1),
+        kept_states=chunk.kept_states if is_last else (*chunk.kept_states, start, start + 1),
     )
 
 

@@ -161,6 +161,33 @@ def test_sessions_that_lose_their_pages_get_their_states_back(family: str, span)
     assert engine.stats().preemptions > 0
 
 
+@pytest.mark.parametrize("family", FEW)
+def test_a_preempted_session_holds_no_states(family: str, span) -> None:
+    blocks, known = span(family)
+    states = SpanRunner(blocks, 512, 4).states.pages
+    pages = 2 * states + 20  # of keys and values 20 beside the states of two
+
+    async def work(engine: Engine) -> None:
+        old = Rows(engine, known, 1, seed=1)
+        for position in range(8):
+            await old.step((0, position, 1))
+        of_one = engine.runner.state_bytes_held
+        new = Rows(engine, known, 1, seed=2)
+        await new.step((0, 0, 48))
+        assert engine.runner.state_bytes_held > of_one
+        await old.step((0, 8, 1))
+        assert engine.stats().preemptions == 0
+        while not engine.stats().preemptions:
+            await old.step((0, old.length(), 4))
+        assert engine.runner.state_bytes_held == of_one
+        # What it has lost is computed again, from the beginning.
+        engine.close_session(old.key)
+        await new.step((0, 48, 1))
+        assert engine.stats().recomputed_tokens == 48
+
+    run(blocks, work, attn_cache_tokens=4 * pages, kv_overcommit=4.0)
+
+
 def test_states_count_in_leases_and_announcements(span) -> None:
     blocks, known = span("qwen3_next")
 

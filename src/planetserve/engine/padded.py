@@ -35,7 +35,7 @@ class SharingLimits(NamedTuple):
     """When it pays to pad and copy contexts, all in tokens of the layer that caches most.
 
     Attributes:
-        pass_tokens: tokens that can be read in the time that a layer takes in a pass of its own.
+        pass_tokens: tokens that can be read in a layer in the time that a pass of its own takes.
         max_copied: maximum tokens that a pass may copy in a layer, padding included.
     """
 
@@ -44,26 +44,38 @@ class SharingLimits(NamedTuple):
 
     @classmethod
     def of(
-        cls, layer: nn.Module, shape: KvShape | None, num_heads: int, itemsize: int
+        cls, layers: Sequence[nn.Module], shapes: Sequence[KvShape], num_heads: int, itemsize: int
     ) -> SharingLimits:
-        """For layers like this one that cache this, in numbers of `itemsize` bytes.
+        """For a span of `layers`, of which some cache `shapes`, in numbers of `itemsize` bytes.
 
-        Without limits if it is None: states need no padding.
+        Without limits if there are none: states need no padding.
 
         `num_heads` are the heads of queries: where several share keys, the family's own code copies
         these for each of them before it multiplies.
         """
-        if shape is None:
+        if not shapes:
             return cls(_UNLIMITED, _UNLIMITED)
+        shape = max(shapes, key=lambda s: s.num_heads * (s.key_dim + s.value_dim))
+        num_heads = num_heads or shape.num_heads
         copied_heads = shape.num_heads + (2 * num_heads if num_heads > shape.num_heads else 0)
         kv_bytes = copied_heads * (shape.key_dim + shape.value_dim) * itemsize
-        weight_bytes = sum(p.numel() * p.dtype.itemsize for p in layer.parameters())
-        return cls((weight_bytes + _PASS_BYTES) // kv_bytes, _MAX_COPIED_BYTES // kv_bytes)
+        pass_bytes = sum(
+            _PASS_BYTES + sum(p.numel() * p.dtype.itemsize for p in layer.parameters())
+            for layer in layers
+        )
+        # Only some layers copy, but a pass of its own goes through all.
+        return cls(pass_bytes // (len(shapes) * kv_bytes), _MAX_COPIED_BYTES // kv_bytes)
 
     def allow(self, context: int, longest: int, num_rows: int) -> bool:
         """Whether a sequence of `context` tokens should be the last of `num_rows` in a pass."""
         extra = _TIMES_READ * longest - context
         return extra <= self.pass_tokens and num_rows * longest <= self.max_copied
+
+    def num_rows(self, context: int) -> int:
+        """Most sequences of `context` tokens in a pass."""
+        if not self.allow(context, context, 2):
+            return 1
+        return self.max_copied // context
 
 
 def shared_passes(

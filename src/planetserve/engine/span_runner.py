@@ -84,6 +84,8 @@ class SpanRunner:
         """What a row takes for states of recurrent layers."""
         self.is_fused = self.verdict.fused is not None
         """Whether the layers run as kernels instead of by their own code."""
+        self._limits: SharingLimits | None = None
+        """When sessions share a padded pass."""
         self._runner = self._make_runner(blocks, backend, shapes)
 
     def _state_budget(self, state_bytes: int, num_kept: int) -> StateBudget:
@@ -122,12 +124,9 @@ class SpanRunner:
         runner: Runner
         if self.batching is Batching.PADDED:
             logger.info("%s runs sessions as padded rows: %s", name, why_not)
-            widest = max(
-                shapes, key=lambda s: s.num_heads * (s.key_dim + s.value_dim), default=None
-            )
             num_heads = getattr(blocks.config, "num_attention_heads", 0)
-            num_heads = num_heads or (widest.num_heads if widest else 0)
-            limits = SharingLimits.of(blocks.layers[0], widest, num_heads, self.dtype.itemsize)
+            limits = SharingLimits.of(blocks.layers, shapes, num_heads, self.dtype.itemsize)
+            self._limits = limits if shapes else None
             by_token = self.verdict.by_token
             runner = PaddedRunner(blocks, *pages, limits, by_token=by_token)
         else:
@@ -192,6 +191,13 @@ class SpanRunner:
     def is_paged(self) -> bool:
         """Whether keys and values lie in pages, so that sessions can share passes."""
         return self.batching is not Batching.PLAIN
+
+    def sessions_per_pass(self, context: int) -> int | None:
+        """Sessions of `context` tokens whose next tokens go through the layers in one pass; None if
+        only the tokens of a batch limit their number."""
+        if self.batching is Batching.PLAIN:
+            return 1
+        return self._limits.num_rows(context) if self._limits is not None else None
 
     def prepare(self, batch: ScheduledBatch) -> None:
         """Carry out what the batch says about sequences and pages; once, before `forward`."""

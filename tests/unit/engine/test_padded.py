@@ -50,13 +50,23 @@ def test_no_pass_copies_too_much():
 
 def test_limits_follow_the_weights():
     layer = nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16)
-    limits = SharingLimits.of(layer, KvShape(4, 64, 64), num_heads=4, itemsize=2)
+    limits = SharingLimits.of([layer], [KvShape(4, 64, 64)], num_heads=4, itemsize=2)
     assert limits == (3072, 262144)
     # A sequence may be as long as makes up for one more read of the weights.
     assert limits.allow(1536, 1536, 2)
     assert not limits.allow(1537, 1537, 2)
     # For heads of queries that share keys, these are written and read once more for each.
-    assert SharingLimits.of(layer, KvShape(4, 64, 64), num_heads=6, itemsize=2).pass_tokens == 768
+    shape = KvShape(4, 64, 64)
+    assert SharingLimits.of([layer], [shape], num_heads=6, itemsize=2).pass_tokens == 768
+    # Where one layer of four caches keys, a pass of its own costs four times as much.
+    assert SharingLimits.of([layer] * 4, [shape], num_heads=4, itemsize=2).pass_tokens == 4 * 3072
+    assert SharingLimits.of([layer] * 4, [], num_heads=4, itemsize=2).allow(1 << 40, 1 << 40, 99)
+
+
+def test_as_many_rows_as_may_be_copied():
+    limits = SharingLimits(pass_tokens=200, max_copied=1000)
+    assert limits.num_rows(100) == 10
+    assert limits.num_rows(101) == 1
 
 
 def numbered(num_heads: int) -> torch.Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from planetserve import cli, demo, plan, run_dht, run_gateway, run_server, simulation
+from planetserve import check, cli, demo, plan, run_dht, run_gateway, run_server, simulation
+from planetserve.check import command as check_command
 from planetserve.config import ClientConfig, GatewayConfig, ServerConfig
 from planetserve.plan import command as plan_command
 from planetserve.simulation import command as simulate_command
@@ -22,6 +23,7 @@ PARSERS = {
     "planetserve.run_gateway": run_gateway.parse,
     "planetserve.demo": demo.parse,
     "planetserve.plan": plan.parse,
+    "planetserve.check": check.parse,
     "planetserve.simulation": simulation.parse,
 }
 
@@ -30,6 +32,7 @@ EXAMPLES = (
     run_dht.EXAMPLES,
     run_gateway.EXAMPLES,
     plan_command.EXAMPLES,
+    check_command.EXAMPLES,
     simulate_command.EXAMPLES,
 )
 
@@ -66,6 +69,7 @@ def test_flags_in_the_text_exist(page: str) -> None:
     known = {*ServerConfig.__dataclass_fields__, *run_dht.DhtConfig.__dataclass_fields__}
     known |= {*GatewayConfig.__dataclass_fields__}
     known |= {*plan_command.PlanConfig.__dataclass_fields__}
+    known |= {*check_command.CheckConfig.__dataclass_fields__}
     known |= {*simulate_command.SimulateConfig.__dataclass_fields__}
     known |= {*demo.Options.__dataclass_fields__, "config", "help", "version"}
     for name in ("engine", "kv_memory"):

@@ -52,9 +52,10 @@ ALLOWED: dict[str, set[str]] = {
     "run_dht": BASE | {"cli", "crypto", "swarm"},
     "demo": BASE | {"cli", "client", "model"},
     "plan": BASE | {"cli", "client", "model", "routing"},
+    "check": BASE | {"cli", "model", "engine"},
     "simulation": BASE | {"cli", "routing", "scheduler"},
     "testing": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "edge", "model",
-                       "engine", "swarm", "server", "client"},
+                       "engine", "swarm", "server", "client", "check"},
 }  # fmt: skip
 
 HEAVY = {
@@ -71,8 +72,9 @@ HEAVY = {
         "gateway",
         "testing",
         "demo",
+        "check",
     },
-    "transformers": {"model", "engine", "client", "gateway", "testing", "demo"},
+    "transformers": {"model", "engine", "client", "gateway", "testing", "demo", "check"},
     "safetensors": {"model", "testing"},
     "pymoo": {"routing"},
     "fastapi": {"gateway"},

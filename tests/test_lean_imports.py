@@ -25,6 +25,7 @@ LEAN = [
     "planetserve.run_gateway",
     "planetserve.demo",
     "planetserve.plan",
+    "planetserve.check",
     "planetserve.simulation",
     "planetserve.wire.frame",
     "planetserve.wire.step",

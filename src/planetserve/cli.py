@@ -52,6 +52,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "dht": ("planetserve.run_dht", "run a peer that others join the swarm through"),
     "gateway": ("planetserve.run_gateway", "answer OpenAI's API over HTTP with a swarm's model"),
     "plan": ("planetserve.plan", "show which chain a request would get, and how fast it would be"),
+    "check": ("planetserve.check", "try whether a model can be served, and how"),
     "simulate": ("planetserve.simulation", "show what users would see, in simulated time"),
     "demo": ("planetserve.demo", "a private swarm on this machine that completes a prompt"),
 }

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from planetserve import AutoDistributedModelForCausalLM
+from planetserve.check.chain import local_logits
 from planetserve.errors import ModelError
 from planetserve.model.capabilities import constant_rotary_length
 from planetserve.model.text_config import text_config
-from planetserve.testing.chain import local_logits
 from planetserve.testing.checkpoints import (
     REFUSED_FAMILIES,
     SERVABLE_FAMILIES,

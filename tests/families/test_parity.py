@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from planetserve.check.chain import LocalChain, local_logits
 from planetserve.model.checkpoint import Checkpoint
-from planetserve.testing.chain import LocalChain, local_logits
 from planetserve.testing.checkpoints import SERVABLE_FAMILIES, load_local, make_tiny_checkpoint
 from planetserve.types import BlockSpan
 

@@ -73,7 +73,8 @@ TESTED = frozenset(
     jamba jetmoe kimi_k25 kimi_linear kolibri1 kosmos-2.5 laguna lfm2 lfm2_moe lfm3 lighton_ocr
     llama llama4 llama4_text llava llava_next llava_next_video llava_onevision mellum
     mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mistral3 mixtral
-    modernbert-decoder moss_transcribe_diarize mpt nanochat nemotron nemotron_h olmo olmo2 olmo3
+    modernbert-decoder moss_transcribe_diarize mpt muse_glimmer nanochat nemotron nemotron_h olmo
+    olmo2 olmo3
     olmo_hybrid olmoe opt paddleocr_vl persimmon phi phi3 phimoe qianfan_ocr qwen2 qwen2_5_vl
     qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
     qwen3_asr qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe seed_oss smollm3 smolvlm solar_open

@@ -155,11 +155,34 @@ class WeightLoader:
         self._weights = Weights(checkpoint)
         self._sources = _find_sources(model, self._weights.names)
 
+    def stored_bytes(self, wanted: Wanted) -> int:
+        """Bytes that the parameters take in the checkpoint.
+
+        Raises:
+            ModelError: a header cannot be read.
+        """
+        return self._checkpoint.tensor_bytes(
+            tensor
+            for source in self._wanted(wanted)
+            for tensor in self._weights.tensor_names_of(source.name)
+        )
+
     def prepare(self, wanted: Wanted) -> None:
         """Refuse what the headers show to be wrong, then download the files.
 
         Raises:
             ModelError: as said, or a file cannot be fetched.
+        """
+        sources = self.check(wanted)
+        self._checkpoint.fetch_shards(
+            tensor for source in sources for tensor in self._weights.tensor_names_of(source.name)
+        )
+
+    def check(self, wanted: Wanted) -> list[_Source]:
+        """The tensors that the parameters are made of. Reads headers alone.
+
+        Raises:
+            ModelError: one is missing, or cannot become what the model asks for.
         """
         sources = self._wanted(wanted)
         for source in sources:
@@ -171,9 +194,7 @@ class WeightLoader:
             self._check_none_missing(
                 n for n in self._model.state_dict() if wanted(n) and n not in filled | tied
             )
-        self._checkpoint.fetch_shards(
-            tensor for source in sources for tensor in self._weights.tensor_names_of(source.name)
-        )
+        return sources
 
     def load(self, wanted: Wanted) -> None:
         """Read the parameters whose full names satisfy `wanted`.

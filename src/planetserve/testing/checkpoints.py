@@ -135,7 +135,7 @@ _PLAIN_MULTIMODAL = """
     aria aya_vision cohere2_vision cosmos3_omni deepseek_vl exaone4_5 fuyu gemma3 glm46v glm4v
     glm_ocr glmasr got_ocr2 granite_docling granite_speech hunyuan_vl hyperclovax_vision_v2 idefics2
     idefics3 internvl kosmos-2.5 lighton_ocr llava llava_next llava_next_video llava_onevision
-    mistral3 moss_transcribe_diarize paddleocr_vl qianfan_ocr
+    mistral3 moss_transcribe_diarize muse_glimmer paddleocr_vl qianfan_ocr
     qwen2_5_vl qwen2_audio qwen2_vl qwen3_asr qwen3_vl smolvlm step3p7 video_llama_3
     video_llava vipllava voxtral
 """
@@ -237,6 +237,7 @@ _HYBRID: Mapping[str, TinyFamily] = {
             "chunk_size": 4,
             "n_group": 1,
             "topk_group": 1,
+            "moe_shared_expert_intermediate_size": 32,
         },
     ),
     "olmo_hybrid": TinyFamily("olmo_hybrid", _DELTA_NET),

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from planetserve.check.chain import LengthCache, LocalChain
 from planetserve.errors import ModelError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.client_half import NO_ATTENTION, load_client_half
 from planetserve.model.decoder import find_decoder
 from planetserve.model.loading import build_on_meta
-from planetserve.testing.chain import LengthCache, LocalChain
 from planetserve.testing.checkpoints import make_tiny_checkpoint, tiny_config
 from planetserve.types import BlockSpan
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from planetserve.check.chain import LocalChain, local_logits
 from planetserve.errors import ConfigError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.client_half import load_client_half
 from planetserve.model.span_blocks import SpanBlocks
 from planetserve.model.text_config import shares_kv_heads, text_config
-from planetserve.testing.chain import LocalChain, local_logits
 from planetserve.testing.checkpoints import load_local, make_tiny_checkpoint, tiny_config
 from planetserve.types import BlockSpan
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from planetserve.check.chain import LocalChain, local_logits
 from planetserve.errors import ModelError
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.span_blocks import SpanBlocks
 from planetserve.model.weights import Weights
-from planetserve.testing.chain import LocalChain, local_logits
 from planetserve.testing.checkpoints import load_local
 from planetserve.testing.stored_weights import METHODS, make_stored_checkpoint
 from planetserve.types import BlockSpan
@@ -264,5 +264,5 @@ def test_at_most_one_block_is_in_memory_above_what_stays(
     )
     final, peak = (int(number) for number in re.findall(r"\d+", done.stdout)[-2:])
     assert final > 40 << 20
-    # 12 MiB for what loading itself needs, whatever the size.
-    assert peak < final + final / 4 + (12 << 20)
+    # 16 MiB for what loading itself needs, whatever the size.
+    assert peak < final + final / 4 + (16 << 20)

@@ -1,13 +1,13 @@
 """A client half and server spans joined in one process: the whole idea without the network.
 
 `LocalChain` runs a checkpoint's client half with `SpanBlocks` in the place of the swarm, each hop
-with a cache of its own. Tests compare its logits with the local model's.
+with a cache of its own. The command and the tests compare its logits with the local model's.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ class LocalChain:
     Args:
         checkpoint: what to load.
         hops: `(span a server loads, part of it the chain runs)`, tiling the model.
+        progress: called with what is being loaded.
     """
 
     def __init__(
@@ -82,10 +83,13 @@ class LocalChain:
         checkpoint: Checkpoint,
         hops: Sequence[tuple[BlockSpan, BlockSpan]],
         dtype: torch.dtype = torch.float32,
+        progress: Callable[[str], None] | None = None,
     ):
-        self.hops = [
-            LocalHop(SpanBlocks.load(checkpoint, loaded, dtype), used) for loaded, used in hops
-        ]
+        self.hops: list[LocalHop] = []
+        for loaded, used in hops:
+            if progress is not None:
+                progress(f"loading blocks {loaded} of {checkpoint.num_blocks}")
+            self.hops.append(LocalHop(SpanBlocks.load(checkpoint, loaded, dtype), used))
         self.model = load_client_half(checkpoint, dtype, "cpu", self._remote, self._on_call)
         self.calls: list[dict[str, Any]] = []
         """Arguments of the base model, as `on_call` saw them."""

@@ -236,10 +236,16 @@ def swarms(checkpoint: Path, dtype: str, options: argparse.Namespace) -> Iterato
         yield found
 
 
-def measure(checkpoint: Path, dtype: str, options: argparse.Namespace) -> list[Case]:
-    """All cases of one dtype, in alternating rounds."""
+def measure(
+    checkpoint: Path, dtype: str, options: argparse.Namespace, local_folder: Path | None = None
+) -> list[Case]:
+    """All cases of one dtype, in alternating rounds.
+
+    `local_folder`: what transformers loads, where it cannot read the checkpoint as it is stored.
+    """
     bench = Bench(options, checkpoint)
-    local = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+    folder = local_folder or checkpoint
+    local = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     local = local.to(options.device).eval()
     bench.expect(local)
     with swarms(checkpoint, dtype, options) as found:

@@ -5,9 +5,11 @@
 
 A random model of 40 to 120 million parameters is made of each family. Local transformers (one
 stream, and one static batch of as many rows as there are sessions) and one server on loopback take
-turns within one invocation, one thread per process. Every token is compared with what local
-transformers generates for that prompt alone. Rates are steady, as in `engine.py`. So small a model
-shows what a family costs besides reading its weights; the larger it is, the less that matters.
+turns within one invocation, one thread per process. A model that is stored quantised is compared
+with the plain one of the same, rounded weights, which transformers reads. Every token is compared
+with what local transformers generates for that prompt alone. Rates are steady, as in `engine.py`.
+So small a model shows what a family costs besides reading its weights; the larger it is, the less
+that matters.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import torch
 from common import environment, load, table, write_result
 from processes import prepare
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from planetserve.testing.stored_weights import store_quantised
 
 _COMMON = {
     "vocab_size": 16000,
@@ -63,6 +67,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
          "q_lora_rank": 256, "kv_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64,
          "v_head_dim": 64},
     ),
+    "llama_w8a8": ("llama", _GATED),
     # Three layers of four are gated delta nets.
     "qwen3_5": (
         "qwen3_5_text",
@@ -71,6 +76,9 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
 }  # fmt: skip
 """Model types and configurations by name."""
+
+STORED: Mapping[str, str] = {"llama_w8a8": "compressed_w8a8"}
+"""Names of those whose weights are stored quantised, and how."""
 
 
 def make_checkpoint(folder: Path, family: str) -> int:
@@ -117,8 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: list[dict[str, Any]] = []
     for family in options.families:
         with tempfile.TemporaryDirectory(prefix="planetserve-bench-model-") as folder:
-            num_parameters = make_checkpoint(Path(folder), family)
-            cases = engine.measure(Path(folder), options.dtype, engine_options)
+            served = plain = Path(folder) / "plain"
+            num_parameters = make_checkpoint(plain, family)
+            if family in STORED:
+                served = store_quantised(plain, Path(folder) / "quantised", STORED[family])
+            cases = engine.measure(served, options.dtype, engine_options, plain)
         rows = [case.summary() for case in cases]
         engine.add_ratios(rows)
         found += [

@@ -43,6 +43,20 @@ def make_stored_checkpoint(
     if is_multimodal(FAMILIES[family].model_type):
         sizes = {"text_config": {**own.get("text_config", {}), **sizes}}
     plain = make_tiny_checkpoint(folder / "plain", family, **{**sizes, **overrides})
+    return store_quantised(plain, folder / "quantised", method), plain
+
+
+def store_quantised(plain: Path, quantised: Path, method: str) -> Path:
+    """Write a checkpoint stored by `method`, and its rounded weights into the plain one's folder.
+
+    Args:
+        plain: a folder with one file of weights.
+        quantised: a folder to make.
+        method: of `METHODS`.
+
+    Returns:
+        `quantised`.
+    """
     settings, encode, filename = METHODS[method]
     stored, rounded = {}, {}
     for name, weight in load_file(plain / "model.safetensors").items():
@@ -56,7 +70,6 @@ def make_stored_checkpoint(
         tensors, rounded[name] = encode(weight.float())
         stem = name if method == "mxfp4" else name.removesuffix(".weight")
         stored |= {stem + ending: tensor.contiguous() for ending, tensor in tensors.items()}
-    quantised = folder / "quantised"
     quantised.mkdir()
     save_file(rounded, plain / "model.safetensors", {"format": "pt"})
     save_file(stored, quantised / "model.safetensors", {"format": "pt"})
@@ -66,7 +79,7 @@ def make_stored_checkpoint(
     else:
         (quantised / filename).write_text(json.dumps({"quantization": settings}))
     (quantised / "config.json").write_text(json.dumps(config))
-    return quantised, plain
+    return quantised
 
 
 def _blocks(weight_NK: torch.Tensor, size_N: int, size_K: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,6 +43,8 @@ setup(
         "huggingface_hub>=1.0",
         "jinja2>=3.1",  # chat templates of tokenizers
         "numpy>=1.26",
+        "packaging>=23",  # what versions the installed packages need
+        "psutil>=5.9",  # free memory
         "pydantic>=2.7,<3",
         "PyYAML>=6.0",
         "rich>=13.7",
@@ -64,7 +66,6 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.15",
             "openai>=2",  # the client that tests of the gateway use
-            "psutil>=5.9",
             "pytest>=8.2",
             "pytest-asyncio>=1.0",
             "pytest-timeout>=2.3",

@@ -10,6 +10,7 @@ import pytest
 
 from planetserve import check, cli, demo, plan, run_dht, run_gateway, run_server, simulation
 from planetserve.check import command as check_command
+from planetserve.commands import chat, doctor, estimate, generate, status
 from planetserve.config import ClientConfig, GatewayConfig, ServerConfig
 from planetserve.plan import command as plan_command
 from planetserve.simulation import command as simulate_command
@@ -25,6 +26,11 @@ PARSERS = {
     "planetserve.plan": plan.parse,
     "planetserve.check": check.parse,
     "planetserve.simulation": simulation.parse,
+    "planetserve.commands.status": status.parse,
+    "planetserve.commands.estimate": estimate.parse,
+    "planetserve.commands.generate": generate.parse,
+    "planetserve.commands.chat": chat.parse,
+    "planetserve.commands.doctor": doctor.parse,
 }
 
 EXAMPLES = (
@@ -34,6 +40,11 @@ EXAMPLES = (
     plan_command.EXAMPLES,
     check_command.EXAMPLES,
     simulate_command.EXAMPLES,
+    status.EXAMPLES,
+    estimate.EXAMPLES,
+    generate.EXAMPLES,
+    chat.EXAMPLES,
+    doctor.EXAMPLES,
 )
 
 
@@ -71,6 +82,9 @@ def test_flags_in_the_text_exist(page: str) -> None:
     known |= {*plan_command.PlanConfig.__dataclass_fields__}
     known |= {*check_command.CheckConfig.__dataclass_fields__}
     known |= {*simulate_command.SimulateConfig.__dataclass_fields__}
+    for config in (status.StatusConfig, estimate.EstimateConfig, generate.GenerateConfig,
+                   chat.ChatConfig, doctor.DoctorConfig):  # fmt: skip
+        known |= {*config.__dataclass_fields__}
     known |= {*demo.Options.__dataclass_fields__, "config", "help", "version"}
     for name in ("engine", "kv_memory"):
         benchmark = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")

@@ -6,9 +6,8 @@ default. Flags may be written with underscores or dashes. `run` turns the errors
 into one line on stderr and an exit code: 2 for what the user can correct (`ConfigError`), 1 for
 any other `PlanetServeError`, 130 for an interrupt.
 
-Nothing heavy is imported here, so that `--help` and mistakes answer at once: commands import
-torch, transformers and hivemind only after their arguments have been read. `main` is the umbrella
-command `planetserve`.
+Nothing heavy is imported here, so that `--help` and mistakes answer at once: commands import torch
+and hivemind only after their arguments have been read. `main` is the command `planetserve`.
 """
 
 from __future__ import annotations
@@ -51,6 +50,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("planetserve.run_server", "serve some blocks of a model"),
     "dht": ("planetserve.run_dht", "run a peer that others join the swarm through"),
     "gateway": ("planetserve.run_gateway", "answer OpenAI's API over HTTP with a swarm's model"),
+    "status": ("planetserve.commands.status", "show who serves which blocks, and what is missing"),
+    "estimate": ("planetserve.commands.estimate", "show what a model takes, and how fast it is"),
+    "doctor": ("planetserve.commands.doctor", "find what is wrong here or in a swarm"),
+    "generate": ("planetserve.commands.generate", "complete a text with a swarm"),
+    "chat": ("planetserve.commands.chat", "talk to a swarm's model in the terminal"),
     "plan": ("planetserve.plan", "show which chain a request would get, and how fast it would be"),
     "check": ("planetserve.check", "try whether a model can be served, and how"),
     "simulate": ("planetserve.simulation", "show what users would see, in simulated time"),
@@ -113,19 +117,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_fields(
-    parser: Parser, cls: type, groups: Mapping[str, Iterable[str]], positional: str | None = None
+    parser: Parser, cls: type, groups: Mapping[str, Iterable[str]], positional: Sequence[str] = ()
 ) -> None:
     """Add a flag for each named field of the configuration `cls`, under group titles.
 
-    Help texts are the fields' docstrings and defaults come from the dataclass. A flag that is not
-    given leaves no trace in the namespace. Also adds `-c/--config`.
+    Help texts are the fields' docstrings, defaults are the dataclass's. Also adds `-c/--config`.
 
     Args:
         parser: where to add.
         cls: a configuration dataclass.
         groups: group title -> names of fields.
-        positional: the field that is given by place instead of by a flag; optional in parsing, so
-            that a YAML file may give it.
+        positional: fields that are given by place instead of by a flag; optional in parsing, so
+            that a YAML file may give them.
     """
     docs, hints = field_docs(cls), typing.get_type_hints(cls)
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
@@ -134,7 +137,7 @@ def add_fields(
         for name in names:
             text = docs.get(name, "").rstrip(".").replace("%", "%%")
             options = _argument(name, hints[name])
-            if name == positional:
+            if name in positional:
                 group.add_argument(
                     name, nargs="?", metavar=name.upper(), help=text, default=argparse.SUPPRESS
                 )
@@ -409,15 +412,9 @@ def _is_number(value: object) -> bool:
 
 
 _METAVARS = {
-    "file": "FILE",
-    "path": "FILE",
-    "dir": "FOLDER",
-    "peers": "ADDRESS",
-    "maddrs": "ADDRESS",
-    "dtype": "TYPE",
-    "ip": "IP",
-    "indices": "START:END",
-}
+    "file": "FILE", "path": "FILE", "dir": "FOLDER", "peers": "ADDRESS", "maddrs": "ADDRESS",
+    "dtype": "TYPE", "ip": "IP", "indices": "START:END",
+}  # fmt: skip
 """Last word of a field's name -> what its value is called in the help."""
 
 

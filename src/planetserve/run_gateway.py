@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> GatewayConfig:
     parser = cli.Parser(
         PROG, USAGE, "Answer OpenAI's API over HTTP with a model that a swarm serves.", EXAMPLES
     )
-    cli.add_fields(parser, GatewayConfig, GROUPS, positional="model")
+    cli.add_fields(parser, GatewayConfig, GROUPS, positional=("model",))
     config = cli.parse_config(parser, GatewayConfig, argv)
     if not config.initial_peers:
         raise ConfigError(

@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> ServerConfig:
     parser = cli.Parser(
         PROG, USAGE, "Serve some decoder blocks of a model to everyone in a swarm.", EXAMPLES
     )
-    cli.add_fields(parser, ServerConfig, GROUPS, positional="model")
+    cli.add_fields(parser, ServerConfig, GROUPS, positional=("model",))
     for name, (num_values, _) in IGNORED_FLAGS.items():
         parser.add_hidden(name, num_values)
     for name, count in OTHER_FLAGS.items():

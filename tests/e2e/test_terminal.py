@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import select
 import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from commands import ENVIRONMENT
+from terminals import CTRL_C, Terminal
 from transformers.generation.streamers import BaseStreamer
 
 from planetserve import AutoDistributedModelForCausalLM
@@ -26,76 +20,6 @@ from planetserve.testing.swarm import LocalSwarm
 pytestmark = pytest.mark.timeout(120)
 
 LOOPBACK = ("--host_maddrs", "/ip4/127.0.0.1/tcp/0")
-CTRL_C = b"\x03"
-
-
-class Terminal:
-    """A pseudo-terminal with one program in its foreground, as a shell would start it."""
-
-    def __init__(self, *arguments: str):
-        self.output = ""
-        self.pid, self.master = pty.fork()
-        if self.pid == 0:
-            os.execve(sys.executable, [sys.executable, "-W", "ignore", *arguments], ENVIRONMENT)
-        os.set_inheritable(self.master, False)  # another terminal would keep this one's window
-        self.process = psutil.Process(self.pid)
-        self.family: set[psutil.Process] = set()
-        self._code: int | None = None
-        self._closed = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        while not self._closed.is_set():
-            # A read that waits would keep the window open after it is closed.
-            if not select.select([self.master], [], [], 0.05)[0]:
-                continue
-            try:
-                piece = os.read(self.master, 4096)
-            except OSError:  # how a terminal says that nobody has it open any more
-                return
-            self.output += piece.decode(errors="replace")
-
-    def press(self, keys: bytes) -> None:
-        """Type, after noting who is there, so that `end` can say who is left."""
-        self.note_family()
-        os.write(self.master, keys)
-
-    def note_family(self) -> None:
-        self.family |= {self.process, *self.process.children(recursive=True)}
-
-    def close_window(self) -> None:
-        self.note_family()
-        self._closed.set()
-        self._reader.join()
-        os.close(self.master)
-
-    def wait_for(self, words: str) -> None:
-        while words not in self.output:
-            assert self.process.status() != psutil.STATUS_ZOMBIE, self.output
-            time.sleep(0.02)
-
-    def wait_for_daemon(self) -> None:
-        while not any(child.name() == "p2pd" for child in self.process.children()):
-            assert self.process.status() != psutil.STATUS_ZOMBIE, self.output
-            time.sleep(0.02)
-
-    def end(self) -> int:
-        """The exit code, once nothing of it is left."""
-        if self._code is None:
-            self._code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        _, left = psutil.wait_procs(self.family, timeout=15)
-        assert not left
-        return self._code
-
-    def destroy(self) -> None:
-        """Whatever state it is in."""
-        if self._code is None:
-            self.note_family()
-            for process in self.family:
-                if process.is_running():
-                    process.kill()
-            os.waitpid(self.pid, 0)
 
 
 @pytest.fixture

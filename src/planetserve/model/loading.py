@@ -265,6 +265,17 @@ class WeightLoader:
             )
 
 
+def make_empty_parameters(layers: nn.ModuleList, device: torch.device | str) -> None:
+    """Give layers on the meta device memory for their parameters, without values, and buffers of
+    zeros."""
+    for module in layers.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty = torch.empty_like(parameter, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
+
+
 def materialize_buffers(model: PreTrainedModel, device: torch.device | str) -> None:
     """Give `model` its computed buffers (rotary frequencies, masks), as `from_pretrained` does.
 

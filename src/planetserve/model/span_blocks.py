@@ -35,6 +35,7 @@ from planetserve.model.loading import (
     build_on_meta,
     has_meta_parameters,
     load_parameters,
+    make_empty_parameters,
     materialize_buffers,
 )
 from planetserve.model.quantization import block_bytes, prepare_for_quantization, quantize_experts
@@ -113,8 +114,11 @@ class SpanBlocks:
         device: torch.device | str = "cpu",
         attn_implementation: str = "sdpa",
         quant_type: str = "none",
+        *,
+        at_random: bool = False,
     ) -> SpanBlocks:
-        """Load the blocks of `span` and nothing else.
+        """Load the blocks of `span` and nothing else; `at_random` reads no weights and makes them
+        up, to measure what these blocks take before they are downloaded.
 
         `attn_implementation` is any name known to transformers' `AttentionInterface`; a family
         without SDPA runs its eager attention when `sdpa` is asked for.
@@ -137,7 +141,10 @@ class SpanBlocks:
             "blocks %s take about %.1f MiB each (%.1f MiB together), quant_type %s",
             span, per_block / 2**20, len(span) * per_block / 2**20, quant_type,
         )  # fmt: skip
-        _load(model, decoder, checkpoint, span, dtype, device, quant_type)
+        if at_random:  # `materialize_buffers` fills them
+            make_empty_parameters(decoder.layers[span.start : span.end], device)
+        else:
+            _load(model, decoder, checkpoint, span, dtype, device, quant_type)
         _drop_outside(decoder, device)
         blocks = cls(decoder.base, decoder, span, checkpoint.name)
         materialize_buffers(blocks.base, device)

@@ -191,7 +191,7 @@ def parse(argv: Sequence[str] | None = None) -> PlanConfig:
         ConfigError: a flag, the YAML file or a combination of settings is wrong.
     """
     parser = cli.Parser(PROG, USAGE, DESCRIPTION, EXAMPLES)
-    cli.add_fields(parser, PlanConfig, GROUPS, positional="model")
+    cli.add_fields(parser, PlanConfig, GROUPS, positional=("model",))
     return cli.parse_config(parser, PlanConfig, argv)
 
 

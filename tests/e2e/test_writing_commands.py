@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from commands import ENVIRONMENT
@@ -163,21 +165,31 @@ def test_a_text_of_control_characters_is_spelled_out() -> None:
 def test_a_chat_at_a_terminal(demo_swarm: LocalSwarm) -> None:
     terminal = Terminal(*command("chat", demo_swarm)[1:])
     try:
-        terminal.wait_for("> ")
-        terminal.press(b"What is a list?\r")
+        type_at_prompt(terminal, b"What is a list?\r")
         terminal.wait_for("tokens/s, first after")
         assert "blocks 0:3 …" in terminal.output
-        terminal.press(CTRL_C)
-        terminal.wait_for("Ctrl-D ends the chat")
-        terminal.press(b"/nonsense\r")
-        terminal.wait_for("there is no /nonsense")
-        terminal.press(b"/new\r")
-        terminal.wait_for("a new chat")
-        terminal.press(CTRL_D)
+        type_at_prompt(terminal, CTRL_C)
+        type_at_prompt(terminal, b"/nonsense\r")
+        type_at_prompt(terminal, b"/new\r")
+        type_at_prompt(terminal, CTRL_D)
         assert terminal.end() == 0
         assert "Traceback" not in terminal.output
+        assert terminal.output.count("Ctrl-D ends the chat") == 2  # at the start and for Ctrl-C
+        assert "there is no /nonsense" in terminal.output
+        assert "a new chat" in terminal.output
     finally:
         terminal.destroy()
+
+
+def type_at_prompt(terminal: Terminal, keys: bytes) -> None:
+    """Press keys once the program waits for them: what comes earlier, Ctrl-C throws away."""
+    while not terminal.output.endswith("> "):
+        assert terminal.process.status() != psutil.STATUS_ZOMBIE, terminal.output
+        time.sleep(0.02)
+    num_chars = len(terminal.output)
+    terminal.press(keys)
+    while len(terminal.output) == num_chars and terminal.process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.02)
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from planetserve.check.trial import CONTEXT, Batching, KindSizes, Report
 
@@ -13,13 +15,16 @@ JSON_VERSION = 1
 
 def as_json(report: Report) -> str:
     """One JSON document with a final line break."""
-    values = {
+    values: dict[str, Any] = {
         "version": JSON_VERSION,
         "is_served": report.is_equal,
         "reason": report.comparison.why_not_equal or None,
         **dataclasses.asdict(report),
     }
-    return json.dumps(values, indent=2) + "\n"
+    error = report.comparison.max_error
+    if error is not None and not math.isfinite(error):
+        values["comparison"]["max_error"] = None  # JSON has no such numbers
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
 def refusal_as_json(model: str, reason: str) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from planetserve.check import main
 from planetserve.check.comparison import Comparison, compare
-from planetserve.check.report import as_text
+from planetserve.check.report import as_json, as_text
 from planetserve.check.slices import shortened
 from planetserve.check.trial import Report, check
 from planetserve.errors import ConfigError, ModelError
@@ -163,4 +163,7 @@ def test_a_difference_is_said_in_one_line() -> None:
     assert found.why_not_equal == (
         "cut before block 3 and 1 more places, logits differ by up to 2.0e+00"
     )
-    assert not Comparison(8, float("nan"), 1.0, 1e-4, 4, 13, {}, is_local_own=True).is_equal
+    broken = Comparison(8, float("nan"), 1.0, 1e-4, 4, 13, {}, is_local_own=True)
+    assert not broken.is_equal
+    report = Report("x", "llama", 8, None, [], broken, None, [])
+    assert json.loads(as_json(report))["comparison"]["max_error"] is None

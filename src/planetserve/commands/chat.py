@@ -151,6 +151,9 @@ def _answer(writer: Writer, messages: list[dict[str, str]], console: Console) ->
         console.print(f"\n{error}", style="red", markup=False)
         console.print("this message is not part of the chat; send it again", style="dim")
         return None
+    except KeyboardInterrupt:
+        console.print("\nstopped", style="dim")
+        return None
     console.print(f"\n{answer.report()}\n", style="dim", markup=False)
     return answer.text or None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -187,7 +188,7 @@ class _Scale:
 def _bars(status: ModelStatus, console: Console) -> Text:
     """The axis, all blocks, and one bar per server."""
     names = [_name(server) for server in status.servers]
-    width = max(map(len, [*names, "all"]))
+    width = max(map(cell_len, [*names, "all"]))
     scale = _Scale(status.num_blocks, max(8, console.width - width - 4))
     glyphs = dict(_ASCII) if _is_plain(console) else {}
     # A bar that is wrapped would be no picture.
@@ -203,14 +204,15 @@ def _bars(status: ModelStatus, console: Console) -> Text:
             glyph, style = (_SILENT if is_silent else _MISSING), "bold red"
         text.append(glyphs.get(glyph, glyph), style=style)
     for server, name in zip(status.servers, names, strict=True):
-        text.append(f"\n{name:<{width}}  ")
+        text.append(f"\n{set_cell_size(name, width)}  ")
         glyph, style = _SERVED, "cyan"
         if server.trouble:
             glyph, style = _UNUSABLE, "yellow"
         elif not server.answers:
             glyph, style = _SILENT, "red"
         for cell in range(scale.num_cells):
-            is_held = any(block in server.info.span for block in scale.blocks(cell))
+            blocks, span = scale.blocks(cell), server.info.span
+            is_held = span.start < blocks.stop and blocks.start < span.end
             text.append(glyphs.get(glyph, glyph) if is_held else " ", style=style)
     used = _legend(status)
     if used:
@@ -253,7 +255,7 @@ _LEFT_COLUMNS = ("blocks", "weights", "version")
 def _table(status: ModelStatus, width: int) -> Table:
     """Numbers of every server, as many columns as there is room for."""
     rows = [_cells(server) for server in status.servers]
-    used = max(len(_name(server)) for server in status.servers) + 1
+    used = max(cell_len(_name(server)) for server in status.servers) + 1
     shown = []
     for name in _COLUMNS:
         used += 1 + max(len(name), *(len(row[name]) for row in rows))
@@ -312,7 +314,7 @@ def _addresses(status: ModelStatus) -> list[Text]:
 def _name(server: ServerStatus) -> str:
     """What people call the server, or the end of its peer id."""
     name = printable(server.info.public_name) or short_name(server.info.peer_id)
-    return name if len(name) <= _NAME_CHARS else name[: _NAME_CHARS - 1] + "…"
+    return name if cell_len(name) <= _NAME_CHARS else set_cell_size(name, _NAME_CHARS - 1) + "…"
 
 
 def _is_plain(console: Console) -> bool:

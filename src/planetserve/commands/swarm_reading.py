@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -128,11 +129,11 @@ class ModelStatus:
         return all(self.copies)
 
     def _count(self, counts: Callable[[ServerStatus], bool]) -> list[int]:
-        found = [0] * self.num_blocks
+        steps = [0] * (self.num_blocks + 1)
         for server in filter(counts, self.servers):
-            for block in range(server.info.span.start, server.info.span.end):
-                found[block] += 1
-        return found
+            steps[server.info.span.start] += 1
+            steps[server.info.span.end] -= 1
+        return list(itertools.accumulate(steps[:-1]))
 
 
 def ranges(blocks: Iterable[int]) -> list[Range]:

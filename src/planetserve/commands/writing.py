@@ -232,7 +232,9 @@ class Writer:
                     finish = "length" if stream.num_tokens >= max_new_tokens else "stop"
             except KeyboardInterrupt:
                 pass
-        chain = session.chain if session is not None else self._model.chain
+        chain = None  # before the first token there may be none, and asking would wait for one
+        if stream.num_tokens:
+            chain = session.chain if session is not None else self._model.chain
         return Answer(
             "".join(stream.pieces), len(ids), stream.num_tokens, stream.first_token_s,
             stream.tokens_per_s, chain, finish,

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from planetserve.commands.swarm_picture import as_json, draw, draw_models
@@ -17,12 +18,15 @@ from planetserve.types import BlockSpan, ServerInfo, ServerState
 PEERS = [Identity.generate().peer_id for _ in range(4)]
 
 
-def server(number: int, span: str, trouble: str = "", rtt_ms: float | None = 1.5) -> ServerStatus:
+def server(
+    number: int, span: str, trouble: str = "", rtt_ms: float | None = 1.5, name: str = ""
+) -> ServerStatus:
     info = ServerInfo(
         peer_id=PEERS[number], model="tiny", fingerprint="f" * 40, span=BlockSpan.parse(span),
         num_blocks=8, state=ServerState.ONLINE, dtype="float32", addresses=(),
         decode_ms_per_block=2.0, tokens_per_s_per_block=900.0, network_bytes_per_s=1e8,
         free_cache_tokens=4096, max_session_tokens=2048, version="1.2.3", hop_overhead_ms=0.5,
+        public_name=name,
     )  # fmt: skip
     addresses = (("/ip4/192.0.2.1/tcp/1", True), ("/ip4/10.0.0.1/tcp/1", False))
     return ServerStatus(info, trouble, True, rtt_ms, addresses)
@@ -125,6 +129,22 @@ def test_a_strangers_words_do_not_reach_the_terminal() -> None:
     text = shown(model(server(0, "0:8", "requires what\x1b[2J this client does not know")))
     assert "\x1b" not in text
     assert "\\x1b[2J" in text
+
+
+def test_names_that_are_long_or_wide_keep_the_bars_in_line() -> None:
+    names = ["a" * 60, "安的机器", "b"]
+    text = shown(model(*(server(i, "0:8", name=name) for i, name in enumerate(names))))
+    lines = [line for line in text.splitlines() if "█" in line]
+    assert len({cell_len(line.partition("█")[0]) for line in lines}) == 1
+    assert "a" * 17 + "…" in text
+    assert "安的机器" in text
+
+
+def test_a_crowd_of_servers_of_a_huge_model_is_drawn_at_once() -> None:
+    crowd = [server(i % 4, f"{i}:{i + 65000}") for i in range(500)]
+    status = model(*crowd, num_blocks=65536)
+    assert status.copies[:2] == [1, 2]
+    assert shown(status).count("65536 blocks, 500 servers") == 1
 
 
 def test_addresses_are_shown_on_demand_those_that_connect_first() -> None:

@@ -23,7 +23,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"planetserve": ["py.typed", "demo_model/*"]},
+    package_data={"planetserve": ["py.typed", "demo_model/*", "gateway/web/*"]},
     # Loaded with ctypes. Without a C compiler the installation goes on without it.
     ext_modules=[
         Extension(
@@ -65,7 +65,9 @@ setup(
             "anthropic>=1",  # as openai
             "hypothesis>=6.100",
             "mypy>=1.15",
+            "axe-playwright-python>=0.1.7",  # finds what keeps people from using the web page
             "openai>=2",  # the client that tests of the gateway use
+            "playwright>=1.50",  # drives the web page in Chromium
             "pytest>=8.2",
             "pytest-asyncio>=1.0",
             "pytest-timeout>=2.3",

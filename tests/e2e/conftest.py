@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
 import torch
 from commands import Command
@@ -16,6 +17,18 @@ from planetserve.testing.checkpoints import make_tiny_checkpoint
 from planetserve.testing.swarm import LocalSwarm
 
 SPANS = ("0:2", "2:5", "4:6")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """The web page is tested where a browser is installed, and in continuous integration."""
+    is_left_out = browser.LACKS and not browser.MUST_RUN
+    return True if is_left_out and collection_path.name == "test_page.py" else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if browser.LACKS and not browser.MUST_RUN:
+        lacks = ", ".join(browser.LACKS)
+        terminalreporter.write_line(f"tests of the web page (tests/e2e/test_page.py) need {lacks}")
 
 
 @pytest.fixture(scope="session")

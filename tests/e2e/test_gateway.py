@@ -17,7 +17,14 @@ import openai
 import pytest
 import torch
 from commands import Command
-from gateways import gateway
+from gateways import (
+    count,
+    gateway,
+    openai_client,
+    pages_used,
+    wait_for_no_pages,
+    web_client,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import planetserve
@@ -44,13 +51,13 @@ def address(demo_swarm: LocalSwarm) -> Iterator[Address]:
 
 @pytest.fixture(scope="module")
 def client(address: Address) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address.url}/v1", api_key="any", max_retries=0) as made:
+    with openai_client(address) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def web(address: Address) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=address.url, timeout=30) as made:
+    with web_client(address) as made:
         yield made
 
 
@@ -69,17 +76,6 @@ def generated(demo: Any, tokenizer: Any, ids: list[int], **kwargs: Any) -> str:
     found = demo.generate(torch.tensor([ids]), do_sample=False, **kwargs)
     text: str = tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
     return text
-
-
-def pages_used(swarm: LocalSwarm) -> int:
-    return sum(server.engine.stats().pages_used for server in swarm.servers)
-
-
-def wait_for_no_pages(swarm: LocalSwarm) -> None:
-    deadline_s = time.monotonic() + 20
-    while pages_used(swarm):
-        assert time.monotonic() < deadline_s, "pages are still in use"
-        time.sleep(0.02)
 
 
 def test_completions_equal_generate(client: openai.OpenAI, demo: Any, tokenizer: Any) -> None:
@@ -195,12 +191,6 @@ def test_models_and_tokenizer(client: openai.OpenAI, web: httpx2.Client, tokeniz
     assert web.get("/version").json() == {"version": planetserve.__version__}
 
 
-def count(web: httpx2.Client, name: str) -> float:
-    """The sum of the metrics whose lines begin so."""
-    lines = web.get("/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-
-
 def test_metrics_count(web: httpx2.Client, client: openai.OpenAI) -> None:
     before = count(web, "vllm:generation_tokens_total")
     client.completions.create(model="demo", prompt="A", max_tokens=7, extra_body={"ignore_eos": 1})
@@ -296,13 +286,9 @@ def test_keys_names_and_a_full_queue(demo_swarm: LocalSwarm) -> None:
         demo_swarm, api_key=("one", "two"), served_model_name=("a", "b"), max_num_seqs=1,
         max_num_queued_reqs=0,
     ) as found:  # fmt: skip
-        base = f"{found.url}/v1"
-        with (
-            openai.OpenAI(base_url=base, api_key="three", max_retries=0) as stranger,
-            pytest.raises(openai.AuthenticationError),
-        ):
+        with openai_client(found, "three") as stranger, pytest.raises(openai.AuthenticationError):
             stranger.models.list()
-        with openai.OpenAI(base_url=base, api_key="two", max_retries=0) as client:
+        with openai_client(found, "two") as client:
             assert [model.id for model in client.models.list()] == ["a", "b"]
             with client.completions.create(
                 model="b", prompt="A", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
@@ -317,7 +303,7 @@ def test_a_block_without_servers_is_503_and_ends_a_stream_with_an_error() -> Non
     with (
         LocalSwarm("demo", ["0:3", "3:8"]) as swarm,
         gateway(swarm, wait_for_blocks_timeout=0.5, max_retries=1, step_timeout=5) as found,
-        openai.OpenAI(base_url=f"{found.url}/v1", api_key="x", max_retries=0) as client,
+        openai_client(found) as client,
     ):
         with client.completions.create(
             model="demo", prompt="A", max_tokens=1500, stream=True,
@@ -365,8 +351,8 @@ def test_several_models(demo_swarm: LocalSwarm) -> None:
         gateway(
             demo_swarm, served_model_name=("a", "b"), served_model=("other=demo", "demo")
         ) as found,
-        openai.OpenAI(base_url=f"{found.url}/v1", api_key="x", max_retries=0) as client,
-        httpx2.Client(base_url=found.url) as web,
+        openai_client(found) as client,
+        web_client(found) as web,
     ):  # fmt: skip
         assert found.models == [model.id for model in client.models.list()]
         assert found.models == ["a", "b", "other", "demo"]

@@ -15,7 +15,7 @@ import anthropic
 import httpx2
 import openai
 import pytest
-from gateways import gateway
+from gateways import gateway, openai_client, web_client
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -66,7 +66,7 @@ def address(demo_swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def client(address: Address) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address.url}/v1", api_key="secret", max_retries=0) as made:
+    with openai_client(address, "secret") as made:
         yield made
 
 
@@ -78,8 +78,7 @@ def claude(address: Address) -> Iterator[anthropic.Anthropic]:
 
 @pytest.fixture(scope="module")
 def web(address: Address) -> Iterator[httpx2.Client]:
-    headers = {"Authorization": "Bearer secret"}
-    with httpx2.Client(base_url=address.url, timeout=30, headers=headers) as made:
+    with web_client(address, "secret") as made:
         yield made
 
 

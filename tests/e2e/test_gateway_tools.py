@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from gateways import gateway
+from gateways import gateway, openai_client, web_client
 
 from planetserve.gateway.server import Address
 from planetserve.testing.swarm import LocalSwarm
@@ -70,13 +70,13 @@ def address(demo_swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def client(address: Address) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address.url}/v1", api_key="any", max_retries=0) as made:
+    with openai_client(address) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def web(address: Address) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=address.url, timeout=30) as made:
+    with web_client(address) as made:
         yield made
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from gateways import gateway
+from gateways import gateway, openai_client, pages_used, wait_for_no_pages
 
 from planetserve.gateway.server import Address
 from planetserve.testing.swarm import LocalSwarm
@@ -41,7 +41,7 @@ def address(demo_swarm: LocalSwarm, tmp_path: Path) -> Iterator[Address]:
 
 def ask(address: Address, key: str, messages: list[Any], **fields: Any) -> Any:
     """A chat's answer."""
-    with openai.OpenAI(base_url=f"{address.url}/v1", api_key=key, max_retries=0) as client:
+    with openai_client(address, key) as client:
         return client.chat.completions.create(
             model="demo", messages=messages, temperature=0, **({"max_tokens": 12} | fields)
         )
@@ -50,17 +50,6 @@ def ask(address: Address, key: str, messages: list[Any], **fields: Any) -> Any:
 def cached(done: Any) -> int:
     number: int = done.usage.prompt_tokens_details.cached_tokens
     return number
-
-
-def pages_used(swarm: LocalSwarm) -> int:
-    return sum(server.engine.stats().pages_used for server in swarm.servers)
-
-
-def wait_for_no_pages(swarm: LocalSwarm) -> None:
-    deadline_s = time.monotonic() + 20
-    while pages_used(swarm):
-        assert time.monotonic() < deadline_s, "pages are still in use"
-        time.sleep(0.02)
 
 
 def conversation(address: Address, key: str) -> tuple[Any, list[Any]]:

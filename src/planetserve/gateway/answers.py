@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from planetserve.gateway.chain_timer import ChainReport
 from planetserve.gateway.errors import body_of
 from planetserve.gateway.messages import CallDelta
 from planetserve.gateway.protocol import ChatRequest, CompletionRequest, StreamOptions
@@ -111,6 +112,10 @@ class Style(Protocol):
         """What has come next."""
         ...
 
+    def chain(self, report: ChainReport) -> list[Event]:
+        """Between chunks: the servers at work."""
+        ...
+
     def closing(self, answers: Sequence[Answer], usage: Usage) -> list[Event]:
         """After the last chunk."""
         ...
@@ -141,6 +146,10 @@ class OpenAIStyle:
         self._spell = spell
         self._shows_logprobs = shows_logprobs
         self._options = options or StreamOptions()
+
+    def chain(self, report: ChainReport) -> list[Event]:
+        """As `Style`."""
+        return [{**self._head, "choices": [], "chain": report.model_dump()}]
 
     def closing(self, answers: Sequence[Answer], usage: Usage) -> list[Event]:
         """As `Style`."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from planetserve.gateway.answers import Answer, Event, Usage
+from planetserve.gateway.chain_timer import ChainReport
 from planetserve.gateway.errors import RequestError, anthropic_body, body_of
 from planetserve.gateway.message_blocks import Block, Blocks, Change
 from planetserve.gateway.protocol import ChatRequest, chat_request, refuse_unsupported
@@ -155,6 +156,10 @@ class MessagesStyle:
             {"type": "message_delta", "delta": _ending(answers[0]), "usage": _usage(usage)},
             {"type": "message_stop"},
         ]
+
+    def chain(self, report: ChainReport) -> list[Event]:
+        """As `Style`: this API has no place for it."""
+        return []
 
     def failure(self, error: Exception) -> list[Event]:
         """As `Style`."""

@@ -33,7 +33,9 @@ from planetserve.gateway.request_runner import Responder
 from planetserve.gateway.requests import sampling_params, text_request
 from planetserve.gateway.responses_api import ResponsesRequest, ResponsesStyle
 from planetserve.gateway.served_models import Models
+from planetserve.gateway.swarm_view import SwarmView, view_swarm
 from planetserve.gateway.text import PromptLogprobs
+from planetserve.gateway.web_page import add_page
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ def create_app(models: Models, metrics: MetricFamilies) -> FastAPI:
     _handle_errors(app)
     _add_information(app, models, metrics)
     _add_tokenizer(app, models)
+    add_page(app)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -160,6 +163,12 @@ def _add_information(app: FastAPI, models: Models, metrics: MetricFamilies) -> N
         """One of them."""
         service, name = models.find(model)
         return service.describe(name)
+
+    @app.get("/swarm")
+    async def show_swarm(model: str | None = None) -> SwarmView:
+        """The servers of a model, the blocks that nobody runs, and what has failed."""
+        service, name = models.find(model)
+        return await view_swarm(name, service.manager)
 
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> str:

@@ -18,8 +18,9 @@ from planetserve.gateway.errors import RequestError, body_for, error_body
 from planetserve.gateway.keys import ApiKey, ApiKeys
 from planetserve.gateway.metrics import MetricFamilies
 
-_OPEN_PATHS = ("/health", "/version", "/metrics", "/openapi.json")
-"""Answered without a key."""
+_OPEN_PATHS = ("/", "/health", "/version", "/metrics", "/openapi.json")
+"""Answered without a key. So are the files of the web page, which asks for one itself."""
+_OPEN_FOLDER = "/web/"
 KEY = "planetserve.key"
 """Where an endpoint finds the `ApiKey` that asks, in the request's scope."""
 _BODY_TIMEOUT_S = 60.0
@@ -85,7 +86,7 @@ class Guard:
                     status=403,
                 )
             return self._keys.anybody
-        if scope["path"] in _OPEN_PATHS:
+        if scope["path"] in _OPEN_PATHS or scope["path"].startswith(_OPEN_FOLDER):
             return self._keys.anybody
         scheme, _, secret = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":

@@ -69,6 +69,9 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_chain: bool = False
+    """Now and then a chunk without choices whose `chain` says which servers compute the text and
+    where the time goes."""
 
 
 class JsonSchemaFormat(BaseModel):

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from planetserve.errors import PlanetServeError
 from planetserve.gateway.answers import Answer, Event, Style, Usage
+from planetserve.gateway.chain_timer import ChainReport
 from planetserve.gateway.errors import RequestError
 from planetserve.gateway.keys import ApiKey
 from planetserve.gateway.middleware import KEY
@@ -139,6 +140,8 @@ class Responder:
     def _chunks(self, output: Output) -> list[Event]:
         is_first = isinstance(output, Delta) and not self._answers[output.index].num_tokens
         self._take(output)
+        if isinstance(output, ChainReport):
+            return self._style.chain(output)
         if not isinstance(output, Delta):
             return []
         if self._drops_answers:
@@ -164,6 +167,8 @@ class Responder:
         if isinstance(output, PromptLogprobs):
             if self._see_prompt is not None:
                 self._see_prompt(output)
+            return
+        if isinstance(output, ChainReport):
             return
         answer = self._answers[output.index]
         answer.add(output)

@@ -167,6 +167,7 @@ def text_request(
         skip_special_tokens=body.skip_special_tokens,
         prompt_logprobs=prompt_logprobs,
         grammar=grammar,
+        reports_chain=body.stream_options is not None and body.stream_options.include_chain,
     )
 
 

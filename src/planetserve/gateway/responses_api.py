@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from planetserve.gateway.answers import Answer, Event, Usage
+from planetserve.gateway.chain_timer import ChainReport
 from planetserve.gateway.errors import RequestError, body_of
 from planetserve.gateway.message_blocks import Block, Blocks, Change
 from planetserve.gateway.protocol import ChatRequest, chat_request, refuse_unsupported
@@ -155,6 +156,10 @@ class ResponsesStyle:
         events = [event for change in self._blocks.end() for event in self._changed(change)]
         last = self._response(answers[0].finish_reason, self._blocks.done, usage)
         return [*events, self._event(last["status"], response=last)]
+
+    def chain(self, report: ChainReport) -> list[Event]:
+        """As `Style`: this API has no place for it."""
+        return []
 
     def failure(self, error: Exception) -> list[Event]:
         """As `Style`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from planetserve.client.planning.chain_manager import ChainManager
 from planetserve.errors import ConfigError
 from planetserve.gateway.constraints import Grammars
 from planetserve.gateway.detokenize import special_ids
@@ -30,6 +31,7 @@ class Service:
     limits: Limits
     texts: Texts
     engine: TextEngine
+    manager: ChainManager
     grammars: Grammars
     templates: ResponseTemplates | None
     """How answers are read; None: all text is content."""

@@ -146,6 +146,7 @@ async def _start(
         limits=loaded.limits,
         texts=loaded.texts,
         engine=engine,
+        manager=manager,
         grammars=grammars,
         templates=loaded.templates,
     )

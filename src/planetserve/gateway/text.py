@@ -13,6 +13,7 @@ from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from planetserve.errors import PlanetServeError
+from planetserve.gateway.chain_timer import ChainReport
 from planetserve.gateway.constraints import Constraint
 from planetserve.gateway.detokenize import StopStrings, TokenDecoder
 from planetserve.gateway.messages import MessageDelta, MessageFormat, MessageReader
@@ -48,6 +49,9 @@ class TextRequest:
     """Name of the API key. Only its own texts may continue a session that is kept warm."""
     prompt_logprobs: int | None = None
     """How many most likely tokens to report for each token of the prompt; None: nothing."""
+
+    reports_chain: bool = False
+    """Whether the answers come with `ChainReport`s."""
 
     @property
     def lease_tokens(self) -> int:
@@ -97,7 +101,7 @@ class Failed:
     error: Exception
 
 
-Output = Delta | PromptLogprobs | Failed
+Output = Delta | PromptLogprobs | ChainReport | Failed
 
 
 class Outputs:

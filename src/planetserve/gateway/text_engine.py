@@ -21,6 +21,7 @@ from planetserve.client.planning.chain_manager import ChainManager
 from planetserve.client.session_core import SessionCore
 from planetserve.errors import QueueFull
 from planetserve.gateway.batch_thread import Turns
+from planetserve.gateway.chain_timer import ChainTimer
 from planetserve.gateway.metrics import Metrics
 from planetserve.gateway.text import (
     Failed,
@@ -202,6 +203,7 @@ class TextEngine:
         ids = request.prompt_ids
         held_ids, is_whole = list(ids), False
         session, num_cached = await self._session(request)
+        timer = ChainTimer(self._manager, session, first, request.reports_chain)
         try:
             rows = [
                 Row(row, first + row, request, self._tokenizer, num_cached)
@@ -211,7 +213,8 @@ class TextEngine:
             table = StepTable((RowSlice(0, num_cached, len(ids) - num_cached),))
             keep_last = request.prompt_logprobs is None
             session.prepare_step(request.n, table, hidden_TD)
-            output_TD = await session.run(request.n, table, hidden_TD, keep_last=keep_last)
+            with timer.prompt():
+                output_TD = await session.run(request.n, table, hidden_TD, keep_last=keep_last)
             self._metrics.prompt_done(len(ids))
             if request.prompt_logprobs is not None:
                 found = await self._turns.prompt_logprobs(output_TD, ids, request.prompt_logprobs)
@@ -220,9 +223,10 @@ class TextEngine:
             # The prompt is in row 0; the others become copies of it with the first token.
             reorder = (0,) * request.n if request.n > 1 else None
             while True:
-                chosen = await self._turns.choose(
-                    [row.sampling for row in rows], hidden_ND, [row.num_held for row in rows]
-                )
+                with timer.head():
+                    chosen = await self._turns.choose(
+                        [row.sampling for row in rows], hidden_ND, [row.num_held for row in rows]
+                    )
                 alive, places, start, num_new = [], list[int](), 0, 0
                 for row, sampled in zip(rows, chosen.sampled, strict=True):
                     delta = row.add(sampled)
@@ -236,6 +240,7 @@ class TextEngine:
                         reasons.append("length" if delta.finish_reason == "length" else "stop")
                     start = end
                 self._metrics.tokens_done(num_new, times)
+                timer.report_to(outputs.put, is_last=not alive)
                 if not alive:
                     is_whole = request.n == 1
                     return
@@ -243,7 +248,8 @@ class TextEngine:
                 hidden_TD = chosen.hidden_ND
                 if len(places) < len(hidden_TD):
                     hidden_TD = hidden_TD[torch.tensor(places)]
-                hidden_ND = await self._step(session, request.n, alive, hidden_TD, reorder)
+                with timer.step():
+                    hidden_ND = await self._step(session, request.n, alive, hidden_TD, reorder)
                 held_ids += chosen.sampled[0].tokens  # wanted only if there is one row
                 reorder = None
         finally:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from planetserve.client.planning.chain_changes import BETTER_CHAIN, LEAVING, ChainChanges
 from planetserve.client.planning.chain_diagnosis import explain, other_revision
 from planetserve.client.planning.chain_planner import ChainPlanner, ModelFacts
 from planetserve.client.planning.peer_book import PeerBook, PlanInputs
@@ -84,6 +85,8 @@ class ChainManager:
             config, facts, self._planner.remote, self.peers, self._clock, self.rng, join
         )
         """The servers that there are."""
+        self.changes = ChainChanges(self._clock)
+        """Why sessions changed servers lately."""
         self._replanner = Replanner(self._planner, self.peers, self._clock)
         self._warned_dtype = False
         self.last_chain: Chain | None = None
@@ -202,6 +205,8 @@ class ChainManager:
         """
         if any(hop.peer_id not in self.view.servers for hop in chain):
             raise NoChainAvailable("a server of the better chain has gone")
+        left = {hop.peer_id for hop in ring.chain} - {hop.peer_id for hop in chain}
+        self.changes.add(BETTER_CHAIN, sorted(left), "another chain is faster")
         await ring.move(chain, self._infos(chain), history)
         self._log_route(ring.chain)
 
@@ -219,7 +224,9 @@ class ChainManager:
 
     def can_avoid(self, peers: Iterable[PeerId], num_rows: int, lease_tokens: int) -> bool:
         """Ban peers that are leaving; returns whether a chain without them exists now."""
-        self.peers.ban(peers, _LEAVING_S)
+        leaving = sorted(peers)
+        self.changes.add(LEAVING, leaving, "it has said that it will leave")
+        self.peers.ban(leaving, _LEAVING_S)
         return self.has_chain(num_rows, lease_tokens)
 
     def has_chain(self, num_rows: int, lease_tokens: int) -> bool:
@@ -257,6 +264,7 @@ class ChainManager:
             elif chain is not None and one.blame in (Blame.REMOTE, Blame.UNKNOWN):
                 culprits += await self._suspects(one, [hop.peer_id for hop in chain])
         self.peers.ban(culprits, max(self.config.ban_timeout, lost_s))
+        self.changes.failed(error, culprits)
         return culprits
 
     async def _suspects(self, error: PlanetServeError, peers: list[PeerId]) -> Sequence[PeerId]:

@@ -64,6 +64,10 @@ class PeerBook:
         """A ping took this long."""
         self._rtt_ms.add(peer_id, rtt_ms)
 
+    def rtt_ms(self) -> dict[PeerId, float]:
+        """Round-trip times that were measured lately."""
+        return self._rtt_ms.snapshot()
+
     def record_loads(
         self, chain: Chain, loads_ms: Mapping[PeerId, float], elapsed_ms: float
     ) -> None:

@@ -76,8 +76,9 @@ of the local model of the same, dequantised weights. Multimodal ones are served 
 model, for text. `planetserve check MODEL` tries the real one ([add_a_family.md](add_a_family.md)).
 
 Downloads are in thousands, of April 2026, from the catalogue of llmfit (`hf_models.json` at commit
-455d82e of tetrabit/llmfit); those of models below 20 B are rounded sums of whole groups, whose
-quantised variants are not told apart. Checkpoints without a number are newer or not in it.
+455d82e of tetrabit/llmfit). Those of models below 20 B are estimates for whole groups, from their
+shares of all downloads there, about 300 million; their quantised variants are not told apart.
+Checkpoints without a number are newer or not in it.
 
 {summary}
 

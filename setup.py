@@ -39,6 +39,7 @@ setup(
         "torch>=2.6",
         "transformers>=5.16,<6",
         "hivemind>=1.1.12,<2",
+        "blake3>=1,<2",  # hivemind's dependencies bring it too
         "cryptography>=47",
         "huggingface_hub>=1.0",
         "jinja2>=3.1",  # chat templates of tokenizers

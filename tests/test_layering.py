@@ -119,6 +119,7 @@ LARGE_CLASSES = {
     # objects that hold the state of one thing
     "client.planning.server_discovery.ServerDiscovery": "settings and the latest view",
     "client.ring.hop_connection.HopConnection": "a hop's streams, keys and what it has reported",
+    "server.server.Server": "all the parts of a server",
     "engine.worker.Worker": "whatever the engine thread owns",
 }
 """Classes with more than `MAX_ATTRIBUTES`, and why they are not split."""

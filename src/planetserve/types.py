@@ -100,7 +100,7 @@ class ServerInfo:
     model: str
     """Directory prefix of the model: servers of one configuration meet under it."""
     fingerprint: str
-    """Identifies the weights (revision) being served; unequal fingerprints never share a chain."""
+    """Names the weights (revision) being served."""
     span: BlockSpan
     num_blocks: int
     """Blocks of the whole model."""
@@ -133,6 +133,8 @@ class ServerInfo:
     """Oldest and newest version of the protocol that it speaks."""
     capabilities: tuple[str, ...] = ()
     """Optional parts of the protocol that it knows."""
+    manifest: str = ""
+    """Hash of the manifest of the weights (`model/manifest.py`); empty if it does not know it."""
     not_understood: tuple[str, ...] = ()
     """Fields of its record that a client must understand and that this node does not know."""
 

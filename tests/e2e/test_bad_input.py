@@ -84,7 +84,7 @@ def test_server_with_another_revision(
 def test_records_of_liars_keep_nobody_out(llama_folder: Path, prompt: torch.Tensor) -> None:
     """Somebody announces servers of another revision, of other sizes and of impossible speed."""
     lies: list[dict[str, Any]] = [
-        {"fingerprint": "0" * 64},
+        {"fingerprint": "0" * 64, "manifest": "0" * 64},
         {"num_blocks": 60_000, "span": BlockSpan(0, 60_000)},
         {"network_bytes_per_s": 1e-300},
         {"tokens_per_s_per_block": 1e-300, "decode_ms_per_block": 1e15},

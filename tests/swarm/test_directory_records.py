@@ -82,7 +82,9 @@ def test_too_much_is_cut_to_what_a_record_holds() -> None:
     rtts = {Identity.generate().peer_id: float(number) for number in range(40)}
     suffix = f"/p2p/{OWNER.peer_id}"
     addresses = tuple(f"/ip6/2001:db8:0:0:0:0:0:{n:x}/tcp/31337{suffix}" for n in range(20))
-    body = body_of(dataclasses.replace(INFO, next_rtt_ms=rtts, addresses=addresses))
+    body = body_of(
+        dataclasses.replace(INFO, next_rtt_ms=rtts, addresses=addresses, manifest="a" * 64)
+    )
     assert len(records.sign(OWNER, body)) <= records.MAX_RECORD_BYTES
     assert sorted(body.next_rtt_ms.values()) == [float(number) for number in range(32)]
     assert body.addresses == list(addresses[:8])
@@ -153,6 +155,7 @@ REFUSED: dict[str, tuple[str, bytes, dict[str, Any]]] = {
         resigned(addresses=[f"/ip4/1.2.3.4/tcp/1/p2p/{STRANGER.peer_id}"]),
         {},
     ),
+    "no manifest's hash": ("malformed", resigned(manifest="A" * 64), {}),
     "too many addresses": ("malformed", resigned(addresses=[INFO.addresses[0]] * 9), {}),
     "too many round-trip times": (
         "malformed",
@@ -235,9 +238,11 @@ def test_model_records_belong_in_the_index() -> None:
 
 def test_a_server_says_what_it_speaks_unless_that_is_what_all_do() -> None:
     """Nodes from before the fields refuse records that have them."""
-    names = {"protocol_versions", "capabilities", "critical"}
+    names = {"protocol_versions", "capabilities", "critical", "manifest"}
     assert not names & json.loads(body_of().to_json()).keys()
-    info = dataclasses.replace(INFO, protocol_versions=(1, 3), capabilities=("one", "two"))
+    info = dataclasses.replace(
+        INFO, protocol_versions=(1, 3), capabilities=("one", "two"), manifest="a" * 64
+    )
     body = check(RecordChecker(StoppedClock()), records.sign(OWNER, body_of(info)))
     assert isinstance(body, records.ServerBody)
     assert body.info() == dataclasses.replace(info, announced_at_s=NOW)

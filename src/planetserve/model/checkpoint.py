@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from planetserve.errors import ConfigError, ModelError
 from planetserve.model.configuration import read_config, read_generation_config
 from planetserve.model.file_sources import CONFIG_FILE, FileSource, open_source
 from planetserve.model.json_files import read_json_object
+from planetserve.model.manifest import Manifest, TensorDigests
 from planetserve.model.shards import TensorEntry, read_header, read_samples, read_tensor
 from planetserve.model.text_config import text_config
 from planetserve.model.weight_files import locate, weight_files, why_no_config
@@ -53,6 +55,7 @@ class Checkpoint:
         self.config.name_or_path = source.location[0]
         self._headers: dict[str, dict[str, TensorEntry]] = {}
         self._local_headers: dict[str, dict[str, TensorEntry]] = {}
+        self._digests = TensorDigests(digests_folder())
 
     @classmethod
     def open(
@@ -225,7 +228,34 @@ class Checkpoint:
             ModelError: the name is unknown, or the file cannot be read or is damaged.
         """
         entry = self._entry(name, local=True)
-        return read_tensor(self._source.fetch(self._index[name]), entry)
+        path = self._source.fetch(self._index[name])
+        hasher = self._digests.hasher(path, entry)
+        if hasher is None:
+            return read_tensor(path, entry)
+        tensor = read_tensor(path, entry, hasher.update)
+        self._digests.put(path, name, hasher.finish())
+        return tensor
+
+    def manifest(self, stop: threading.Event) -> Manifest | None:
+        """What all weights are; reads those that have not been hashed yet.
+
+        None if some files are not on disk, or once `stop` is set.
+
+        Raises:
+            ModelError: a file cannot be read or is damaged.
+        """
+        folder = self._source.folder
+        names = list(self.tensor_names())
+        if not all((folder / filename).is_file() for filename in self._files[0]):
+            return None
+        entries = [(name, self._entry(name, local=True)) for name in names]
+        placed = [(self._source.fetch(self._index[name]), entry) for name, entry in entries]
+        if not self._digests.read(self.name, placed, stop):
+            return None
+        return Manifest.of(
+            canonical_config(self._raw_config),
+            {entry.name: self._digests.known(path, entry.name) for path, entry in placed},
+        )
 
     def read_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield `(name, tensor)` for each name, one tensor in memory at a time, file by file."""
@@ -258,6 +288,13 @@ class Checkpoint:
         if filename not in self._headers:
             self._headers[filename] = self._source.header(filename)
         return self._headers[filename]
+
+
+def digests_folder() -> Path:
+    """Where digests of weights are kept: beside the hub's cache of models."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "planetserve" / "weights"
 
 
 def _quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -9,7 +9,7 @@ needs is decided in `loading`, where files come from in `checkpoint`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -22,6 +22,8 @@ from planetserve.model.json_files import LFS_POINTER, is_lfs_pointer, parse_json
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit on the JSON header."""
 _LARGEST = 2**63 - 1
+PIECE_BYTES = 4 << 20
+"""Bytes that are read and then hashed at a time: they are still in the processor's cache."""
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -154,26 +156,56 @@ def _are_sizes(value: Any) -> TypeGuard[Sequence[int]]:
     )
 
 
-def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
+def read_tensor(
+    path: Path, entry: TensorEntry, look: Callable[[memoryview], None] | None = None
+) -> torch.Tensor:
     """Read one tensor into fresh CPU memory.
+
+    Args:
+        path: of its file.
+        entry: of the file's header.
+        look: is shown the bytes, piece by piece, right after each has been read.
 
     Raises:
         ModelError: the file cannot be read or ends early.
     """
     dtype = entry.dtype
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(entry.start)
-            view = memoryview(buffer.numpy())
             while view:
-                count = file.readinto(view)
+                count = file.readinto(view if look is None else view[:PIECE_BYTES])
                 if not count:
                     raise _damaged(path, f"it ends inside tensor {entry.name}")
+                if look is not None:
+                    look(view[:count])
                 view = view[count:]
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
     return buffer.view(dtype).reshape(entry.shape)
+
+
+def read_pieces(path: Path, entry: TensorEntry) -> Iterator[memoryview]:
+    """The bytes of a tensor in pieces, each valid until the next is asked for.
+
+    Raises:
+        ModelError: the file cannot be read or ends early.
+    """
+    buffer = bytearray(min(PIECE_BYTES, entry.num_bytes))
+    left = entry.num_bytes
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            while left:
+                count = file.readinto(memoryview(buffer)[:left])
+                if not count:
+                    raise _damaged(path, f"it ends inside tensor {entry.name}")
+                yield memoryview(buffer)[:count]
+                left -= count
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_samples(path: Path, entries: list[TensorEntry], sample_bytes: int) -> list[bytes]:

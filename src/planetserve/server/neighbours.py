@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from planetserve.clock import Clock
 from planetserve.errors import PlanetServeError
+from planetserve.model.manifest import OwnWeights
 from planetserve.swarm import multiaddr
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.ewma import PeerEwma
@@ -44,7 +45,7 @@ class Neighbours:
         """What is known, in milliseconds; a record has room for the `MAX_NEXT_RTTS` nearest."""
         return self._rtt.snapshot()
 
-    async def measure(self, model: str, fingerprint: str, span: BlockSpan) -> None:
+    async def measure(self, model: str, weights: OwnWeights, span: BlockSpan) -> None:
         """One round of pings. A server that does not answer is passed over.
 
         Raises:
@@ -55,7 +56,7 @@ class Neighbours:
             info
             for info in found
             if info.peer_id != self._node.peer_id
-            and info.fingerprint == fingerprint
+            and weights.are_those_of(info)
             and info.state is ServerState.ONLINE
         ]
         likely = {info.peer_id: info for info in likely_next(span, others)}

@@ -29,6 +29,7 @@ from planetserve.errors import (
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
 from planetserve.model.malloc_tuning import share_one_arena
+from planetserve.model.manifest import OwnWeights
 from planetserve.model.quantization import require_quantizer
 from planetserve.model.span_blocks import SpanBlocks
 from planetserve.server.announcer import Announcer
@@ -61,6 +62,8 @@ _BYTES_PER_S_PER_MBPS = 125_000.0
 DRAIN_TIMEOUT_S = 30.0
 _SETTLE_S = 2.0
 """Until others that start at the same time have announced what they take."""
+_MANIFEST_WAIT_S = 1.0
+"""Until the server is announced without the manifest of its weights."""
 _MAX_CHOICES = 8
 _UNMEASURED_MS = 1000.0
 """Announced per block while the span is still loading: nobody should plan on it."""
@@ -84,6 +87,7 @@ class Server:
         self.handler: SessionHandler
         self.span: BlockSpan
         self.state = ServerState.JOINING
+        self.weights = OwnWeights(checkpoint.fingerprint, checkpoint.manifest)
         self._clock = clock
         self._prefix = config.dht_prefix or checkpoint.model_prefix
         self._dtype: torch.dtype
@@ -125,12 +129,14 @@ class Server:
         """Choose and load the span, and begin to serve; leaves nothing behind if that fails."""
         try:
             self._dtype = dtype
-            await self._choose_span()
+            await self.weights.recall()
+            others = await self._choose_span()
             await self._build(device)
             if await self._is_wanted_elsewhere():
                 self.engine.close()
                 await self._build(device)
             await self._open_doors()
+            self._warn_of_other_revisions(others)
         except BaseException:
             await self._abandon()
             raise
@@ -146,7 +152,7 @@ class Server:
         return ServerInfo(
             peer_id=self.node.peer_id,
             model=self._prefix,
-            fingerprint=self.checkpoint.fingerprint,
+            fingerprint=self.weights.fingerprint,
             span=self.span,
             num_blocks=self.checkpoint.num_blocks,
             state=self.state,
@@ -166,6 +172,7 @@ class Server:
             announced_at_s=self._clock.unix(),
             protocol_versions=(protocols.OLDEST_VERSION, protocols.PROTOCOL_VERSION),
             capabilities=tuple(sorted(protocols.CAPABILITIES)),
+            manifest=self.weights.manifest,
         )
 
     def _network_bytes_per_s(self) -> float:
@@ -176,7 +183,7 @@ class Server:
 
     async def _before_announcing(self) -> None:
         """Once a period: measure what takes a while, and tell the operator how things are."""
-        await self._neighbours.measure(self._prefix, self.checkpoint.fingerprint, self.span)
+        await self._neighbours.measure(self._prefix, self.weights, self.span)
         stats = self.engine.stats()
         if stats.num_sessions:
             logger.info(
@@ -240,30 +247,29 @@ class Server:
         ]
 
     def _same_files(self, others: Sequence[ServerInfo]) -> list[ServerInfo]:
-        fingerprint, num_blocks = self.checkpoint.fingerprint, self.checkpoint.num_blocks
+        num_blocks = self.checkpoint.num_blocks
         return [
             info
             for info in others
-            if info.fingerprint == fingerprint and info.num_blocks == num_blocks
+            if self.weights.are_those_of(info) and info.num_blocks == num_blocks
         ]
 
-    async def _choose_span(self) -> None:
+    async def _choose_span(self) -> Sequence[ServerInfo]:
         """Take the blocks that were asked for; with `num_blocks`, those that nobody who starts at
-        the same time takes."""
+        the same time takes. Returns the servers that were there before."""
         others = await self._others()
-        ours = self._same_files(others)
-        self._warn_of_other_revisions([info for info in others if info not in ours])
         if self.config.block_indices is not None:
             self.span = self.config.block_indices
-            return
-        self.span = self._best_span(ours)
+            return others
+        self.span = self._best_span(self._same_files(others))
         for _ in range(_MAX_CHOICES if self.config.initial_peers else 0):
             await self._announcer.announce()
             await asyncio.sleep(_SETTLE_S)
             ours = self._same_files(await self._others())
             if self._best_span(ahead_of(self.node.peer_id, ours)) == self.span:
-                return
+                break
             self.span = self._best_span(ours)
+        return others
 
     def _best_span(self, others: Sequence[ServerInfo]) -> BlockSpan:
         return choose_span(others, self.checkpoint.num_blocks, self.config.num_blocks or 1)
@@ -286,8 +292,10 @@ class Server:
             return wanted
         return False
 
-    def _warn_of_other_revisions(self, strangers: Sequence[ServerInfo]) -> None:
+    def _warn_of_other_revisions(self, others: Sequence[ServerInfo]) -> None:
         """Not an error: anybody may announce anything, and clients go by their own files."""
+        ours = self._same_files(others)
+        strangers = [info for info in others if info not in ours]
         if not strangers:
             return
         theirs = sorted({info.fingerprint[:12] for info in strangers})
@@ -297,7 +305,7 @@ class Server:
             "serve none of its clients; if that is not meant, serve the same files and --revision, "
             "or give servers and clients of yours a --dht_prefix",
             len(strangers), self._prefix, ", ".join(theirs[:3]), more,
-            self.checkpoint.fingerprint[:12],
+            self.weights.fingerprint[:12],
         )  # fmt: skip
 
     async def _build(self, device: torch.device) -> None:
@@ -324,7 +332,7 @@ class Server:
 
     async def _open_doors(self) -> None:
         model = ServedModel(
-            self._prefix, self.checkpoint.fingerprint, self.span, self._max_session_tokens
+            self._prefix, self.weights.fingerprint, self.span, self._max_session_tokens
         )
         limits = ServerLimits(
             max_sessions=self.config.max_sessions,
@@ -340,6 +348,8 @@ class Server:
         self.handler = SessionHandler(self.node, self.engine, model, limits, self._clock)
         await serve_ping(self.node)
         await self.handler.start()
+        self.node.spawn(self._learn_manifest(), "hashing of the weights")
+        await self.weights.wait_settled(_MANIFEST_WAIT_S)
         self.state = ServerState.ONLINE
         await self._announcer.announce()
         self._announcer.start()
@@ -347,6 +357,14 @@ class Server:
             warn_if_unreachable(node_config(self.config).announced),
             "check of the announced addresses",
         )
+
+    async def _learn_manifest(self) -> None:
+        """Announce what the weights are. The span was hashed while it was loaded; what is left may
+        take long, and is read once: the hashes stay on disk."""
+        await self.weights.learn()
+        if self.weights.manifest and self.state is ServerState.ONLINE:
+            with contextlib.suppress(PlanetServeError):  # the next announcement has it
+                await self._announcer.announce()
 
     async def _abandon(self) -> None:
         """Undo a start that failed half-way."""

@@ -113,7 +113,9 @@ class ServerBody(Body):
     `protocol_versions` are the oldest and the newest that it speaks.
     """
 
-    OMITTED: ClassVar[frozenset[str]] = Body.OMITTED | {"protocol_versions", "capabilities"}
+    OMITTED: ClassVar[frozenset[str]] = Body.OMITTED | {
+        "protocol_versions", "capabilities", "manifest",
+    }  # fmt: skip
 
     kind: Literal["server"] = "server"
     model: Prefix
@@ -137,6 +139,7 @@ class ServerBody(Body):
     next_rtt_ms: Annotated[dict[PeerText, Milliseconds], Field(max_length=MAX_NEXT_RTTS)]
     protocol_versions: Annotated[list[Version], Field(min_length=2, max_length=2)] = [1, 1]
     capabilities: Names = []
+    manifest: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
 
     @model_validator(mode="after")
     def _check_span(self) -> ServerBody:

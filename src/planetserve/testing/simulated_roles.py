@@ -74,6 +74,7 @@ class SimulatedServer(Server):
             name=MODEL,
             model_prefix=MODEL,
             fingerprint=FINGERPRINT,
+            manifest=None,
             num_blocks=num_blocks,
             config=heads,
         )

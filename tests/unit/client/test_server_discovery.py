@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import threading
 from typing import Any
 
 import pytest
 from written_swarm import FACTS, Board, server
 
 from planetserve.client.planning import server_discovery
+from planetserve.client.planning.chain_planner import ModelFacts
 from planetserve.client.planning.peer_book import PeerBook
 from planetserve.client.planning.server_discovery import ServerDiscovery
 from planetserve.config import ClientConfig
 from planetserve.errors import NoChainAvailable, PeerUnreachable
+from planetserve.model.manifest import Manifest
 from planetserve.testing.clock import ManualClock
 from planetserve.types import BlockSpan, PeerId, ServerState
 
@@ -27,9 +31,11 @@ def board() -> Board:
     return Board(server("a"), server("b"))
 
 
-def view_of(board: Board, clock: ManualClock, **options: Any) -> ServerDiscovery:
+def view_of(
+    board: Board, clock: ManualClock, facts: ModelFacts = FACTS, **options: Any
+) -> ServerDiscovery:
     view = ServerDiscovery(
-        ClientConfig(**options), FACTS, BlockSpan(0, 8), PeerBook(1.0, clock), clock
+        ClientConfig(**options), facts, BlockSpan(0, 8), PeerBook(1.0, clock), clock
     )
     view._directory = board  # type: ignore[assignment]
     return view
@@ -116,3 +122,65 @@ async def test_before_it_has_joined_there_is_nothing(clock: ManualClock) -> None
     with pytest.raises(NoChainAvailable, match="has not joined"):
         _ = view.node
     await view.close()
+
+
+MANIFEST, OTHER = "a" * 64, "b" * 64
+
+
+async def test_servers_of_other_weights_are_refused_whatever_they_call_them(
+    clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    board = Board(
+        server("same", manifest=MANIFEST),
+        server("otherwise obtained", manifest=MANIFEST, fingerprint="hub-1"),
+        server("of before manifests"),
+        server("changed", manifest=OTHER),
+        server("other", manifest=OTHER, fingerprint="hub-2"),
+        server("other of before manifests", fingerprint="hub-2"),
+    )
+    view = view_of(board, clock)
+    view.weights.manifest = MANIFEST
+    await view.refresh_if_stale()
+    assert set(view.servers) == {"same", "otherwise obtained", "of before manifests"}
+    assert set(view.strangers) == {"changed", "other", "other of before manifests"}
+    clock.now_s += 60.0
+    await view.refresh_if_stale()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "server changed is not used" in line
+    assert "manifest bbbbbbbbbbbb, here aaaaaaaaaaaa" in line
+
+
+async def test_a_client_without_all_files_takes_the_manifest_that_servers_of_them_agree_on(
+    clock: ManualClock,
+) -> None:
+    board = Board(
+        server("same", manifest=MANIFEST),
+        server("otherwise obtained", manifest=MANIFEST, fingerprint="hub-1"),
+        server("other", manifest=OTHER, fingerprint="hub-2"),
+    )
+    view = view_of(board, clock)
+    await view.refresh_if_stale()
+    assert set(view.servers) == {"same", "otherwise obtained"}
+    # One that says otherwise has nobody of its name left out.
+    board.servers.append(server("liar", manifest=OTHER))
+    clock.now_s += 60.0
+    await view.refresh_if_stale()
+    assert set(view.servers) == {"same", "liar"}
+
+
+async def test_servers_are_sorted_again_once_the_manifest_is_known(clock: ManualClock) -> None:
+    board = Board(server("same"), server("changed", manifest=OTHER))
+    found = threading.Event()
+
+    def read(_stop: threading.Event) -> Manifest:
+        found.wait(60)
+        return Manifest(b"", {})
+
+    view = view_of(board, clock, facts=dataclasses.replace(FACTS, read_manifest=read))
+    learning = asyncio.create_task(view._learn_manifest())
+    await view.refresh_if_stale()
+    assert set(view.servers) == {"same", "changed"}
+    found.set()
+    await learning
+    assert view.weights.manifest == Manifest(b"", {}).hash
+    assert set(view.servers) == {"same"}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from planetserve.model.manifest import OwnWeights
 from planetserve.server import neighbours
 from planetserve.server.neighbours import Neighbours, likely_next
 from planetserve.testing.clock import ManualClock
@@ -80,7 +81,7 @@ async def test_nobody_has_a_server_dial_inside_its_own_network(
     )
     directory = SimpleNamespace(lookup=lookup)
     measured = Neighbours(node, directory, ManualClock())  # type: ignore[arg-type]
-    await measured.measure("tiny", "f", BlockSpan(2, 4))
+    await measured.measure("tiny", OwnWeights("f", None), BlockSpan(2, 4))
     assert dialled == {
         "public": ["/ip4/8.8.8.8/tcp/1"], "both": ["/ip4/8.8.4.4/tcp/1"], "met": [],
     }  # fmt: skip

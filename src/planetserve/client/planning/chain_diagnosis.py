@@ -102,10 +102,14 @@ def _named_with_addresses(info: ServerInfo) -> str:
 
 def other_revision(missing: Sequence[tuple[int, int]], view: ServerDiscovery) -> ModelMismatchError:
     """The error for blocks that only servers of another revision hold."""
-    theirs = sorted({info.fingerprint[:12] for info in view.strangers.values()})
+    named, mine = {info.fingerprint for info in view.strangers.values()}, view.facts.fingerprint
+    if named == {mine}:
+        # The name is a sample of the files; their manifest is not.
+        named, mine = {info.manifest for info in view.strangers.values()}, view.weights.manifest
+    theirs = sorted(name[:12] for name in named)
     return ModelMismatchError(
         f"{spans_text(missing)} of {view.facts.name} are served only in another revision "
-        f"({_shortened(theirs)}; yours is {view.facts.fingerprint[:12]}); load the same files "
+        f"({_shortened(theirs)}; yours is {mine[:12]}); load the same files "
         "or --revision as the servers",
         missing,
     )

@@ -29,6 +29,7 @@ from planetserve.errors import (
     SessionLengthError,
 )
 from planetserve.model.checkpoint import Checkpoint
+from planetserve.model.manifest import ReadManifest
 from planetserve.routing.cost import latency_ms
 from planetserve.routing.migration import move_ms, new_hops
 from planetserve.routing.optimizers import ChainOptimizer, create_optimizer
@@ -55,6 +56,8 @@ class ModelFacts:
     num_blocks: int
     hidden_size: int
     dtype: torch.dtype
+    read_manifest: ReadManifest | None = dataclasses.field(default=None, compare=False)
+    """Reads what its weights are; takes long for a large model that was not read before."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> ModelFacts:
@@ -66,6 +69,7 @@ class ModelFacts:
             num_blocks=checkpoint.num_blocks,
             hidden_size=checkpoint.hidden_size,
             dtype=dtype,
+            read_manifest=checkpoint.manifest,
         )
 
 

@@ -19,6 +19,7 @@ from planetserve.client.planning.peer_book import PeerBook
 from planetserve.clock import Clock
 from planetserve.config import ClientConfig
 from planetserve.errors import NoChainAvailable, PlanetServeError
+from planetserve.model.manifest import OwnWeights
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.libp2p.node import NodeConfig, SwarmNode
 from planetserve.swarm.network import Join, Network
@@ -31,6 +32,8 @@ _MAX_AGE_S = 5.0
 """Maximum age in seconds of the records when a session starts."""
 _MAX_REFRESH_WAIT_S = 1.0
 """Maximum seconds for which a session that starts waits for newer records."""
+_MANIFEST_WAIT_S = 1.0
+"""Maximum seconds for which a start waits until this client knows what its weights are."""
 _KEPT_FRESH = 4
 """Multiple of `max_pinged`: the nearest servers at either end of a chain that stay measured."""
 
@@ -67,9 +70,11 @@ class ServerDiscovery:
         self.excluded: list[ServerInfo] = []
         """Live servers that `allowed_servers` or `blocked_servers` excludes."""
         self.strangers: dict[PeerId, ServerInfo] = {}
-        """Live servers of another revision of the model."""
+        """Live servers of another revision of the model, or of other weights under its name."""
         self.incompatible: list[ServerInfo] = []
         """Live servers whose protocol this client does not speak."""
+        self.weights = OwnWeights(facts.fingerprint, facts.read_manifest)
+        self._learning: asyncio.Task[None] | None = None
         self._remote = remote
         self._peers = peers
         self._clock = clock
@@ -100,9 +105,14 @@ class ServerDiscovery:
             daemon_startup_timeout_s=self.config.daemon_startup_timeout,
             connect_timeout_s=self.config.connect_timeout,
         )
-        self._node = await self._join(config)
-        self._directory = Directory(self._node, self._clock)
+        if self.facts.read_manifest is not None:
+            self._learning = asyncio.create_task(self._learn_manifest())
         try:
+            self._node = await self._join(config)
+            self._directory = Directory(self._node, self._clock)
+            if self._learning is not None:
+                # Files that were hashed before, or are small, are known by now.
+                await self.weights.wait_settled(_MANIFEST_WAIT_S)
             await self.refresh()
         except BaseException:
             await self.close()
@@ -111,10 +121,11 @@ class ServerDiscovery:
 
     async def close(self) -> None:
         """Leave the swarm. Idempotent."""
-        refresher, self._refresher = self._refresher, None
-        if refresher is not None:
-            refresher.cancel()
-            await asyncio.gather(refresher, return_exceptions=True)
+        tasks = [task for task in (self._refresher, self._learning) if task is not None]
+        self._refresher = self._learning = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         node, self._node = self._node, None
         if node is not None:
             await node.close()
@@ -169,15 +180,38 @@ class ServerDiscovery:
             return
         found = await self._directory.lookup(self.prefix)
         online = [info for info in found if info.state is ServerState.ONLINE]
-        same = [info for info in online if info.fingerprint == self.facts.fingerprint]
+        manifest = self._announced_manifest(online)
+        same = [info for info in online if self.weights.are_those_of(info, manifest)]
         self.incompatible = [info for info in same if obstacle(info)]
         ours = [info for info in same if not obstacle(info)]
         self.servers = {info.peer_id: info for info in ours if self._permitted(info.peer_id)}
         self.excluded = [info for info in ours if info.peer_id not in self.servers]
-        self.strangers = {
-            info.peer_id: info for info in online if info.fingerprint != self.facts.fingerprint
-        }
+        known = {info.peer_id for info in same}
+        strangers = {info.peer_id: info for info in online if info.peer_id not in known}
+        for info in strangers.values():
+            if info.fingerprint == self.facts.fingerprint and info.peer_id not in self.strangers:
+                logger.warning(
+                    "server %s is not used: it announces the files of %s, but other weights "
+                    "(manifest %s, here %s); serve or load the same files",
+                    info.peer_id, self.facts.name, info.manifest[:12], self.weights.manifest[:12],
+                )  # fmt: skip
+        self.strangers = strangers
         self._refreshed_s = self._clock.monotonic()
+
+    def _announced_manifest(self, online: Sequence[ServerInfo]) -> str:
+        """The manifest that all servers of the files that this client names announce, if it is one.
+
+        If they do not agree, none is believed, so that nobody can have others left out.
+        """
+        fingerprint = self.facts.fingerprint
+        told = {info.manifest for info in online if info.fingerprint == fingerprint} - {""}
+        return told.pop() if len(told) == 1 else ""
+
+    async def _learn_manifest(self) -> None:
+        await self.weights.learn()
+        if self.weights.manifest and self._refreshed_s > float("-inf"):
+            with contextlib.suppress(PlanetServeError):  # the next look-up goes by it
+                await self._look_up()
 
     def _permitted(self, peer_id: PeerId) -> bool:
         allowed, blocked = self.config.allowed_servers, self.config.blocked_servers

@@ -63,8 +63,13 @@ def main() -> int:
         metavar="NAME=WEIGHT",
         help=f"only these kinds of faults, by weight: {', '.join(FAULTS)}",
     )
+    parser.add_argument(
+        "--receipts", action="store_true", help="servers sign receipts, which clients compare"
+    )
     options = parser.parse_args()
-    shape = SwarmShape(options.servers, options.clients, tuple(options.faults))
+    shape = SwarmShape(
+        options.servers, options.clients, tuple(options.faults), receipts=options.receipts
+    )
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     totals = Totals(len(seeds))
     # Forked, because the imports take seconds and are done here; no thread runs yet.

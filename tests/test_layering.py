@@ -38,12 +38,13 @@ ALLOWED: dict[str, set[str]] = {
     "model": BASE | {"native"},
     "engine": BASE | {"scheduler", "wire", "model", "native", "tensors", "history"},
     "edge": BASE | {"wire", "crypto", "tensors", "history"},
+    "verification": BASE | {"wire", "crypto", "edge"},
     "swarm": BASE | {"wire", "crypto"},
     # 3: roles
     "server": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "history", "edge",
-                      "model", "engine", "swarm"},
-    "client": BASE | {"wire", "crypto", "routing", "tensors", "history", "edge", "model",
-                      "swarm"},
+                      "verification", "model", "engine", "swarm"},
+    "client": BASE | {"wire", "crypto", "routing", "tensors", "history", "edge",
+                      "verification", "model", "swarm"},
     "gateway": BASE | {"wire", "model", "client"},
     # 4: commands
     "cli": BASE,
@@ -56,8 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     "commands": BASE | {"cli", "plan", "routing", "tensors", "model", "swarm", "client", "gateway",
                         "server"},
     "simulation": BASE | {"cli", "routing", "scheduler"},
-    "testing": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "edge", "model",
-                       "engine", "swarm", "server", "client", "check"},
+    "testing": BASE | {"wire", "crypto", "routing", "scheduler", "tensors", "edge",
+                       "verification", "model", "engine", "swarm", "server", "client", "check"},
 }  # fmt: skip
 
 HEAVY = {

@@ -5,12 +5,15 @@ PlanetServeError                  blame     retryable
 │   └── ModelError                LOCAL     no    the model cannot be found, read or served
 ├── LocalProtocolError            LOCAL     no    we built a bad message
 ├── RemoteProtocolError           REMOTE    yes   the peer sent one; another may not
-│   └── UnsupportedError          REMOTE    yes   it needs what this node does not know
+│   ├── UnsupportedError          REMOTE    yes   it needs what this node does not know
+│   └── ReceiptError              REMOTE    yes   it has signed for other activations than passed
 ├── TransportError                UNKNOWN   yes
 │   ├── PeerUnreachable           UNKNOWN   yes
 │   ├── HopTimeout                UNKNOWN   yes
 │   │   └── EdgeStalled           UNKNOWN   yes   two hops answer, but nothing passes between them
-│   └── StreamClosed              UNKNOWN   yes
+│   ├── StreamClosed              UNKNOWN   yes
+│   └── ReceiptMissing            UNKNOWN   yes   a server has not signed for what it did
+├── EdgeMismatch                  UNKNOWN   yes   two servers have signed for different activations
 ├── CryptoError                   UNKNOWN   no
 │   ├── HandshakeFailed           REMOTE    yes   the peer did not prove who it is
 │   ├── DecryptionFailed          REMOTE    yes   tampered, replayed, or sealed with another key
@@ -124,6 +127,12 @@ class UnsupportedError(RemoteProtocolError):
     code = "unsupported"
 
 
+class ReceiptError(RemoteProtocolError):
+    """A server has signed for something else than has passed between it and this client."""
+
+    code = "receipt"
+
+
 class TransportError(PlanetServeError):
     """The network failed in a way that does not tell whose fault it is."""
 
@@ -159,6 +168,23 @@ class StreamClosed(TransportError):
     """The stream ended before the answer came."""
 
     code = "stream_closed"
+
+
+class ReceiptMissing(TransportError):
+    """A server has not signed in time for what it has taken in and sent on."""
+
+    code = "receipt_missing"
+
+
+class EdgeMismatch(PlanetServeError):
+    """The two ends of an edge have signed for different activations.
+
+    Which of them lies cannot be told from that, so neither is blamed: `edge` is to be avoided.
+    """
+
+    blame = Blame.UNKNOWN
+    retryable = True
+    code = "edge_mismatch"
 
 
 class CryptoError(PlanetServeError):

@@ -34,7 +34,8 @@ _UNUSED = ("scipy",)
 GROUPS = {
     "model": ("model", "block_indices", "num_blocks", "torch_dtype", "quant_type", "device",
               "revision", "token", "cache_dir"),
-    "swarm": ("initial_peers", "new_swarm", "dht_prefix", "identity_path", "public_name"),
+    "swarm": ("initial_peers", "new_swarm", "dht_prefix", "identity_path", "public_name",
+              "receipts"),
     "network": ("port", "public_ip", "host_maddrs", "announce_maddrs", "daemon_startup_timeout"),
     "capacity": ("attn_cache_tokens", "inference_max_length", "max_batch_size", "prefill_slowdown",
                  "batch_delay_factor", "page_size", "state_snapshots", "attention_backend",

@@ -67,6 +67,17 @@ def test_two_hops_that_are_one_server_are_no_pair_to_avoid() -> None:
     assert simulate(805, SwarmShape(servers=(3, 5), weights=weights)).violations == []
 
 
+def test_honest_servers_sign_for_the_same_whatever_breaks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    weights = tuple((name, 1.0) for name in FAULTS if name != "lie")
+    for seed in (0, 1, 2, 150):
+        outcome = simulate(seed, SwarmShape(servers=(3, 8), weights=weights, receipts=True))
+        assert outcome.violations == []
+    assert "(receipt)" not in caplog.text
+    assert "(edge_mismatch)" not in caplog.text
+
+
 def test_one_token_at_a_time_gives_what_a_prompt_gives() -> None:
     """Single tokens are computed in a way of their own."""
     whole, single = PlainModel(5), PlainModel(5)

@@ -18,7 +18,7 @@ from planetserve.client.hf.local_blocks import LocalEnds, LocalRows
 from planetserve.client.planning.chain_manager import ChainManager
 from planetserve.client.ring.step_checks import table_by_hand
 from planetserve.client.session_core import SessionCore, closed_error
-from planetserve.errors import ConfigError
+from planetserve.errors import ConfigError, PlanetServeError
 from planetserve.types import Chain
 from planetserve.wire.step import StepTable
 
@@ -71,6 +71,15 @@ class InferenceSession:
     def lengths(self) -> tuple[int, ...]:
         """Tokens held per row; empty before the first step."""
         return self._core.lengths
+
+    @property
+    def receipt_errors(self) -> tuple[PlanetServeError, ...]:
+        """What was wrong with the last receipts of servers that the session has let go of, by now.
+
+        What the session returned may be wrong then. Empty unless the client's setting `receipts`
+        asks for them.
+        """
+        return tuple(self._core.receipt_errors)
 
     @property
     def num_steps(self) -> int:

@@ -63,6 +63,8 @@ class SessionCore:
         """What has entered the ring; None before the first step."""
         self.num_steps = 0
         """Number of steps that have succeeded."""
+        self.receipt_errors: list[PlanetServeError] = []
+        """What was wrong with the last receipts of servers, of rings that were closed."""
         self._lease_tokens = lease_tokens or max_length
         self._manager = manager
         self._seed = manager.rng.getrandbits(32)
@@ -133,6 +135,8 @@ class SessionCore:
         """Close the session; returns when the servers have been told. Idempotent."""
         self.closed = True
         await self.close_ring()
+        if self._closing is not None:  # of whoever has closed it before
+            await asyncio.shield(self._closing)
 
     async def run(
         self, num_rows: int, table: StepTable, hidden_TD: torch.Tensor, *, keep_last: bool = False
@@ -273,8 +277,15 @@ class SessionCore:
         self._migration.stop()
         ring, self.ring = self.ring, None
         if ring is not None:
-            self._closing = asyncio.ensure_future(ring.close())
+            self._closing = asyncio.ensure_future(self._end(ring))
             await asyncio.shield(self._closing)
+
+    async def _end(self, ring: RingSession) -> None:
+        await ring.close()
+        for error in ring.receipt_errors:
+            logger.warning("%s (%s); what this session returned may be wrong", error, error.code)
+            self.receipt_errors.append(error)
+            await self._manager.report_failure(error, None)
 
 
 def closed_error() -> SessionClosed:

@@ -41,6 +41,9 @@ class ClientConfig:
     """Blocks that the client runs itself, as START:END separated by commas; a negative number
     counts from the end. They must be the first blocks, the last ones or both, as in 0:1 or 0:2,-2:
     and each takes as much memory here, for weights and KV cache, as on a server."""
+    receipts: bool = False
+    """Whether to ask servers that give receipts to sign for what they take in and send on, and to
+    check that all of them agree."""
     use_server_to_server: bool = True
     """Whether servers push activations to the next server. Always true; False is refused."""
     connect_timeout: float = 5.0

@@ -53,6 +53,10 @@ class ServerConfig:
     device: str = "auto"
     """Torch device; auto uses cuda, then mps, then cpu."""
 
+    receipts: bool = False
+    """Sign for what is taken in and sent on, for clients that ask for it. Nodes of the oldest
+    versions do not find a server that does."""
+
     initial_peers: tuple[str, ...] = ()
     """Multiaddresses of peers to join the swarm through, each ending in /p2p/PEER_ID."""
     new_swarm: bool = False

@@ -13,7 +13,7 @@ import torch
 from planetserve.crypto.channel import EdgeOpener
 from planetserve.crypto.secrets import TAG_BYTES
 from planetserve.edge.chunk import StepChunk
-from planetserve.edge.observer import StepObserver, StepWatch
+from planetserve.edge.observer import StepObserver
 from planetserve.edge.step_order import StepOrder
 from planetserve.errors import PlanetServeError, RemoteProtocolError
 from planetserve.tensors import is_finite, tensor_from_payload, wire_dtype
@@ -45,7 +45,7 @@ class StepReceiver:
         num_rows: rows of the session.
         span: the blocks of a hop.
         first_step: number of the first step that a hop answers or passes on.
-        observer: is told of every step that has been opened and accepted.
+        observer: is told of every chunk that has been opened and accepted.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class StepReceiver:
         self._span = (0, 0) if span is None else (span.start, span.end)
         self._order = StepOrder(first_step)
         self._opener: EdgeOpener | None = None
-        self._watch = None if observer is None else StepWatch(observer)
+        self._observer = observer
 
     def start(self, secret: bytearray, epoch: int) -> None:
         """Open what a new sender seals; `secret` is not kept."""
@@ -154,8 +154,8 @@ class StepReceiver:
         chunk = StepChunk(
             header.step, header.chunk, header.num_chunks, header.flags, table, hidden_TD, loads
         )
-        if self._watch is not None:
-            self._watch.add(chunk, memoryview(plaintext)[offset:])
+        if self._observer is not None:
+            self._observer(chunk, memoryview(plaintext)[offset:])
         return chunk
 
     def _read_table(self, header: FrameHeader, plaintext: bytearray) -> tuple[StepTable, int]:

@@ -12,7 +12,7 @@ import torch
 
 from planetserve.crypto.channel import EdgeSealer, Sealer
 from planetserve.edge.chunk import StepChunk
-from planetserve.edge.observer import StepObserver, StepWatch
+from planetserve.edge.observer import StepObserver
 from planetserve.errors import StreamClosed
 from planetserve.tensors import tensor_bytes, wire_dtype
 from planetserve.wire.frame import ANSWER_EDGE, FLAG_KEEP_LAST, Direction, FrameHeader, FrameType
@@ -28,7 +28,7 @@ class StepSender:
         session_id: of the session.
         dtype: of the hidden states that are sealed.
         new_sealer: makes what encrypts; the arguments are those of `EdgeSealer`.
-        observer: is told of every step that has been sealed.
+        observer: is told of every chunk that has been sealed.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class StepSender:
         self._sealer: Sealer | None = None
         self._edge = 0
         self._span = (0, 0)
-        self._watch = None if observer is None else StepWatch(observer)
+        self.observer = observer
 
     def start(
         self, secret: bytearray, edge: int, epoch: int, span: tuple[int, int], now_s: float
@@ -119,8 +119,8 @@ class StepSender:
         tensor = tensor_bytes(hidden_TD)
         frame = self._sealer.seal(header, [head, tensor], now_s)
         self.frames_sent += 1
-        if self._watch is not None:
-            self._watch.add(chunk, tensor)
+        if self.observer is not None:
+            self.observer(chunk, tensor)
         return frame
 
     def erase(self) -> None:

@@ -29,6 +29,7 @@ from planetserve.errors import (
 from planetserve.server.backpressure import StepBackpressure
 from planetserve.server.limits import Admission, QueuedBytes, ServerLimits
 from planetserve.server.next_hop_dials import Dials
+from planetserve.server.receipts import ReceiptSigner
 from planetserve.server.refusal_log import RefusalLog
 from planetserve.server.session import ServerSession, Shared
 from planetserve.server.session_control import check_neighbours
@@ -45,7 +46,7 @@ from planetserve.wire.messages import (
     from_text,
     to_text,
 )
-from planetserve.wire.protocols import PUSH_PROTOCOL, SESSION_PROTOCOL
+from planetserve.wire.protocols import PUSH_PROTOCOL, RECEIPTS, SESSION_PROTOCOL
 
 _FIRST_FRAME_TIMEOUT_S = 5.0
 _LAST_WORDS_TIMEOUT_S = 1.0
@@ -68,8 +69,13 @@ class ServedModel:
     max_session_tokens: int
 
 
+def capabilities(*, gives_receipts: bool) -> frozenset[str]:
+    """The optional parts of the protocol that a server knows."""
+    return protocols.CAPABILITIES | {RECEIPTS} if gives_receipts else protocols.CAPABILITIES
+
+
 class SessionHandler:
-    """Accepts sessions for `model` on `node` and runs them on `engine`."""
+    """Accepts sessions for `model` on `node` and runs them on `engine`; `signer` signs receipts."""
 
     def __init__(
         self,
@@ -78,6 +84,7 @@ class SessionHandler:
         model: ServedModel,
         limits: ServerLimits,
         clock: Clock | None = None,
+        signer: ReceiptSigner | None = None,
     ):
         self._node = node
         self._engine = engine
@@ -87,7 +94,8 @@ class SessionHandler:
         self._admission = Admission(limits, clock)
         self._gate = StepBackpressure(QueuedBytes(limits))
         self._replay_bytes = ReplayBytes()
-        self.shared = Shared(engine, self._gate, Dials(node, limits, clock), self._replay_bytes)
+        dials = Dials(node, limits, clock)
+        self.shared = Shared(engine, self._gate, dials, self._replay_bytes, signer=signer)
         """What every session gets that is opened from now on."""
         self._refusals = RefusalLog(clock)
         self._sessions: dict[SessionKey, ServerSession] = {}
@@ -299,7 +307,8 @@ class SessionHandler:
         check_neighbours(message, message.previous, message.next)
         if key in self._sessions:
             raise RemoteProtocolError("this session is already open here")
-        if not protocols.CAPABILITIES.issuperset(message.capabilities):
+        known = capabilities(gives_receipts=self.shared.signer is not None)
+        if not known.issuperset(message.capabilities):
             raise UnsupportedError("the session uses a capability that is unknown here")
 
     async def _on_push(self, stream: Stream) -> None:

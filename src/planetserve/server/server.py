@@ -41,10 +41,11 @@ from planetserve.server.factory import (
     node_config,
     open_checkpoint,
 )
-from planetserve.server.handler import ServedModel, SessionHandler
+from planetserve.server.handler import ServedModel, SessionHandler, capabilities
 from planetserve.server.limits import ServerLimits
 from planetserve.server.neighbours import Neighbours
 from planetserve.server.reachability import warn_if_unreachable
+from planetserve.server.receipts import ReceiptSigner
 from planetserve.server.span_choice import ahead_of, choose_span, is_wanted_elsewhere
 from planetserve.swarm.directory import Directory
 from planetserve.swarm.libp2p.node import SwarmNode
@@ -171,7 +172,7 @@ class Server:
             public_name=self.config.public_name,
             announced_at_s=self._clock.unix(),
             protocol_versions=(protocols.OLDEST_VERSION, protocols.PROTOCOL_VERSION),
-            capabilities=tuple(sorted(protocols.CAPABILITIES)),
+            capabilities=tuple(sorted(capabilities(gives_receipts=self.config.receipts))),
             manifest=self.weights.manifest,
         )
 
@@ -345,7 +346,12 @@ class Server:
             step_timeout_s=self.config.step_timeout,
             max_chunk_tokens=self.config.max_batch_size,
         )
-        self.handler = SessionHandler(self.node, self.engine, model, limits, self._clock)
+        signer = None
+        if self.config.receipts:
+            signer = ReceiptSigner(
+                self.node.identity, self.weights, self.config.quant_type, self._clock
+            )
+        self.handler = SessionHandler(self.node, self.engine, model, limits, self._clock, signer)
         await serve_ping(self.node)
         await self.handler.start()
         self.node.spawn(self._learn_manifest(), "hashing of the weights")

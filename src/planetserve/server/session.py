@@ -25,6 +25,7 @@ from planetserve.errors import HopTimeout, PlanetServeError, RemoteProtocolError
 from planetserve.server.backpressure import PeerBackpressure, StepBackpressure
 from planetserve.server.downstream import Downstream
 from planetserve.server.next_hop_dials import Dials
+from planetserve.server.receipts import ReceiptSigner, SessionReceipts
 from planetserve.server.session_control import ClientReports, SessionControl
 from planetserve.server.step_pipeline import StepPipeline, blame_upstream
 from planetserve.server.upstream import Upstream
@@ -33,6 +34,7 @@ from planetserve.tensors import named_dtype
 from planetserve.types import BlockSpan
 from planetserve.wire.frame import FrameType
 from planetserve.wire.messages import OpenSession, PushHello
+from planetserve.wire.protocols import RECEIPTS
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ class Shared:
     replay_bytes: ReplayBytes
     new_sender: NewSender = StepSender
     """Makes the sending end of the edge that leaves a session, of its id and dtype."""
+    signer: ReceiptSigner | None = None
+    """Signs receipts for sessions that ask for them; None if the server gives none."""
 
 
 class ServerSession:
@@ -81,6 +85,11 @@ class ServerSession:
         self._share = PeerBackpressure(shared.gate, stream.remote)
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reports = ClientReports(stream, session_id, message.edge)
+        sender = shared.new_sender(session_id, dtype)
+        self._receipts: SessionReceipts | None = None
+        if shared.signer is not None and RECEIPTS in message.capabilities:
+            self._receipts = SessionReceipts(shared.signer, session_id, message, stream)
+            sender.observer = self._receipts.outgoing
         receiver = StepReceiver(
             session_id,
             message.edge,
@@ -89,6 +98,7 @@ class ServerSession:
             num_rows=message.num_rows,
             span=BlockSpan(message.start, message.end),
             first_step=message.first_step,
+            observer=None if self._receipts is None else self._receipts.incoming,
         )
         self._upstream = Upstream(
             message,
@@ -110,7 +120,7 @@ class ServerSession:
             shared.dials,
             message,
             stream,
-            shared.new_sender(session_id, dtype),
+            sender,
             self._replay_buffer,
             load_ms=lambda: engine.decode_ms_per_block,
             report=self._reports.next_hop_lost,
@@ -118,7 +128,13 @@ class ServerSession:
         )
         self._pipeline = StepPipeline(self.key, engine, self._upstream, self._downstream)
         self._control = SessionControl(
-            message, self._reports, channel, self._upstream, self._downstream, self._pipeline
+            message,
+            self._reports,
+            channel,
+            self._upstream,
+            self._downstream,
+            self._pipeline,
+            self._receipts,
         )
         self._ingesting: set[asyncio.Task[None]] = set()
 
@@ -202,6 +218,8 @@ class ServerSession:
             if self._replay_buffer is not None:
                 held.callback(self._replay_buffer.close)
             held.callback(self._control.erase)
+            if self._receipts is not None:
+                self._receipts.stop()
             self.end_ingesting()
             for task in tasks:
                 task.cancel()

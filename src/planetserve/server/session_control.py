@@ -18,6 +18,7 @@ from planetserve.errors import (
     StreamClosed,
 )
 from planetserve.server.downstream import Downstream
+from planetserve.server.receipts import SessionReceipts
 from planetserve.server.step_pipeline import StepPipeline
 from planetserve.server.upstream import Upstream
 from planetserve.swarm.network import Stream
@@ -104,6 +105,7 @@ class SessionControl:
         upstream: gets the keys of the edge that enters this hop.
         downstream: gets those of the edge that leaves it.
         pipeline: takes the STEP frames of a first hop.
+        receipts: of a session that has any.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class SessionControl:
         upstream: Upstream,
         downstream: Downstream,
         pipeline: StepPipeline,
+        receipts: SessionReceipts | None = None,
     ):
         self.has_keys = asyncio.Event()
         """Set once a step can be opened."""
@@ -123,6 +126,7 @@ class SessionControl:
         self._upstream = upstream
         self._downstream = downstream
         self._pipeline = pipeline
+        self._receipts = receipts
         self._num_rewires = 0
         self._next_answer_s = 0.0
 
@@ -149,6 +153,8 @@ class SessionControl:
                 return
             match header.type:
                 case FrameType.CLOSE:
+                    if self._receipts is not None:
+                        await self._receipts.send_final()
                     return
                 case FrameType.REWIRE:
                     await self._rewire(payload)
@@ -193,6 +199,8 @@ class SessionControl:
         if await self._is_given_up():
             return
         inbound, outbound = await self._take_keys(message.epoch, payload)
+        if self._receipts is not None:
+            self._receipts.rewired(message)
         try:
             if previous is not None:
                 self._upstream.change(previous, message.epoch, inbound)

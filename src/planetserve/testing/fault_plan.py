@@ -35,11 +35,13 @@ class SwarmShape:
         clients: minimum and maximum number of clients.
         weights: kinds of faults with their weights; empty: some kinds of equal weight, which the
             seed draws.
+        receipts: whether servers give receipts and clients ask for them.
     """
 
     servers: tuple[int, int] = (3, 20)
     clients: tuple[int, int] = (1, 3)
     weights: tuple[tuple[str, float], ...] = ()
+    receipts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ class SwarmPlan:
     """When the first fault begins."""
     is_roomy: bool
     """Whether every server has room for all sessions."""
+    receipts: bool
+    """Whether servers give receipts and clients ask for them."""
 
 
 def draw_plan(seed: int, shape: SwarmShape) -> SwarmPlan:
@@ -114,6 +118,7 @@ def draw_plan(seed: int, shape: SwarmShape) -> SwarmPlan:
         last_fault_end_s=max((fault.at_s + fault.for_s for fault in faults), default=0.0),
         first_fault_s=min((fault.at_s for fault in faults), default=math.inf),
         is_roomy=is_roomy,
+        receipts=shape.receipts,
     )
 
 

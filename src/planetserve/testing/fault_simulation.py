@@ -140,7 +140,7 @@ class _Simulation:
         while True:
             try:
                 server = await SimulatedServer.launch(
-                    self._network, plan, self._plan.num_blocks, rng
+                    self._network, plan, self._plan.num_blocks, rng, receipts=self._plan.receipts
                 )
                 break
             except PlanetServeError:
@@ -267,6 +267,7 @@ class _Simulation:
             update_period=rng.choice((30.0, 60.0)),
             replan_period=5.0,
             show_route=False,
+            receipts=self._plan.receipts,
         )
         manager = new_manager(
             self._network, config, self._plan.clients[number], self._plan.clocks[number],

@@ -53,7 +53,13 @@ class SimulatedServer(Server):
 
     @classmethod
     async def launch(
-        cls, network: MemoryNetwork, plan: ServerPlan, num_blocks: int, rng: random.Random
+        cls,
+        network: MemoryNetwork,
+        plan: ServerPlan,
+        num_blocks: int,
+        rng: random.Random,
+        *,
+        receipts: bool = False,
     ) -> SimulatedServer:
         """Join the swarm and begin to serve."""
         config = ServerConfig(
@@ -68,6 +74,7 @@ class SimulatedServer(Server):
             kv_overcommit=plan.overcommit,
             update_period=plan.update_period_s,
             step_timeout=90.0,
+            receipts=receipts,
         )
         heads = PretrainedConfig(num_attention_heads=1, num_key_value_heads=1)
         checkpoint: Any = SimpleNamespace(

@@ -46,6 +46,7 @@ class FrameType(enum.IntEnum):
     REWIRED = 12
     NEXT_HOP_LOST = 13
     STATUS = 14
+    RECEIPT = 15
 
 
 FLAG_KEEP_LAST = 1

@@ -11,10 +11,15 @@ OLDEST_VERSION = 1
 """Oldest version that this node still speaks."""
 
 CAPABILITIES: frozenset[str] = frozenset()
-"""Optional parts of the protocol that this node knows, as a server and as a client.
+"""Optional parts of the protocol that every node of this version knows.
 
 A server announces them, a client names in OPEN those that both of them know, and what belongs to
 one is sent only in a session whose OPEN names it.
+"""
+
+RECEIPTS = "receipts"
+"""Capability: hops sign receipts of what has crossed their edges (`verification/receipt.py`). Who
+knows it is a setting: nodes from before capabilities refuse records that name one.
 """
 
 SESSION_PROTOCOL = "planetserve/1/session"

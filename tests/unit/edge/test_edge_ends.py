@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from planetserve.errors import (
     StreamClosed,
 )
 from planetserve.types import BlockSpan
-from planetserve.wire.frame import ANSWER_EDGE, FLAG_KEEP_LAST, FLAG_REPLAY, FrameHeader
+from planetserve.wire.frame import ANSWER_EDGE, FLAG_KEEP_LAST, FrameHeader
 from planetserve.wire.step import HopLoad, RowSlice, StepTable
 
 WIDTH = 4
@@ -29,19 +28,18 @@ SESSION, EDGE, SPAN = bytes(range(16)), 1, BlockSpan(2, 4)
 TABLE = StepTable((RowSlice(0, 3, 4), RowSlice(1, 0, 2)), tuple(range(6)), (1, 0))
 HIDDEN_TD = torch.arange(6 * WIDTH, dtype=torch.float32).view(6, WIDTH)
 
-Told = tuple[int, int, StepTable, list[bytes]]
+Told = tuple[int, int, int, int, StepTable, bytes]
 
 
 class Observer:
-    """Takes note of the steps that it is told of."""
+    """Takes note of the chunks that it is told of."""
 
     def __init__(self) -> None:
         self.told: list[Told] = []
 
-    def __call__(
-        self, step: int, flags: int, table: StepTable, tensor: Sequence[memoryview]
-    ) -> None:
-        self.told.append((step, flags, table, [bytes(part) for part in tensor]))
+    def __call__(self, chunk: StepChunk, tensor: memoryview) -> None:
+        place = (chunk.step, chunk.chunk, chunk.num_chunks, chunk.flags)
+        self.told.append((*place, chunk.table, bytes(tensor)))
 
 
 class Edge:
@@ -105,15 +103,16 @@ def test_a_step_arrives_as_it_was_sent(max_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 4, 100])
-def test_observers_of_both_ends_are_told_the_same_once_a_step(max_tokens: int) -> None:
+def test_observers_of_both_ends_are_told_the_same(max_tokens: int) -> None:
     edge = Edge()
-    for chunk in [*step(0, max_tokens), *step(1, 100, FLAG_KEEP_LAST, later(7))]:
+    chunks = [*step(0, max_tokens), *step(1, 100, FLAG_KEEP_LAST, later(7))]
+    for chunk in chunks:
         edge.pass_on(chunk)
     assert edge.sent.told == edge.received.told
-    (number, flags, table, parts), second = edge.sent.told
-    assert (number, flags, table) == (0, 0, TABLE)
-    assert b"".join(parts) == HIDDEN_TD.numpy().tobytes()
-    assert second == (1, FLAG_KEEP_LAST, later(7), [HIDDEN_TD[:1].numpy().tobytes()])
+    assert edge.sent.told == [
+        (c.step, c.chunk, c.num_chunks, c.flags, c.table, c.hidden_TD.numpy().tobytes())
+        for c in chunks
+    ]
 
 
 def test_what_is_sent_again_is_observed_once_where_it_was_taken() -> None:
@@ -124,8 +123,8 @@ def test_what_is_sent_again_is_observed_once_where_it_was_taken() -> None:
     edge.receiver.expect_repeats(drops_step=False)
     assert edge.pass_on(chunks[0]) is None
     assert edge.pass_on(chunks[1])
-    assert [told[:3] for told in edge.received.told] == [(0, 0, TABLE)]
-    assert edge.received.told == edge.sent.told
+    assert [told[1] for told in edge.received.told] == [0, 1]
+    assert [told[1] for told in edge.sent.told] == [0, 0, 1]
 
 
 def test_a_step_that_was_thrown_away_is_observed_from_its_beginning() -> None:
@@ -135,14 +134,8 @@ def test_a_step_that_was_thrown_away_is_observed_from_its_beginning() -> None:
     edge.rekey()
     edge.receiver.expect_repeats(drops_step=True)
     assert all(edge.pass_on(chunk) for chunk in chunks)
-    assert [b"".join(told[3]) for told in edge.received.told] == [HIDDEN_TD.numpy().tobytes()]
-
-
-def test_a_replay_is_observed_as_the_step_that_it_is() -> None:
-    edge = Edge()
-    for chunk in step(0, 2, FLAG_REPLAY):
-        edge.pass_on(chunk)
-    assert [told[:2] for told in edge.received.told] == [(0, FLAG_REPLAY)]
+    _, *again = [told[-1] for told in edge.received.told]
+    assert b"".join(again) == HIDDEN_TD.numpy().tobytes()
 
 
 @pytest.mark.parametrize("keep_last", [False, True])
@@ -163,7 +156,7 @@ def test_an_answer_brings_the_tokens_that_were_asked_for(keep_last: bool, max_to
     wanted = TABLE.last_tokens() if keep_last else list(range(6))
     assert torch.equal(due.output_TD[wanted], HIDDEN_TD[wanted])
     assert edge.sent.told == edge.received.told
-    assert edge.sent.told[0][2] == TABLE
+    assert [told[4] for told in edge.sent.told] == [chunk.table for chunk in chunks]
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,7 @@ class ChainManager:
             stall_timeout_s=self.config.stall_timeout,
             probe_after_s=self.config.probe_after,
             ping_timeout_s=self.config.ping_timeout,
+            receipts=self.config.receipts,
         )
         ring = await RingSession.open(self.view.node, chain, servers, spec, history)
         self._log_route(chain)

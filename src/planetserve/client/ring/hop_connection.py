@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from planetserve.client.ring.receipts import Compare, HopReceipts
 from planetserve.client.ring.ring_spec import RingSpec
 from planetserve.crypto.handshake import ClientHandshake
 from planetserve.crypto.secrets import ChannelSecret, seal_edge_keys
@@ -23,7 +24,7 @@ from planetserve.errors import (
     RemoteProtocolError,
 )
 from planetserve.swarm.network import Network, Stream
-from planetserve.tensors import dtype_name
+from planetserve.tensors import dtype_name, wire_dtype
 from planetserve.types import CLIENT, Hop, PeerId, ServerInfo
 from planetserve.wire import protocols
 from planetserve.wire.frame import FrameHeader, FrameType
@@ -90,9 +91,18 @@ class HopConnection:
         info: what the hop's server announces.
         edge: the edge that enters it; names it in the session.
         inbox: where STEP frames and failures go.
+        compare: is given the hop's receipts; None asks for none.
     """
 
-    def __init__(self, hop: Hop, info: ServerInfo, edge: int, session_id: bytes, inbox: Inbox):
+    def __init__(
+        self,
+        hop: Hop,
+        info: ServerInfo,
+        edge: int,
+        session_id: bytes,
+        inbox: Inbox,
+        compare: Compare | None = None,
+    ):
         self.hop = hop
         self.info = info
         self.edge = edge
@@ -107,8 +117,11 @@ class HopConnection:
         self.lost_s = 0.0
         """When it was lost, by the event loop's time."""
         self.max_chunk_tokens = 1
+        self.receipts: HopReceipts | None = None
+        """Of a hop that signs any."""
         self._session_id = session_id
         self._inbox = inbox
+        self._compare = compare
         self._unread = asyncio.Semaphore(MAX_UNREAD)
         # Edges of this hop, past ones too, by the peer at their other end.
         self._edges: dict[str, tuple[str, str]] = {}
@@ -160,6 +173,10 @@ class HopConnection:
                 `peer_id` names it.
         """
         handshake = ClientHandshake(self._session_id, self.edge, self.peer_id)
+        optional = protocols.CAPABILITIES
+        if self._compare is not None:
+            optional |= {protocols.RECEIPTS}
+        capabilities = sorted(optional.intersection(self.info.capabilities))
         message = OpenSession(
             model=self.info.model,
             fingerprint=self.info.fingerprint,
@@ -174,7 +191,7 @@ class HopConnection:
             next=following,
             first_step=first_step,
             offer=to_text(handshake.offer),
-            capabilities=sorted(protocols.CAPABILITIES.intersection(self.info.capabilities)),
+            capabilities=capabilities,
         ).encode()
         self.epoch_out = epoch
         timeout_s = spec.connect_timeout_s
@@ -197,6 +214,16 @@ class HopConnection:
             raise
         self.max_chunk_tokens = opened.max_chunk_tokens
         self._note_edges(previous, following)
+        if self._compare is not None and protocols.RECEIPTS in capabilities:
+            self.receipts = HopReceipts(
+                self.hop,
+                self.info,
+                self._session_id,
+                handshake.offer,
+                wire_dtype(spec.dtype),
+                self._compare,
+            )
+            self.receipts.opened(self.edge, epoch, following, first_step)
         self._reader = asyncio.create_task(self._read(stream))
 
     async def send_edge_keys(
@@ -223,6 +250,8 @@ class HopConnection:
         self._num_asked += 1
         self._rewired = asyncio.get_running_loop().create_future()
         self._note_edges(message.previous, message.next)
+        if self.receipts is not None:
+            self.receipts.rewired(message)
         if message.next is not None:
             self.epoch_out = message.epoch
         payload = message.encode()
@@ -240,6 +269,24 @@ class HopConnection:
         self._progress = asyncio.get_running_loop().create_future()
         await self._send(FrameType.STATUS, b"")
         return await self._answered(self._progress, timeout_s)
+
+    async def finish(self, timeout_s: float) -> None:
+        """Tell the hop that the session is over, and wait for its last receipt. Never raises."""
+        receipts = self.receipts
+        if receipts is None or self.lost is not None:
+            return
+        receipts.is_asked_last = True
+        with contextlib.suppress(PlanetServeError):
+            await self._send(FrameType.CLOSE, b"")
+        either = [
+            asyncio.ensure_future(receipts.is_complete.wait()),
+            asyncio.ensure_future(self.ended.wait()),
+        ]
+        try:
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in either:
+                task.cancel()
 
     async def close(self) -> None:
         """Tell the hop that the session is over, and let go of it. Never raises."""
@@ -294,6 +341,8 @@ class HopConnection:
                         self._inbox.put_nowait(StepFrame(self, header, payload))
                     case FrameType.LEAVING:
                         self.is_leaving = True
+                    case FrameType.RECEIPT if self.receipts is not None:
+                        self.receipts.take(payload)
                     case FrameType.NEXT_HOP_LOST:
                         await self._unread.acquire()
                         self._on_parked(header, payload)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from planetserve.client.ring.hop_connection import HopConnection, Inbox, chunk_tokens
+from planetserve.client.ring.receipts import RingReceipts
 from planetserve.client.ring.ring_spec import RingSpec
 from planetserve.crypto.secrets import new_edge_secret, wipe
 from planetserve.edge.receiver import StepReceiver
@@ -19,7 +20,7 @@ from planetserve.edge.sender import StepSender
 from planetserve.errors import NoChainAvailable, PlanetServeError, SessionClosed
 from planetserve.swarm.network import Network
 from planetserve.types import CLIENT, Hop, PeerId, ServerInfo
-from planetserve.wire.frame import MAX_EDGE
+from planetserve.wire.frame import ANSWER_EDGE, MAX_EDGE
 from planetserve.wire.messages import Rewire
 
 
@@ -33,6 +34,7 @@ class HopSetup:
         inbox: where what the hops say goes.
         sender: the client's end of the edge to the first hop, which gets its secrets.
         receiver: the client's end of the edge from the last hop.
+        receipts: what the hops' receipts are compared by, if they are asked for any.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class HopSetup:
         inbox: Inbox,
         sender: StepSender,
         receiver: StepReceiver,
+        receipts: RingReceipts | None = None,
     ):
         self.links: list[HopConnection] = []
         """Hops that are in the ring now, the first one first."""
@@ -52,6 +55,7 @@ class HopSetup:
         self._inbox = inbox
         self._sender = sender
         self._receiver = receiver
+        self._receipts = receipts
         self._edge = -1
         self._epoch = -1
         self._retired: set[asyncio.Task[None]] = set()
@@ -84,12 +88,7 @@ class HopSetup:
         for link in self.links[first:stop]:
             self._retire(link)
         self._epoch += 1
-        links = []
-        for hop in hops:
-            self._edge += 1
-            links.append(
-                HopConnection(hop, servers[hop.peer_id], self._edge, self._session_id, self._inbox)
-            )
+        links = [self._new_link(hop, servers[hop.peer_id]) for hop in hops]
         secrets = [new_edge_secret() for _ in range(len(hops) + 1)]
         before = self.links[first - 1] if first else None
         after = self.links[stop] if stop < len(self.links) else None
@@ -104,16 +103,29 @@ class HopSetup:
             raise
         else:
             if before is None:
-                hop, now_s = links[0].hop, asyncio.get_running_loop().time()
-                self._sender.start(
-                    secrets[0], links[0].edge, self._epoch, (hop.start, hop.end), now_s
-                )
+                self._start_sender(links[0], secrets[0], first_step)
             if after is None:
-                self._receiver.start(secrets[-1], self._epoch)
+                self._start_receiver(secrets[-1], first_step)
         finally:
             wipe(*secrets)
         self.links[first:stop] = links
         return links
+
+    def _new_link(self, hop: Hop, info: ServerInfo) -> HopConnection:
+        self._edge += 1
+        compare = None if self._receipts is None else self._receipts.add
+        return HopConnection(hop, info, self._edge, self._session_id, self._inbox, compare)
+
+    def _start_sender(self, first: HopConnection, secret: bytearray, first_step: int) -> None:
+        hop, now_s = first.hop, asyncio.get_running_loop().time()
+        self._sender.start(secret, first.edge, self._epoch, (hop.start, hop.end), now_s)
+        if self._receipts is not None:
+            self._receipts.sent.start(first.edge, self._epoch, first_step)
+
+    def _start_receiver(self, secret: bytearray, first_step: int) -> None:
+        self._receiver.start(secret, self._epoch)
+        if self._receipts is not None:
+            self._receipts.received.start(ANSWER_EDGE, self._epoch, first_step)
 
     async def close(self) -> None:
         """Tell every hop that the session is over and release the streams. Never raises.

@@ -18,6 +18,7 @@ import torch
 
 from planetserve.client.ring.hop_connection import HopConnection, HopFailure, Inbox, StepFrame
 from planetserve.client.ring.hop_setup import HopSetup
+from planetserve.client.ring.receipts import RingReceipts
 from planetserve.client.ring.ring_feed import RingFeed
 from planetserve.client.ring.ring_spec import Gap, RingSpec
 from planetserve.client.ring.ring_step import RingStep
@@ -54,15 +55,27 @@ class RingSession:
         self.session_id = spec.session_id
         self.loads_ms: Mapping[PeerId, float] = {}
         """Time per block that each hop named with the latest answer."""
+        self.receipt_errors: Sequence[PlanetServeError] = ()
+        """What was wrong with the last receipts of the hops, once the ring is closed."""
         self._spec = spec
         self._inbox: Inbox = asyncio.Queue()
         self._stall_detector = StallDetector(node, spec)
-        self._sender = StepSender(self.session_id, spec.dtype)
+        self._receipts = receipts = (
+            RingReceipts(self.session_id, spec.num_rows) if spec.receipts else None
+        )
+        self._sender = StepSender(
+            self.session_id, spec.dtype, observer=None if receipts is None else receipts.sent
+        )
         self._receiver = StepReceiver(
-            self.session_id, ANSWER_EDGE, spec.hidden_size, spec.dtype, num_rows=spec.num_rows
+            self.session_id,
+            ANSWER_EDGE,
+            spec.hidden_size,
+            spec.dtype,
+            num_rows=spec.num_rows,
+            observer=None if receipts is None else receipts.received,
         )
         self._hops = HopSetup(
-            node, spec, self.session_id, self._inbox, self._sender, self._receiver
+            node, spec, self.session_id, self._inbox, self._sender, self._receiver, self._receipts
         )
         self._feed = RingFeed(spec, self._hops, self._sender, self._inbox)
         self._condemned: set[HopConnection] = set()
@@ -128,6 +141,8 @@ class RingSession:
             PlanetServeError: a hop failed. Either `condemn` takes the error, and after `mend` the
                 step goes on with `resume`, or the ring must be closed.
         """
+        if self._receipts is not None:
+            self._receipts.check_due(self._hops.links, self._number)
         self._step = step = self._feed.new_step(self._number, table, hidden_TD, keep_last=keep_last)
         await self._feed.send(step)
         return await self.resume()
@@ -232,11 +247,21 @@ class RingSession:
         self.chain = dataclasses.replace(self.chain, hops=hops)
 
     async def close(self) -> None:
-        """Tell every hop that the session is over and release the streams. Never raises."""
+        """Tell every hop that the session is over and release the streams. Never raises.
+
+        Hops that sign receipts are waited for: theirs must agree on all that has passed.
+        """
         await self._feed.stop()
+        if self._receipts is not None and self._is_at_rest():
+            self.receipt_errors = await self._receipts.settle(self._hops.links)
         await self._hops.close()
         self._sender.erase()
         self._receiver.erase()
+
+    def _is_at_rest(self) -> bool:
+        """Whether all that was sent has arrived at every hop and back."""
+        is_whole = self._step is None and not self.is_broken
+        return is_whole and not any(link.is_filling for link in self._hops.links)
 
     async def _splice(
         self,

@@ -28,6 +28,8 @@ class RingSpec:
     """Silence after which the hops are asked how they are: a dead one costs seconds, not the
     step timeout."""
     ping_timeout_s: float
+    receipts: bool = False
+    """Whether hops that can are asked to sign for what they do."""
     session_id: bytes = field(default_factory=lambda: os.urandom(SESSION_BYTES))
     """Names the session; hard to guess."""
 

@@ -2,8 +2,9 @@
 
 Opening is cheap: it reads `config.json` and nothing else. Names, sizes and the fingerprint come
 from the index file and the safetensors headers; a shard is downloaded only when one of its tensors
-is read. The swarm uses two identities: `model_prefix` (equal for equal configurations; servers and
-clients find each other under it) and `fingerprint` (equal for equal weights; a chain has one).
+is read. The swarm knows a model by `model_prefix` (equal for equal configurations; servers and
+clients find each other under it), and its weights by `fingerprint`, which names them at once, and
+by `manifest`, which takes reading them all and is equal for equal weights.
 """
 
 from __future__ import annotations
@@ -249,7 +250,8 @@ class Checkpoint:
         if not all((folder / filename).is_file() for filename in self._files[0]):
             return None
         entries = [(name, self._entry(name, local=True)) for name in names]
-        placed = [(self._source.fetch(self._index[name]), entry) for name, entry in entries]
+        # Where `fetch` would lead to, which may ask the hub each time.
+        placed = [(folder / self._index[name], entry) for name, entry in entries]
         if not self._digests.read(self.name, placed, stop):
             return None
         return Manifest.of(

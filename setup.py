@@ -58,6 +58,7 @@ setup(
             "prometheus-client>=0.21",
             "uvicorn>=0.34",
         ],
+        "metrics": ["prometheus-client>=0.21"],
         "nsga2": ["pymoo>=0.6.1"],
         "plot": ["matplotlib>=3.8"],
         "simulation": ["simpy>=4.1"],

@@ -94,7 +94,7 @@ HEAVY = {
     "starlette": {"gateway"},
     "uvicorn": {"gateway"},
     "llguidance": {"gateway"},
-    "prometheus_client": {"gateway"},
+    "prometheus_client": {"gateway", "server"},
     "matplotlib": {"plan"},
     "simpy": {"simulation"},
 }

@@ -45,7 +45,7 @@ GROUPS = {
                "max_peer_lookups", "peer_lookup_burst", "max_queued_mib", "max_peer_queued_mib",
                "max_peer_kv_share", "kv_overcommit"),
     "timing": ("update_period", "expiration", "session_timeout", "step_timeout"),
-    "process": ("ready_file", "log_level"),
+    "process": ("metrics_port", "ready_file", "log_level"),
 }  # fmt: skip
 
 EXCLUSIVE = (

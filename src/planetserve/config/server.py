@@ -141,6 +141,9 @@ class ServerConfig:
     recomputed. 1 promises only what there is. Above 1 the server keeps the inputs of open sessions
     in memory: one hidden state for each promised token."""
 
+    metrics_port: int | None = None
+    """TCP port on 127.0.0.1 at which Prometheus reads /metrics; by default there is none."""
+
     update_period: float = 60.0
     """Seconds between announcements to the directory."""
     expiration: float | None = None
@@ -180,6 +183,10 @@ class ServerConfig:
             "num_blocks", "attn_cache_tokens", "inference_max_length", "num_threads",
             "network_mbps",
         )  # fmt: skip
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(
+                f"metrics_port={self.metrics_port} is no TCP port; give 1 to 65535, or 0 for any"
+            )
         if self.kv_overcommit < 1:
             raise ConfigError(
                 f"kv_overcommit={self.kv_overcommit:g} promises less than there is; give at least 1"

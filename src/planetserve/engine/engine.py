@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from planetserve.clock import Clock
+from planetserve.engine.batch_totals import BatchTotals
 from planetserve.engine.config import EngineConfig, EngineStats
 from planetserve.engine.job import Job
 from planetserve.engine.measure import measure_cost
@@ -245,6 +246,11 @@ class Engine:
             overhead_ms=latency.overhead_ms if latency else 0.0,
             tokens_per_s_per_block=self._worker.speed.tokens_per_s_per_block,
         )
+
+    @property
+    def batch_totals(self) -> BatchTotals:
+        """What has run since the start."""
+        return self._worker.totals
 
     @property
     def decode_ms_per_block(self) -> float:

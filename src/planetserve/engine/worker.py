@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from planetserve.clock import Clock
+from planetserve.engine.batch_totals import BatchTotals
 from planetserve.engine.config import EngineConfig
 from planetserve.engine.job import Job, Results
 from planetserve.engine.passes import token_rows
@@ -113,6 +114,7 @@ class Worker:
         """Written on the engine thread, read anywhere."""
         self._idle_since_s = 0.0
         self._usage = Usage()
+        self.totals = BatchTotals()
         self._thread: threading.Thread | None = None
 
     @property
@@ -253,6 +255,7 @@ class Worker:
             whole = job.outputs[0] if len(job.outputs) == 1 else torch.cat(job.outputs)
             self._results.add(job, whole)
         self._idle_since_s = now_s = self._clock.monotonic()
+        self.totals.add(batch.num_tokens, batch.num_prefill_tokens, work_s)
         self._publish()  # whoever waits should not wait for the book-keeping
         self._expect(batch, finished, now_s)
         if self._inputs is not None:

@@ -62,12 +62,21 @@ class ChainTimer:
     Args:
         manager: knows the servers and links.
         session: the text's.
+        count: told of every step's seconds and of the chain's hops.
         index: of its first answer.
         is_wanted: whether anybody wants reports.
     """
 
-    def __init__(self, manager: ChainManager, session: SessionCore, index: int, is_wanted: bool):
+    def __init__(
+        self,
+        manager: ChainManager,
+        session: SessionCore,
+        count: Callable[[float, int], None],
+        index: int,
+        is_wanted: bool,
+    ):
         self._manager = manager
+        self._count = count
         self._session = session
         self._index = index
         self._is_wanted = is_wanted
@@ -89,9 +98,11 @@ class ChainTimer:
         """A step goes around it. One during which the chain changes counts for none."""
         began_s = time.monotonic()
         yield
-        if not self._see_chain():
+        if not self._see_chain() and self._chain is not None:
+            elapsed_s = time.monotonic() - began_s
             self._num_steps += 1
-            self._step_s += time.monotonic() - began_s
+            self._step_s += elapsed_s
+            self._count(elapsed_s, len(self._chain))
 
     @contextlib.contextmanager
     def head(self) -> Iterator[None]:

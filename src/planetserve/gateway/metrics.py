@@ -9,6 +9,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from planetserve.client.planning.chain_changes import ChainChange
 from planetserve.gateway.text import TextRequest, TextTimes
 
 _SHORT_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
@@ -88,6 +89,17 @@ class Metrics:
             "request_queue_time_seconds", "Waiting for other texts.", _LONG_S
         )
         self._prompt_sizes = self._histogram("request_prompt_tokens", "Prompt sizes.", _TOKENS)
+        self._step_s = families.get(
+            Histogram, "planetserve:step_seconds", "One token's way around its chain.",
+            buckets=_SHORT_S,
+        ).labels(*self._label)  # fmt: skip
+        self._failovers = families.get(
+            Counter, "planetserve:failovers", "Failures and moves of texts, by reason.",
+            (*_LABELS, "reason"),
+        )  # fmt: skip
+        self._hops = families.get(
+            Gauge, "planetserve:chain_hops", "Servers in the chain that was used last."
+        ).labels(*self._label)
 
     def watch_waiting(self, count: Callable[[], int]) -> None:
         """Ask `count` for the prompts that wait."""
@@ -96,6 +108,24 @@ class Metrics:
     def watch_warm(self, count: Callable[[], int]) -> None:
         """Ask `count` for the sessions that are kept."""
         self._warm.set_function(count)
+
+    def watch_swarm(self, ready: Callable[[], int], uncovered: Callable[[], int]) -> None:
+        """Ask for the servers that can be used, and the blocks that none of them runs."""
+        for name, text, ask in (
+            ("ready_servers", "Servers that can be used.", ready),
+            ("uncovered_blocks", "Blocks that no usable server runs.", uncovered),
+        ):
+            gauge = self._families.get(Gauge, f"planetserve:{name}", text)
+            gauge.labels(*self._label).set_function(ask)
+
+    def chain_changed(self, change: ChainChange) -> None:
+        """A text has lost or left servers."""
+        self._failovers.labels(*self._label, change.reason).inc()
+
+    def step_done(self, elapsed_s: float, num_hops: int) -> None:
+        """A step has gone around a chain."""
+        self._step_s.observe(elapsed_s)
+        self._hops.set(num_hops)
 
     def prefix_looked_up(self, num_tokens: int, num_found: int) -> None:
         """A prompt has been compared with what warm sessions hold."""

@@ -32,6 +32,7 @@ from planetserve.gateway.middleware import Guard
 from planetserve.gateway.requests import Limits, ignored_processors, sampling_defaults
 from planetserve.gateway.response_templates import ResponseTemplates
 from planetserve.gateway.served_models import Models, Service
+from planetserve.gateway.swarm_view import num_ready, num_uncovered
 from planetserve.gateway.text_engine import TextEngine, TextSlots
 from planetserve.gateway.tokenizer_thread import Texts, read_template
 from planetserve.gateway.warm_sessions import WarmSessions
@@ -132,6 +133,8 @@ async def _start(
     stack.callback(turns.close)
     names = config.served_model_name
     metrics = Metrics(names[0], families)
+    manager.changes.listeners.append(metrics.chain_changed)
+    metrics.watch_swarm(lambda: num_ready(manager), lambda: num_uncovered(manager))
     slots = TextSlots(config.max_num_seqs, config.max_num_queued_reqs)
     warm = WarmSessions(config.max_warm_sessions, config.warm_session_timeout, metrics)
     stack.push_async_callback(warm.close)

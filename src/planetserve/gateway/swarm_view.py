@@ -120,6 +120,22 @@ async def view_swarm(name: str, manager: ChainManager) -> SwarmView:
     )
 
 
+def num_ready(manager: ChainManager) -> int:
+    """Servers that can be used now."""
+    return len(_usable(manager))
+
+
+def num_uncovered(manager: ChainManager) -> int:
+    """Blocks that none of them runs."""
+    missing = uncovered(_usable(manager), manager.facts.num_blocks)
+    return sum(end - start for start, end in missing)
+
+
+def _usable(manager: ChainManager) -> list[ServerInfo]:
+    banned = set(manager.peers.banned())
+    return [info for info in manager.view.servers.values() if info.peer_id not in banned]
+
+
 def uncovered(servers: Iterable[ServerInfo], num_blocks: int) -> list[tuple[int, int]]:
     """Ranges of blocks that none of these servers runs."""
     missing, reached = [], 0

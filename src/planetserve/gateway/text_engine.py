@@ -203,7 +203,9 @@ class TextEngine:
         ids = request.prompt_ids
         held_ids, is_whole = list(ids), False
         session, num_cached = await self._session(request)
-        timer = ChainTimer(self._manager, session, first, request.reports_chain)
+        timer = ChainTimer(
+            self._manager, session, self._metrics.step_done, first, request.reports_chain
+        )
         try:
             rows = [
                 Row(row, first + row, request, self._tokenizer, num_cached)

@@ -43,6 +43,7 @@ from planetserve.server.factory import (
 )
 from planetserve.server.handler import ServedModel, SessionHandler, capabilities
 from planetserve.server.limits import ServerLimits
+from planetserve.server.metrics import MetricsEndpoint, ServerCollector
 from planetserve.server.neighbours import Neighbours
 from planetserve.server.reachability import warn_if_unreachable
 from planetserve.server.receipts import ReceiptSigner
@@ -174,6 +175,12 @@ class Server:
             protocol_versions=(protocols.OLDEST_VERSION, protocols.PROTOCOL_VERSION),
             capabilities=tuple(sorted(capabilities(gives_receipts=self.config.receipts))),
             manifest=self.weights.manifest,
+        )
+
+    def collector(self) -> ServerCollector:
+        """What Prometheus reads."""
+        return ServerCollector(
+            self.checkpoint.name, self.engine, self.info, lambda: self.handler.counters
         )
 
     def _network_bytes_per_s(self) -> float:
@@ -386,6 +393,28 @@ async def serve(
     config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[Server], None]
 ) -> None:
     """Serve until `stop` is set, then drain. `on_ready` is called once the server can serve.
+
+    Raises:
+        ConfigError: the port for metrics is taken, or as `Server.start`.
+        TransportError: the libp2p daemon ended, so nobody reaches this server any more.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        if config.metrics_port is not None:
+            endpoint = MetricsEndpoint()
+            await stack.enter_async_context(endpoint.answering(config.metrics_port))
+
+        def ready(server: Server) -> None:
+            if config.metrics_port is not None:
+                endpoint.show(server.collector())
+            on_ready(server)
+
+        await _serve(config, stop, ready)
+
+
+async def _serve(
+    config: ServerConfig, stop: asyncio.Event, on_ready: Callable[[Server], None]
+) -> None:
+    """As `serve`, without metrics.
 
     Raises:
         TransportError: the libp2p daemon ended, so nobody reaches this server any more.

@@ -138,6 +138,23 @@ def test_a_chat_is_the_local_models_and_sends_each_token_once(
     assert "".join(shown) == "".join(one["content"] for one in messages[1::2])
 
 
+def test_a_chat_moves_to_larger_sessions_now_and_then(
+    local_demo: tuple[Any, Any], writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("planetserve.commands.writing._LEAST_SESSION", 1)
+    messages: list[dict[str, str]] = []
+    lengths = []
+    for question in ("What is a list?", "And a tuple?", "And a set?", "And a dictionary?"):
+        messages.append({"role": "user", "content": question})
+        answer = writer.reply(messages, lambda _: None)
+        assert answer.text == locally(local_demo, writer.encode_chat(messages), 24)
+        messages.append({"role": "assistant", "content": answer.text})
+        assert writer._session is not None
+        lengths.append(writer._session.max_length or 0)
+    assert lengths == sorted(lengths)
+    assert 1 < len(set(lengths)) < len(lengths)
+
+
 def tokens_run(swarm: LocalSwarm) -> int:
     """Tokens of steps that the server of the first blocks has received."""
     first = swarm.servers[0].node.peer_id

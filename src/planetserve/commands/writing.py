@@ -138,7 +138,7 @@ class Writer:
             SessionLengthError: there is no room for more.
             PlanetServeError: the swarm cannot run it.
         """
-        room = self._room(len(ids))
+        room = self._room(len(ids), len(ids) + _LEAST_ROOM)
         return self._generate(ids, ids, self._new_tokens(len(ids), room), show, session=None)
 
     def reply(self, messages: Sequence[Message], show: Callable[[str], None]) -> Answer:
@@ -150,10 +150,7 @@ class Writer:
             PlanetServeError: the swarm cannot run it; the chat may go on.
         """
         ids = self.encode_chat(messages)
-        wanted = len(ids) + (self._config.max_new_tokens or _LEAST_ROOM)
-        session = self._session
-        if session is None or (session.max_length or 0) < wanted:
-            session = self._new_session(len(ids), wanted)
+        session = self._session_for(len(ids))
         num_new = self._new_tokens(len(ids), session.max_length)
         return self._generate(ids, ids[_roll_back(session, ids) :], num_new, show, session)
 
@@ -163,23 +160,39 @@ class Writer:
         if session is not None:
             session.close()
 
-    def _new_session(self, num_tokens: int, wanted: int) -> InferenceSession:
-        """A session with room for some turns, since its servers compute the text again."""
-        self.forget()
-        length = max(_LEAST_SESSION, 2 * wanted)
-        room = self._room(num_tokens)
-        if room is not None:
-            length = max(wanted, min(length, room))
-        self._session = self._model.runtime.new_session(max_length=length)
-        return self._session
+    def _session_for(self, num_tokens: int) -> InferenceSession:
+        """The chat's session, with room for an answer to a text of so many tokens.
 
-    def _room(self, num_tokens: int) -> int | None:
-        """Tokens of text for which there is room; None if that is not known.
+        A larger one takes its place when that is short and servers hold more. Servers compute the
+        text again then, so there is room for some turns.
+        """
+        session = self._session
+        held = 0 if session is None else session.max_length or 0
+        wanted = num_tokens + (self._config.max_new_tokens or _DEFAULT_NEW_TOKENS)
+        if session is not None and held >= wanted:
+            return session
+        least = num_tokens + (self._config.max_new_tokens or _LEAST_ROOM)
+        length = max(_LEAST_SESSION, 2 * wanted)
+        # What this session holds will be free.
+        room = self._room(num_tokens, least if session is None else length)
+        length = max(least, length if room is None else min(length, room))
+        if session is not None and held >= length:
+            return session
+        self.forget()
+        self._session = session = self._model.runtime.new_session(max_length=length)
+        return session
+
+    def _room(self, num_tokens: int, least: int) -> int | None:
+        """Tokens of text for which there is room, or will be for `least`; None if not known.
+
+        Args:
+            num_tokens: of the text so far.
+            least: tokens to wait for if servers have less at the moment.
 
         Raises:
             SessionLengthError: the text alone is too long for the model.
         """
-        held = self._model.runtime.longest_session(1, num_tokens + _LEAST_ROOM)
+        held = self._model.runtime.longest_session(1, least)
         known = [value for value in (held, self._max_positions) if isinstance(value, int)]
         if isinstance(self._max_positions, int) and num_tokens >= self._max_positions:
             raise SessionLengthError(
@@ -191,8 +204,8 @@ class Writer:
         """Most tokens of an answer to a text of so many tokens."""
         if self._config.max_new_tokens is not None:
             return self._config.max_new_tokens
-        least = _DEFAULT_NEW_TOKENS if room is None else min(_DEFAULT_NEW_TOKENS, room - num_tokens)
-        return max(1, least)
+        known = [limit for limit in (room, self._max_positions) if isinstance(limit, int)]
+        return max(1, min([_DEFAULT_NEW_TOKENS, *(limit - num_tokens for limit in known)]))
 
     def _sampling(self) -> dict[str, Any]:
         """Keyword arguments of `generate()` that the user's settings stand for."""

@@ -179,8 +179,9 @@ class Writer:
         if session is not None and held >= length:
             return session
         self.forget()
-        self._session = session = self._model.runtime.new_session(max_length=length)
-        return session
+        larger: InferenceSession = self._model.runtime.new_session(max_length=length)
+        self._session = larger
+        return larger
 
     def _room(self, num_tokens: int, least: int) -> int | None:
         """Tokens of text for which there is room, or will be for `least`; None if not known.

@@ -11,6 +11,9 @@ into chunks, on keys and loads, nor on how often something was sent. It has two 
 
 Where an edge gets another end during a step, parts of that step may have passed between the old
 ones, so the chain begins with the step after it.
+
+The hash is BLAKE3: from hidden states of 8 KB on it takes a half to a quarter of the time of
+SHA-256, and below that both take microseconds (`benchmarks/verification_cost.py`).
 """
 
 from __future__ import annotations

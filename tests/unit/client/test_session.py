@@ -44,6 +44,7 @@ class FailingRing:
 
     is_broken = is_waiting = False
     leaving: frozenset[str] = frozenset()
+    receipt_errors: tuple[PlanetServeError, ...] = ()
 
     def __init__(self) -> None:
         self.chain = Chain((HOP,))

@@ -111,9 +111,11 @@ about how to run a model (attention or expert implementations, kernels, code) ha
 A multimodal checkpoint is served by its language model, for text: neither servers nor clients load
 or download its towers, and images, video or sound are refused.
 
-Weights that are stored quantised are dequantised while they are read, block by block, with at most
-one block in memory above what stays; `--quant_type` may quantise them again. These are
-read, by `quant_method`:
+Weights that are stored quantised keep their 4 or 8 bits a number on servers that compute on a CPU:
+`--quant_type stored`, which is what `auto` chooses there. Elsewhere, and with `--quant_type none`,
+they are dequantised while they are read, block by block, with at most one block in memory above
+what stays; `--quant_type int8` or `nf4` quantises them again. Clients treat kept and dequantised
+weights alike, since they compute the same to within rounding. These are read, by `quant_method`:
 
 - `fp8`: FP8 with scales per block, per tensor or per row; scales as floats or exponents (UE8M0)
 - `fbgemm_fp8`: FP8 with a scale per row
@@ -123,6 +125,10 @@ read, by `quant_method`:
 - `awq`: 4 bits, version `gemm`
 - `modelopt`: FP8, NVFP4; the method may be named in `hf_quant_config.json` alone
 - `bitsandbytes`: int8, nf4, fp4, also with nested scales
+
+Some of them are always dequantised: `bitsandbytes` with 4 bits, `gptq` with `desc_act` or with 2
+or 8 bits, `compressed-tensors` with `weight_g_idx` or with zero points of 8 bits, FP8 as E5M2, and
+scales for groups of inputs that are no multiple of 8.
 
 The tests (`tests/unit/model/test_stored_formats.py`) compare each with a local model of the
 dequantised weights. Scales that are missing or do not fit, and settings that contradict the

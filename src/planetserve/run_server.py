@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(argv)
     cli.setup_logging(config.log_level)
 
-    unused = _without(*_UNUSED, *(["accelerate"] if config.quant_type == "none" else []))
+    quantises = config.quant_type in ("int8", "nf4")
+    unused = _without(*_UNUSED, *([] if quantises else ["accelerate"]))
     with cli.ended_by_interrupts(), unused:
         from planetserve.server.server import Server, serve
 

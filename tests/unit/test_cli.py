@@ -79,13 +79,14 @@ PLAIN = "demo --num_blocks 2 --new_swarm"
 HARMLESS = [
     "--balance_quality 0.75", "--mean_balance_check_period 60", "--stats_report_interval 60",
     "--max_chunk_size_bytes 1000000", "--max_disk_space 50GB", "--max_disk_space=300GiB",
-    "--use_auth_token", "--throughput eval", "--quant_type NONE", "--torch_dtype AUTO",
+    "--use_auth_token", "--throughput eval", "--torch_dtype AUTO",
     "--load_in_8bit False", "--use_relay", "--no_relay", "--use_auto_relay", "--no-auto-relay",
     "--attn_cache_size 16GiB", "--adapters", "--min_batch_size 1", "--compression NONE",
 ]  # fmt: skip
 
 TRANSLATED = [
     ("--quant_type NF4", "--quant_type nf4"),
+    ("--quant_type NONE", "--quant_type none"),
     ("--quant_type INT8", "--quant_type int8"),
     ("--load_in_8bit True", "--quant_type int8"),
     ("--torch_dtype torch.bfloat16", "--torch_dtype bfloat16"),
@@ -100,7 +101,7 @@ LIES = [
     ("--tensor_parallel_devices cuda:0 cuda:1", "one server for each"),
     ("--throughput dry_run", "--throughput auto"),
     ("--dht_client_mode", "must be reachable"),
-    ("--quant_type int4", "choose one of: none, int8, nf4"),
+    ("--quant_type int4", "choose one of: auto, none, stored, int8, nf4"),
     ("--load_in_8bit --quant_type nf4", "expected one argument"),
     ("--load_in_8bit True --quant_type nf4", "exclude each other"),
     ("--load_in_8bit maybe", "not true or false"),
@@ -135,7 +136,7 @@ def test_a_yaml_file_of_petals_is_read_like_its_flags(
         "quant_type: none\nthroughput: eval\nadapters: []\nbalance_quality: 0.5\n"
         "tensor_parallel_devices: [cpu]\nmax_disk_space: 50GB\nload_in_8bit: false\n"
     )
-    assert parse(f"-c {path}") == parse(f"{PLAIN} --device cpu")
+    assert parse(f"-c {path}") == parse(f"{PLAIN} --device cpu --quant_type none")
     assert "--num_handlers has no effect" in caplog.text
     path.write_text("adapters: [org/lora]\n")
     with pytest.raises(ConfigError, match="merge"):

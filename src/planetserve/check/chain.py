@@ -84,12 +84,14 @@ class LocalChain:
         hops: Sequence[tuple[BlockSpan, BlockSpan]],
         dtype: torch.dtype = torch.float32,
         progress: Callable[[str], None] | None = None,
+        quant_type: str = "none",
     ):
         self.hops: list[LocalHop] = []
         for loaded, used in hops:
             if progress is not None:
                 progress(f"loading blocks {loaded} of {checkpoint.num_blocks}")
-            self.hops.append(LocalHop(SpanBlocks.load(checkpoint, loaded, dtype), used))
+            blocks = SpanBlocks.load(checkpoint, loaded, dtype, quant_type=quant_type)
+            self.hops.append(LocalHop(blocks, used))
         self.model = load_client_half(checkpoint, dtype, "cpu", self._remote, self._on_call)
         self.calls: list[dict[str, Any]] = []
         """Arguments of the base model, as `on_call` saw them."""

@@ -220,8 +220,9 @@ def _notes(checkpoint: Checkpoint, kinds: Sequence[BlockKind], num_tried: int) -
         notes.append("only its language model is served: images, video and sound are refused")
     if checkpoint.quantization():
         notes.append(
-            "its weights are dequantised while they are read; --quant_type int8 or nf4 quantises "
-            "them again"
+            "its weights keep the bits they are stored with on a CPU (--quant_type stored), where "
+            "there are kernels for them, and are dequantised elsewhere; sizes are those of "
+            "dequantised weights"
         )
     if has_recurrent_layers(text_config(config)):
         notes.append(

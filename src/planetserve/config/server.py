@@ -17,7 +17,7 @@ MAX_RECORD_LIFETIME_S = 600.0
 MAX_CACHE_TOKENS = 100_000_000
 """Pages are listed before they are allocated, so that their number alone could use up a memory."""
 
-QUANT_TYPES = ("none", "int8", "nf4")
+QUANT_TYPES = ("auto", "none", "stored", "int8", "nf4")
 
 
 @accepts_old_names(SERVER)
@@ -46,10 +46,11 @@ class ServerConfig:
     """Number of blocks to serve; the server picks those that the swarm needs most."""
     torch_dtype: str = "auto"
     """Data type of weights and activations; auto uses the checkpoint's."""
-    quant_type: str = "none"
-    """Quantisation of the weights: none, int8 or nf4 (4 bits). Fewer bits hold more blocks in the
-    same memory, at some cost in quality. Needs the extra `quant`. Clients use such servers only if
-    there are no others."""
+    quant_type: str = "auto"
+    """How weights are held. none: in `torch_dtype`. stored: in the 4 or 8 bits of a checkpoint that
+    is stored quantised. int8 or nf4 (4 bits): quantised here, so that more blocks fit in the same
+    memory, at some cost in quality; needs the extra `quant`, and clients use such servers only if
+    there are no others. auto: stored where the checkpoint and the device allow it, else none."""
     device: str = "auto"
     """Torch device; auto uses cuda, then mps, then cpu."""
 

@@ -97,7 +97,7 @@ def convert(module: Any, convert_layer: Callable[[nn.Module], str], plain: str) 
     """
     became = plain
 
-    def convert_one(layer: nn.Module) -> nn.Module | None:
+    def convert_one(layer: nn.Module, _: str) -> nn.Module | None:
         nonlocal became
         became = convert_layer(layer)
         return None if became == plain else layer
@@ -121,12 +121,13 @@ def convert(module: Any, convert_layer: Callable[[nn.Module], str], plain: str) 
     return plain
 
 
-def split(module: Any, make_layer: Callable[[nn.Module], nn.Module | None]) -> bool:
+def split(module: Any, make_layer: Callable[[nn.Module, str], nn.Module | None]) -> bool:
     """Put layers made by `make_layer` in the place of the experts' weights.
 
     Args:
         module: with experts.
-        make_layer: gets an `nn.Linear` that shares the module's memory. Its result takes the place;
+        make_layer: gets an `nn.Linear` that shares the module's memory, and the name of the
+            parameter that it is a part of, one expert after the other. Its result takes the place;
             after None the module keeps its weights, and those that are replaced already must be
             `Converted` layers.
 
@@ -134,10 +135,10 @@ def split(module: Any, make_layer: Callable[[nn.Module], nn.Module | None]) -> b
         Whether all have been replaced.
     """
     products: list[nn.ModuleList] = []
-    for name in _weight_names(module):
+    for name in weight_names(module):
         products.append(nn.ModuleList())
         for expert in range(len(getattr(module, name))):
-            layer = make_layer(_linear(module, name, expert))
+            layer = make_layer(_linear(module, name, expert), name)
             if layer is None:
                 _restore(module, products[:-1])
                 return False
@@ -163,7 +164,8 @@ def unpack(module: Any) -> None:
         _restore(module, products)
 
 
-def _weight_names(module: Any) -> tuple[str, ...]:
+def weight_names(module: Any) -> tuple[str, ...]:
+    """The parameters that hold all experts' weights; none for another module."""
     has_gate = getattr(module, "has_gate", None)
     if has_gate is None or not hasattr(module, "is_transposed"):
         return ()
@@ -172,7 +174,7 @@ def _weight_names(module: Any) -> tuple[str, ...]:
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
     parameters = dict(module.named_parameters(recurse=False))
-    return [parameters[name] for name in _weight_names(module) if name in parameters]
+    return [parameters[name] for name in weight_names(module) if name in parameters]
 
 
 def _linear(module: Any, name: str, expert: int) -> nn.Linear:
@@ -201,7 +203,7 @@ def _multiply(layers: Iterable[Any], x_SD: torch.Tensor, counts: Sequence[int]) 
 
 def _restore(module: Any, products: Iterable[nn.ModuleList]) -> None:
     """Give the module the weights that `products` were made of."""
-    for name, layers in zip(_weight_names(module), products, strict=False):
+    for name, layers in zip(weight_names(module), products, strict=False):
         weight = _dense(layers, is_transposed=module.is_transposed)
         module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
@@ -227,7 +229,7 @@ def _type(own: type[nn.Module]) -> type[Any]:
 
 
 def _trial_inputs(module: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    weight = getattr(module, _weight_names(module)[0])
+    weight = getattr(module, weight_names(module)[0])
     width = weight.shape[1] if module.is_transposed else weight.shape[2]
     generator = torch.Generator().manual_seed(_SEED)
     inputs = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ from planetserve.errors import ModelError, one_line
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.text_config import text_config
 from planetserve.model.weights import Weights
+from planetserve.native.quantized import Numbers
 
 Wanted = Callable[[str], bool]
 """Whether a parameter of this full name is to be read."""
@@ -154,6 +156,9 @@ class WeightLoader:
         self._quantizer = quantizer
         self._weights = Weights(checkpoint)
         self._sources = _find_sources(model, self._weights.names)
+        self._by_target: dict[str, list[_Source]] = {}
+        for source in self._sources:
+            self._by_target.setdefault(source.target, []).append(source)
 
     def stored_bytes(self, wanted: Wanted) -> int:
         """Bytes that the parameters take in the checkpoint.
@@ -232,6 +237,38 @@ class WeightLoader:
         self._check_none_missing(
             n for n, v in model.state_dict().items() if v.is_meta and wanted(n)
         )
+
+    @property
+    def model_name(self) -> str:
+        """For messages."""
+        return self._checkpoint.name
+
+    def expected_shape(self, target: str) -> torch.Size:
+        """Of a parameter, as the configuration asks for it."""
+        return self._model.get_parameter(target).shape
+
+    def stored_sources(self, target: str) -> tuple[list[StoredSource], WeightConverter | None]:
+        """The stored weights that a parameter is made of, and how; none if any is not stored in
+        a format of its own."""
+        sources = self._by_target.get(target, [])
+        found = []
+        for source in sources:
+            layout = self._weights.layout(source.name)
+            if layout is None or layout.shape is None:
+                return [], None
+            found.append(
+                StoredSource(
+                    source.name, target, source.pattern, layout.shape, layout.is_transposed,
+                    layout.numbers is not None,
+                    self._checkpoint.tensor_bytes(self._weights.tensor_names_of(source.name)),
+                )
+            )  # fmt: skip
+        converters = {id(s.converter): s.converter for s in sources}
+        return (found, sources[0].converter) if len(converters) == 1 else ([], None)
+
+    def numbers(self, source: StoredSource) -> Iterator[Numbers]:
+        """The matrices of a stored weight, one after the other."""
+        return self._weights.numbers(source.name)
 
     def _check_stored(self, source: _Source) -> None:
         """Refuse a weight that cannot become a part of its parameter, going by its headers."""
@@ -315,6 +352,46 @@ class _Source:
     """Whether the parameter is this tensor and nothing else."""
     becomes_several: bool
     """Whether other parameters may be parts of this tensor too."""
+    pattern: str | None
+    converter: WeightConverter | None
+    """What makes the parameter of this and other tensors, and as which of its patterns."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSource:
+    """A weight that is stored in a format of its own, and the parameter that it is a part of.
+
+    Attributes:
+        name: of the weight.
+        target: the parameter.
+        pattern: which of a converter's patterns it is; None without one.
+        shape: after dequantising.
+        is_transposed: whether its matrices are stored the other way round.
+        has_numbers: whether `WeightLoader.numbers` gives them.
+        num_bytes: of its tensors in the checkpoint.
+    """
+
+    name: str
+    target: str
+    pattern: str | None
+    shape: tuple[int, ...]
+    is_transposed: bool
+    has_numbers: bool
+    num_bytes: int
+
+    @property
+    def height(self) -> int:
+        """Outputs of a matrix as it is stored."""
+        return self.shape[-1] if self.is_transposed else self.shape[-2]
+
+    @property
+    def width(self) -> int:
+        """Inputs of a matrix."""
+        return self.shape[-2] if self.is_transposed else self.shape[-1]
+
+    @property
+    def num_matrices(self) -> int:
+        return math.prod(self.shape[:-2])
 
 
 def _find_sources(model: PreTrainedModel, names: Iterable[str]) -> list[_Source]:
@@ -325,6 +402,7 @@ def _find_sources(model: PreTrainedModel, names: Iterable[str]) -> list[_Source]
     several = {
         pattern for c in converters if len(c.target_patterns) > 1 for pattern in c.source_patterns
     }
+    of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix = model.base_model_prefix
     targets = model.state_dict()
     found = []
@@ -335,7 +413,12 @@ def _find_sources(model: PreTrainedModel, names: Iterable[str]) -> list[_Source]
             target, pattern = rename_source_key(name, [], [], prefix, targets)
         expected = targets.get(target)
         if expected is not None:
-            found.append(_Source(name, target, expected, pattern is None, pattern in several))
+            found.append(
+                _Source(
+                    name, target, expected, pattern is None, pattern in several,
+                    pattern, of_pattern.get(pattern or ""),
+                )
+            )  # fmt: skip
     return found
 
 

@@ -23,6 +23,9 @@ from planetserve.model import experts
 BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 """Bytes per weight of a quantised linear layer; nf4 has a float32 scale per 64 weights."""
 
+STORED = "stored"
+"""The quantisation type of spans that keep the numbers of a checkpoint that is stored quantised."""
+
 _REQUIRED = ("bitsandbytes", "accelerate")
 
 
@@ -80,7 +83,7 @@ def quantize_experts(block: nn.Module, quantizer: HfQuantizer) -> None:
     """
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    def quantized(layer: nn.Module) -> nn.Module:
+    def quantized(layer: nn.Module, _: str) -> nn.Module:
         device, weight = layer.weight.device, layer.weight.data.cpu().contiguous()
         holder = nn.ModuleList([layer])
         replace_with_bnb_linear(holder, quantization_config=quantizer.quantization_config)
@@ -104,7 +107,7 @@ def block_bytes(layer: nn.Module, quant_type: str, itemsize: int) -> int:
 
     Args:
         layer: the block, before its linear layers are replaced; may be on the meta device.
-        quant_type: none, int8 or nf4.
+        quant_type: what the weights become; anything but int8 and nf4 counts as the span's dtype.
         itemsize: bytes per weight of the span's dtype.
     """
     total = 0.0
@@ -113,6 +116,6 @@ def block_bytes(layer: nn.Module, quant_type: str, itemsize: int) -> int:
         if isinstance(module, nn.Linear | Conv1D):
             num_matrices = module.weight.numel()
         num_all = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        per_weight = itemsize if quant_type == "none" else BYTES_PER_WEIGHT[quant_type]
+        per_weight = BYTES_PER_WEIGHT.get(quant_type, itemsize)
         total += num_matrices * per_weight + (num_all - num_matrices) * itemsize
     return int(total)

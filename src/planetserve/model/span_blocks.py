@@ -31,15 +31,14 @@ from planetserve.model.capabilities import (
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.decoder import Decoder, find_decoder
 from planetserve.model.loading import (
-    WeightLoader,
     build_on_meta,
     has_meta_parameters,
     load_parameters,
     make_empty_parameters,
     materialize_buffers,
 )
-from planetserve.model.quantization import block_bytes, prepare_for_quantization, quantize_experts
 from planetserve.model.span_cache import KvShape, LayerKind, SpanCache, layer_kinds
+from planetserve.model.span_loading import load_span
 from planetserve.types import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -136,15 +135,10 @@ class SpanBlocks:
         warn_if_untested(checkpoint)
         model = build_on_meta(checkpoint, dtype)
         decoder = find_decoder(model)
-        per_block = block_bytes(decoder.layers[span.start], quant_type, dtype.itemsize)
-        logger.info(
-            "blocks %s take about %.1f MiB each (%.1f MiB together), quant_type %s",
-            span, per_block / 2**20, len(span) * per_block / 2**20, quant_type,
-        )  # fmt: skip
         if at_random:  # `materialize_buffers` fills them
             make_empty_parameters(decoder.layers[span.start : span.end], device)
         else:
-            _load(model, decoder, checkpoint, span, dtype, device, quant_type)
+            load_span(model, decoder, checkpoint, span, dtype, device, quant_type)
         _drop_outside(decoder, device)
         blocks = cls(decoder.base, decoder, span, checkpoint.name)
         materialize_buffers(blocks.base, device)
@@ -298,31 +292,6 @@ class SpanBlocks:
             module.__dict__.update(attributes)
             for name, value in buffers.items():
                 setattr(module, name, value.clone())
-
-
-def _load(
-    model: PreTrainedModel,
-    decoder: Decoder,
-    checkpoint: Checkpoint,
-    span: BlockSpan,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    quant_type: str,
-) -> None:
-    """Read the weights of a span's layers into a skeleton, block by block."""
-    quantizer = None
-    if quant_type != "none":
-        quantizer = prepare_for_quantization(model, quant_type, dtype)
-    loader = WeightLoader(model, checkpoint, dtype, device, quantizer)
-    loader.prepare(lambda name: decoder.layer_of(name) in span)
-    for block in range(span.start, span.end):
-
-        def is_wanted(name: str, block: int = block) -> bool:
-            return decoder.layer_of(name) == block
-
-        loader.load(is_wanted)
-        if quantizer is not None:
-            quantize_experts(decoder.layers[block], quantizer)
 
 
 _LISTS_PER_LAYER = ("layer_types", "layers_block_type")

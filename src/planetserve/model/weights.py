@@ -7,7 +7,7 @@ time. Everything after that (renaming, fusing of experts, `--quant_type`) sees o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from planetserve.errors import ModelError
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.stored_formats.base import Header, Layout, Rule, Settings
 from planetserve.model.stored_formats.table import METHODS
+from planetserve.native.quantized import Numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,39 @@ class Weights:
         if stored is None:
             return self._checkpoint.read_tensor(name)
         layout = self._layout(name, stored)
-        parts = {role: self._checkpoint.read_tensor(n) for role, n in stored.parts.items()}
+        parts = self._read_parts(stored)
         try:
             return layout.decode(parts, dtype)
         except ModelError as error:
             raise ModelError(f"{self._checkpoint.name}: {name} cannot be read: {error}") from error
+
+    def layout(self, name: str) -> Layout | None:
+        """How a weight's tensors fit together; None for a plain one.
+
+        Raises:
+            ModelError: they do not.
+        """
+        stored = self._stored.get(name)
+        return None if stored is None else self._layout(name, stored)
+
+    def numbers(self, name: str) -> Iterator[Numbers]:
+        """The matrices of a stored weight whose layout has `numbers`, one after the other.
+
+        Raises:
+            ModelError: its tensors cannot be read or contradict each other.
+        """
+        stored = self._stored[name]
+        layout = self._layout(name, stored)
+        if layout.numbers is None:
+            raise ValueError(f"{name} has no numbers to keep")
+        parts = self._read_parts(stored)
+        try:
+            yield from layout.numbers(parts)
+        except ModelError as error:
+            raise ModelError(f"{self._checkpoint.name}: {name} cannot be read: {error}") from error
+
+    def _read_parts(self, stored: _Stored) -> dict[str, torch.Tensor]:
+        return {role: self._checkpoint.read_tensor(n) for role, n in stored.parts.items()}
 
     def _find(self, rules: Iterable[Rule], names: Mapping[str, str]) -> set[str]:
         """Find the stored weights; returns the names of their tensors."""

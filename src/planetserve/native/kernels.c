@@ -47,6 +47,21 @@ typedef struct {
     void *keys, *values; /* pages */
 } layer;
 
+/* A weight [outs, width] of numbers of 4 or 8 bits: factor of its output * scale of its group *
+ * (number - zero point of its group). Inputs come in groups of `group`, a multiple of 8; panels as
+ * above. 4 bits: [width / 8][16] words of the numbers of eight inputs, lowest first; 8 bits:
+ * [width][16]. Scales and zero points: [width / group][16]. */
+typedef struct {
+    const void *codes, *scales; /* scales or NULL */
+    const uint8_t *zeros;       /* or NULL */
+    const float *factors, *table; /* what the 16 numbers of 4 bits mean */
+    long width, outs, group;
+    int kind, scale_kind;
+} quantized;
+
+enum { TABLE_4, INT_8, E4M3 };
+enum { SCALE_F32, SCALE_BF16, SCALE_F16, SCALE_E8M0, SCALE_E4M3 };
+
 /* The tokens of a pass: rotary tables [tokens, key_width], and what `ps_attend_f32` takes. */
 typedef struct {
     long tokens, num_pieces;
@@ -99,7 +114,7 @@ void ps_store(const char *from, long token_stride, long head_stride, long heads,
 #undef PANELS
 
 #define ISA avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANES 8
 #define MAX_ROWS 6
 #define PANELS 1
@@ -115,7 +130,9 @@ void ps_store(const char *from, long token_stride, long head_stride, long heads,
 /* 0: none of these kernels runs here; else the best level. */
 int ps_level(void) {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+        !__builtin_cpu_supports("f16c"))
+        return 0;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
         return 1;
@@ -168,6 +185,18 @@ void ps_linear_rows_bf16(int level, const uint16_t *x, long x_stride, long rows,
                          const uint16_t *w, long outs, const uint16_t *bias, uint16_t *y,
                          long y_stride) {
     DISPATCH(linear_rows_bf16, x, x_stride, rows, width, w, outs, bias, y, y_stride)
+}
+
+/* y[m] = x[m] W^T (+ bias) for m < rows. `group_sums` is [rows, groups]: the inputs of each group
+ * added up, needed where there are zero points and at most 4 rows. */
+void ps_quantized_linear(int level, const quantized *w, const float *x, long x_stride, long rows,
+                         const float *group_sums, const float *bias, float *y, long y_stride) {
+    DISPATCH(quantized_linear, w, x, x_stride, rows, group_sums, bias, y, y_stride)
+}
+
+/* Panel `panel` of W as [width][16]. */
+void ps_decode_panel(int level, const quantized *w, long panel, float *out) {
+    DISPATCH(decode, w, panel, 0, w->width, out)
 }
 
 /* Attention of `pieces` runs of new tokens over pages that hold their keys already.

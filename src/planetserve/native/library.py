@@ -37,6 +37,10 @@ _ROTATE = [_INT, _POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER]
 _GATE = [_INT, _POINTER, _POINTER, _LONG, _POINTER]
 _STORE = [_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _LONG, _POINTER]
 _LAYERS = [_INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER]
+_QUANTIZED_LINEAR = [
+    _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _LONG
+]  # fmt: skip
+_DECODE_PANEL = [_INT, _POINTER, _LONG, _POINTER]
 
 
 class _Struct(ctypes.Structure):
@@ -96,6 +100,17 @@ class Pass(_Struct):
     ]  # fmt: skip
 
 
+class Quantized(_Struct):
+    """`quantized` of kernels.c: a weight of 4 or 8 bits a number."""
+
+    __slots__ = ()
+    _fields_ = [
+        *((name, _POINTER) for name in ("codes", "scales", "zeros", "factors", "table")),
+        *((name, _LONG) for name in ("width", "outs", "group")),
+        *((name, _INT) for name in ("kind", "scale_kind")),
+    ]  # fmt: skip
+
+
 class Kernels:
     """The entry points of a loaded library, for CPU tensors of a dtype in `dtypes`."""
 
@@ -124,6 +139,12 @@ class Kernels:
                     library, f"ps_linear_rows_{suffix}", _LINEAR_ROWS
                 )
         self._store = _declared(library, "ps_store", _STORE)
+        self._quantized: dict[str, Callable[..., None]] = {}
+        if hasattr(library, "ps_quantized_linear"):  # as above
+            for name, arguments in (
+                ("quantized_linear", _QUANTIZED_LINEAR), ("decode_panel", _DECODE_PANEL),
+            ):  # fmt: skip
+                self._quantized[name] = _declared(library, f"ps_{name}", arguments)
 
     @property
     def level(self) -> int:
@@ -190,6 +211,41 @@ class Kernels:
             y_TO.data_ptr(), num_outputs,
         )  # fmt: skip
         return y_TO
+
+    @property
+    def reads_quantized_weights(self) -> bool:
+        """Whether `quantized_linear` and `decode_panel` can be called."""
+        return bool(self._quantized)
+
+    def quantized_linear(
+        self,
+        x_TK: torch.Tensor,
+        weight: Quantized,
+        group_sums_TG: torch.Tensor | None,
+        bias_O: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`x W^T + bias`, `[T, O]`, all of it float32.
+
+        Args:
+            x_TK: rows may have any stride, elements of a row must follow one another.
+            weight: `W`.
+            group_sums_TG: the inputs of each group added up, for a weight with zero points.
+            bias_O: contiguous.
+        """
+        y_TO = x_TK.new_empty(len(x_TK), weight.outs)
+        self._quantized["quantized_linear"](
+            self._level, ctypes.byref(weight), x_TK.data_ptr(), x_TK.stride(0), len(x_TK),
+            None if group_sums_TG is None else group_sums_TG.data_ptr(),
+            None if bias_O is None else bias_O.data_ptr(),
+            y_TO.data_ptr(), weight.outs,
+        )  # fmt: skip
+        return y_TO
+
+    def decode_panel(self, weight: Quantized, panel: int) -> torch.Tensor:
+        """The inputs of `PANEL` outputs, `[K, PANEL]` in float32."""
+        out_KP = torch.empty(weight.width, PANEL)
+        self._quantized["decode_panel"](self._level, ctypes.byref(weight), panel, out_KP.data_ptr())
+        return out_KP
 
     def rms_norm(
         self, x_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float, out_TD: torch.Tensor

@@ -20,7 +20,9 @@ from planetserve.model.capabilities import check_servable, has_recurrent_layers
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.linear import convert_span
 from planetserve.model.malloc_tuning import returning_freed_memory
+from planetserve.model.quantization import STORED
 from planetserve.model.span_blocks import SpanBlocks
+from planetserve.model.stored_linear import can_keep
 from planetserve.model.text_config import shares_kv_heads, text_config
 from planetserve.swarm.libp2p.node import NodeConfig
 
@@ -69,6 +71,27 @@ def device_named(name: str) -> torch.device:
     if missing:
         raise ConfigError(f"--device {name}: this machine has none that torch can use; try cpu")
     return device
+
+
+def quant_type_of(config: ServerConfig, checkpoint: Checkpoint, device: torch.device) -> str:
+    """How the server holds its weights: the setting, with `auto` decided.
+
+    Raises:
+        ConfigError: stored numbers cannot be kept here.
+    """
+    if config.quant_type not in ("auto", STORED):
+        return config.quant_type
+    is_stored = checkpoint.quantization() is not None
+    if is_stored and can_keep(device):
+        return STORED
+    if config.quant_type == STORED:
+        reason = (
+            f"there are no kernels for stored weights on {device.type}"
+            if is_stored
+            else f"{checkpoint.name} is not stored quantised"
+        )
+        raise ConfigError(f"--quant_type stored: {reason}; leave the flag out")
+    return "none"
 
 
 def node_config(config: ServerConfig) -> NodeConfig:

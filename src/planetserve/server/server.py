@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import random
 import time
@@ -30,7 +31,7 @@ from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.linear_backends import BACKENDS as LINEAR_BACKENDS
 from planetserve.model.malloc_tuning import share_one_arena
 from planetserve.model.manifest import OwnWeights
-from planetserve.model.quantization import require_quantizer
+from planetserve.model.quantization import BYTES_PER_WEIGHT, require_quantizer
 from planetserve.model.span_blocks import SpanBlocks
 from planetserve.server.announcer import Announcer
 from planetserve.server.factory import (
@@ -40,6 +41,7 @@ from planetserve.server.factory import (
     engine_config_of,
     node_config,
     open_checkpoint,
+    quant_type_of,
 )
 from planetserve.server.handler import ServedModel, SessionHandler, capabilities
 from planetserve.server.limits import ServerLimits
@@ -131,6 +133,8 @@ class Server:
         """Choose and load the span, and begin to serve; leaves nothing behind if that fails."""
         try:
             self._dtype = dtype
+            quant_type = quant_type_of(self.config, self.checkpoint, device)
+            self.config = dataclasses.replace(self.config, quant_type=quant_type)
             await self.weights.recall()
             others = await self._choose_span()
             await self._build(device)
@@ -321,8 +325,8 @@ class Server:
         config = self.config
         engine_config = engine_config_of(config, self.checkpoint)
         self._max_session_tokens = engine_config.inference_max_length
-        if config.quant_type != "none":
-            require_quantizer(config.quant_type)
+        if self.config.quant_type in BYTES_PER_WEIGHT:
+            require_quantizer(self.config.quant_type)
         await self._announcer.announce()
         logger.info("loading blocks %s of %s", self.span, self.checkpoint.name)
         self.engine = await self._load_engine(engine_config, device)

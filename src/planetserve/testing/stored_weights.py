@@ -30,7 +30,7 @@ _GROUP = 8
 def make_stored_checkpoint(
     folder: Path, method: str, family: str = "llama", **overrides: Any
 ) -> tuple[Path, Path]:
-    """Write a checkpoint stored by `method` (of `METHODS`) and its plain twin.
+    """Write a checkpoint stored by `method` (of `METHODS` or `WIDE_METHODS`) and its plain twin.
 
     Returns:
         Their folders.
@@ -52,12 +52,12 @@ def store_quantised(plain: Path, quantised: Path, method: str) -> Path:
     Args:
         plain: a folder with one file of weights.
         quantised: a folder to make.
-        method: of `METHODS`.
+        method: of `METHODS` or `WIDE_METHODS`.
 
     Returns:
         `quantised`.
     """
-    settings, encode, filename = METHODS[method]
+    settings, encode, filename = {**METHODS, **WIDE_METHODS}[method]
     stored, rounded = {}, {}
     for name, weight in load_file(plain / "model.safetensors").items():
         if method == "mxfp4":
@@ -171,11 +171,11 @@ def _rounded(numbers: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, s
     return (numbers - wide[0]) * wide[1]
 
 
-def _packed_int4(*, is_symmetric: bool) -> Encode:
+def _packed_int4(*, is_symmetric: bool, group: int = _GROUP) -> Encode:
     def encode(weight: torch.Tensor) -> Encoded:
-        numbers, zeros, scales = _int_groups(weight, 4, _GROUP)
+        numbers, zeros, scales = _int_groups(weight, 4, group)
         if is_symmetric:
-            groups = weight.unflatten(-1, (-1, _GROUP))
+            groups = weight.unflatten(-1, (-1, group))
             scales = (groups.abs().amax(-1) / 7).half().float()
             zeros = torch.full_like(scales, 8)
             numbers = (groups / scales.unsqueeze(-1)).round().clamp(-8, 7).flatten(-2) + 8
@@ -186,7 +186,7 @@ def _packed_int4(*, is_symmetric: bool) -> Encode:
         }
         if not is_symmetric:
             tensors[".weight_zero_point"] = _pack(zeros.t(), 4).t()
-        return tensors, _rounded(numbers, zeros, scales, _GROUP)
+        return tensors, _rounded(numbers, zeros, scales, group)
 
     return encode
 
@@ -337,3 +337,15 @@ METHODS: Mapping[str, tuple[Mapping[str, Any], Encode, str]] = {
     ),
 }  # fmt: skip
 """Name -> settings, how a weight is stored, and the file that the settings are in."""
+
+WIDE_METHODS: Mapping[str, tuple[Mapping[str, Any], Encode, str]] = {
+    "int4_of_128": (
+        METHODS["compressed_int4"][0], _packed_int4(is_symmetric=True, group=128), _PLAIN_CONFIG,
+    ),
+    "fp8_of_128": (
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+        _fp8(128, 128, ".weight_scale_inv", torch.float32),
+        _PLAIN_CONFIG,
+    ),
+}  # fmt: skip
+"""Formats in the block sizes of published checkpoints, for models as wide as these."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -18,8 +19,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from planetserve.check.chain import LocalChain, local_logits
 from planetserve.errors import ModelError
+from planetserve.model import stored_linear
 from planetserve.model.checkpoint import Checkpoint, parse_dtype
 from planetserve.model.span_blocks import SpanBlocks
+from planetserve.model.stored_linear import QuantizedLinear
 from planetserve.model.weights import Weights
 from planetserve.testing.checkpoints import load_local
 from planetserve.testing.stored_weights import METHODS, make_stored_checkpoint
@@ -29,21 +32,48 @@ IDS = torch.tensor([[5, 9, 17, 3, 44, 8, 60]])
 UP = "model.layers.2.mlp.up_proj"
 
 
-def chain_of(folder: Path) -> LocalChain:
+def chain_of(folder: Path, quant_type: str = "none") -> LocalChain:
     spans = [BlockSpan(0, 1), BlockSpan(1, 3), BlockSpan(3, 4)]
-    return LocalChain(Checkpoint.open(str(folder)), [(span, span) for span in spans])
+    checkpoint = Checkpoint.open(str(folder))
+    return LocalChain(checkpoint, [(span, span) for span in spans], quant_type=quant_type)
+
+
+DEQUANTISED = {"bnb_fp4_nested", "bnb_nf4", "fp8_blocks", "gptq_8", "gptq_act_order"}
+"""Formats without kernels, or whose groups here have a size that they do not read."""
 
 
 def assert_equal(folder: Path, method: str, family: str) -> None:
+    """Dequantised as well as kept, whatever of it can be kept."""
     quantised, plain = make_stored_checkpoint(folder, method, family)
     expected = local_logits(load_local(plain), [IDS])[0]
-    torch.testing.assert_close(chain_of(quantised).logits(IDS), expected, atol=1e-4, rtol=0)
+    for quant_type in ("none", "stored"):
+        chain = chain_of(quantised, quant_type)
+        torch.testing.assert_close(chain.logits(IDS), expected, atol=1e-4, rtol=0)
+        # A second pass of one token, over the cache.
+        both = torch.cat([IDS, IDS[:, :1]], dim=1)
+        last = local_logits(load_local(plain), [both])[0][:, -1:]
+        torch.testing.assert_close(chain.logits(IDS[:, :1]), last, atol=1e-4, rtol=0)
+
+
+def kept(folder: Path) -> set[str]:
+    """The layers that keep their stored numbers."""
+    blocks = SpanBlocks.load(
+        Checkpoint.open(str(folder)), BlockSpan(1, 3), torch.float32, quant_type="stored"
+    )
+    found = blocks.layers.named_modules()
+    return {name for name, module in found if isinstance(module, QuantizedLinear)}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"mxfp4"}))
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_format_equals_local(method: str, family: str, tmp_path: Path) -> None:
     assert_equal(tmp_path, method, family)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"mxfp4"}))
+def test_which_formats_keep_their_numbers(method: str, tmp_path: Path) -> None:
+    quantised, _ = make_stored_checkpoint(tmp_path, method)
+    assert bool(kept(quantised)) == (method not in DEQUANTISED), method
 
 
 @pytest.mark.parametrize(
@@ -97,6 +127,58 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     expected = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"])
     got = Weights(Checkpoint.open(str(quantised))).read(name, torch.bfloat16)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "num_experts"),
+    [("awq", "qwen3_moe", 4), ("mxfp4", "gpt_oss", 4), ("fp8_ue8m0", "qwen3_5_moe", 4)],
+)
+def test_experts_keep_their_numbers(
+    method: str, family: str, num_experts: int, tmp_path: Path
+) -> None:
+    """Stacked, fused and transposed ones."""
+    quantised, _ = make_stored_checkpoint(tmp_path, method, family)
+    names = kept(quantised)
+    for block, product, expert in itertools.product(
+        range(2), ("entering", "leaving"), range(num_experts)
+    ):
+        assert f"{block}.mlp.experts.{product}.{expert}" in names
+
+
+def test_a_weight_that_comes_out_otherwise_is_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Say, rows that a conversion has put elsewhere than where they are looked for."""
+    quantised, _ = make_stored_checkpoint(tmp_path, "awq", "qwen3_moe")
+    runs = stored_linear._runs
+    monkeypatch.setattr(stored_linear, "_runs", lambda ids, sources: runs(ids[::-1], sources))
+    with pytest.raises(ModelError, match="computes something else than dequantised") as error:
+        kept(quantised)
+    assert "--quant_type none" in str(error.value)
+
+
+def test_gptq_whose_groups_are_shuffled_in_spite_of_its_settings(tmp_path: Path) -> None:
+    quantised, _ = make_stored_checkpoint(tmp_path, "gptq_act_order")
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = False
+    (quantised / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="groups do not follow one another"):
+        kept(quantised)
+
+
+@pytest.mark.parametrize("method", ["compressed_int4_zero_points", "fp8_ue8m0"])
+def test_half_precision_rounds_inputs_and_results_only(method: str, tmp_path: Path) -> None:
+    quantised, plain = make_stored_checkpoint(tmp_path, method)
+    x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = SpanBlocks.load(Checkpoint.open(str(plain)), BlockSpan(0, 4), torch.float32)
+    expected = exact.run(x.float())
+    errors = {}
+    for quant_type in ("none", "stored"):
+        half = SpanBlocks.load(
+            Checkpoint.open(str(quantised)), BlockSpan(0, 4), torch.bfloat16, quant_type=quant_type
+        )
+        errors[quant_type] = float((half.run(x).float() - expected).norm())
+    assert errors["stored"] <= errors["none"]
 
 
 @pytest.mark.parametrize("quant_type", ["int8", "nf4"])
@@ -235,17 +317,22 @@ import re, sys, torch
 from planetserve.model.checkpoint import Checkpoint
 from planetserve.model.malloc_tuning import returning_freed_memory
 from planetserve.model.span_blocks import SpanBlocks
+from planetserve.model.stored_linear import QuantizedLinear
 from planetserve.types import BlockSpan
 import transformers.models.mixtral.modeling_mixtral, transformers.models.gpt_oss.modeling_gpt_oss
 
 def peak_kib():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 
+checkpoint = Checkpoint.open(sys.argv[1])
+span = BlockSpan(0, checkpoint.num_blocks)
 with returning_freed_memory():
     before = peak_kib()
-    blocks = SpanBlocks.load(Checkpoint.open(sys.argv[1]), BlockSpan(0, 4), torch.bfloat16)
+    blocks = SpanBlocks.load(checkpoint, span, torch.bfloat16, quant_type=sys.argv[2])
     peak = (peak_kib() - before) * 1024
-print(sum(p.nbytes for p in blocks.layers.parameters()), peak)
+kept = [m.quantized for m in blocks.layers.modules() if isinstance(m, QuantizedLinear)]
+print(sum(x.nbytes if isinstance(x, torch.Tensor) else x.num_bytes
+          for x in [*blocks.layers.parameters(), *kept]), peak)
 """
 
 
@@ -259,10 +346,47 @@ def test_at_most_one_block_is_in_memory_above_what_stays(
 ) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8}
     quantised, _ = make_stored_checkpoint(tmp_path, method, family, **sizes)
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(quantised)], capture_output=True, text=True, check=True
-    )
-    final, peak = (int(number) for number in re.findall(r"\d+", done.stdout)[-2:])
+    final, peak = final_and_peak_bytes(quantised, "none")
     assert final > 40 << 20
-    # 16 MiB for what loading itself needs, whatever the size.
-    assert peak < final + final / 4 + (16 << 20)
+    assert peak < final + final / 4 + LOADING_BYTES
+
+
+def final_and_peak_bytes(folder: Path, quant_type: str) -> tuple[int, int]:
+    """Weights of all blocks, and the most that loading them took."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(folder), quant_type],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    final, peak = (int(number) for number in re.findall(r"\d+", done.stdout)[-2:])
+    return final, peak
+
+
+LOADING_BYTES = 16 << 20
+"""What loading itself needs, whatever the size."""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [("fp8_of_128", "mixtral"), ("int4_of_128", "mixtral"), ("mxfp4", "gpt_oss")],
+)
+def test_kept_numbers_take_the_bytes_that_are_stored(
+    method: str, family: str, tmp_path: Path
+) -> None:
+    sizes = {
+        "hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 8, "head_dim": 128,
+        "num_hidden_layers": 8,
+    }  # fmt: skip
+    quantised, _ = make_stored_checkpoint(tmp_path, method, family, **sizes)
+    checkpoint = Checkpoint.open(str(quantised))
+    names = checkpoint.tensor_names()
+    stored = checkpoint.tensor_bytes(n for n in names if ".layers." in n)
+    dense = sum(p.numel() for p in SpanBlocks.load(
+        checkpoint, BlockSpan(0, 1), torch.bfloat16).layers.parameters()) * 2  # fmt: skip
+    # What is not stored quantised is float32 there and bfloat16 here.
+    plain = [n for n in names if ".layers." in n and checkpoint.tensor_dtype(n) is torch.float32
+             and "scale" not in n]  # fmt: skip
+    stored -= checkpoint.tensor_bytes(plain) // 2
+    final, peak = final_and_peak_bytes(quantised, "stored")
+    assert final <= 1.05 * stored
+    assert peak < final + dense + LOADING_BYTES

@@ -180,7 +180,8 @@ class ChainPlanner:
         return all(self._is_alike(info) for info in servers)
 
     def _is_alike(self, info: ServerInfo) -> bool:
-        return info.dtype == dtype_name(self._facts.dtype) and info.quant_type == "none"
+        is_exact = info.quant_type in ("none", "stored")
+        return info.dtype == dtype_name(self._facts.dtype) and is_exact
 
     def snapshot(self, inputs: PlanInputs, num_rows: int, gap: Gap | None = None) -> SwarmSnapshot:
         """What the optimizer plans on. Its block 0 is the first one that the swarm runs.

@@ -7,13 +7,14 @@ a floating-point weight. Nothing here reads files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from planetserve.errors import ModelError
+from planetserve.native.quantized import Numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,10 @@ class Layout:
     shape: tuple[int, ...] | None
     """None if only the tensors say it."""
     decode: Callable[[Tensors, torch.dtype], torch.Tensor]
+    numbers: Callable[[Tensors], Iterator[Numbers]] | None = None
+    """The matrices as they are stored, one after the other; None if they cannot be used as such."""
+    is_transposed: bool = False
+    """Whether `decode` gives the transpose of what `numbers` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +106,33 @@ ROWS = 512
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
+FP4_TABLE = torch.tensor([*_FP4, *(-x for x in _FP4)])
+"""What the 16 codes of E2M1 mean."""
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Two codes in each byte, the first in the low half: `[..., n]` to `[..., 2 n]`."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+
+
 def unpack_fp4(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Two numbers of E2M1 in each byte, the first in the low half: `[..., n]` to `[..., 2 n]`."""
-    table = torch.tensor([*_FP4, *(-x for x in _FP4)], dtype=dtype)
-    pairs = torch.stack([packed & 15, packed >> 4], dim=-1)
-    return table[pairs.flatten(-2).int()]
+    return FP4_TABLE.to(dtype)[unpack_nibbles(packed).int()]
 
 
 def unpack_int32(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned numbers of `bits` bits, lowest first: `[..., n]` to `[..., 32 n / bits]`."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def unpack_codes(packed_NW: torch.Tensor, bits: int) -> torch.Tensor:
+    """The same of a matrix as uint8, some rows at a time."""
+    height, words = packed_NW.shape
+    codes_NK = torch.empty(height, words * 32 // bits, dtype=torch.uint8)
+    for rows, packed in zip(codes_NK.split(ROWS), packed_NW.split(ROWS), strict=True):
+        rows.copy_(unpack_int32(packed, bits))
+    return codes_NK
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:

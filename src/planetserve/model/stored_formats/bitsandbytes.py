@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from planetserve.model.stored_formats.base import (
     Tensors,
     expect,
 )
+from planetserve.native.quantized import Numbers
 
 _FLOAT32 = (torch.float32,)
 
@@ -34,9 +36,16 @@ def _int8_layout(headers: Headers, settings: Settings) -> Layout:
         raise ModelError(f"{weight.name} has shape {weight.shape}, which is no matrix")
     expect(headers["scale"], "its scales", _FLOAT32, weight.shape[:1])
 
-    def decode(tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
+    def check_format(tensors: Tensors) -> None:
         if "format" in tensors and int(tensors["format"]) != 0:
             raise ModelError("it is stored in tiles of a GPU; save it again with bitsandbytes 0.45")
+
+    def numbers(tensors: Tensors) -> Iterator[Numbers]:
+        check_format(tensors)
+        yield Numbers(tensors["weight"], None, None, tensors["scale"] / 127)
+
+    def decode(tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
+        check_format(tensors)
         result = torch.empty(weight.shape, dtype=dtype)
         scales = tensors["scale"] / 127
         for start in range(0, weight.shape[0], ROWS):
@@ -44,7 +53,7 @@ def _int8_layout(headers: Headers, settings: Settings) -> Layout:
             result[part] = tensors["weight"][part].float() * scales[part, None]
         return result
 
-    return Layout(weight.shape, decode)
+    return Layout(weight.shape, decode, numbers)
 
 
 def _four_bit_layout(headers: Headers, settings: Settings) -> Layout:

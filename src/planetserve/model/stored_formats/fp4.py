@@ -6,11 +6,14 @@ tensors divides). MXFP4: exponents for each 32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from planetserve.errors import ModelError
 from planetserve.model.stored_formats.base import (
     EXPONENTS,
+    FP4_TABLE,
     ROWS,
     Headers,
     Layout,
@@ -19,7 +22,9 @@ from planetserve.model.stored_formats.base import (
     expect,
     powers_of_two,
     unpack_fp4,
+    unpack_nibbles,
 )
+from planetserve.native.quantized import Numbers
 
 
 def fp4_layout(headers: Headers, settings: Settings) -> Layout:
@@ -41,13 +46,18 @@ def fp4_layout(headers: Headers, settings: Settings) -> Layout:
         shapes = ((), (1,), outer, (*outer, 1), (*outer, 1, 1), (*ones, 1, 1))
         expect(headers[role], "its scale for all", (torch.float32,), *shapes)
 
+    def scale_of_all(tensors: Tensors) -> torch.Tensor:
+        """`[..., 1, 1]`, which multiplies."""
+        if role is None:
+            return torch.ones([1] * len(shape))
+        of_all = tensors[role].float()
+        of_all = of_all.reshape(*of_all.shape[: len(shape) - 2], 1, 1)
+        return of_all if role == "multiplier" else 1 / of_all
+
     def decode(tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
         scales = tensors["scale"]
         scales = powers_of_two(scales) if scales.dtype in EXPONENTS else scales.float()
-        if role is not None:
-            of_all = tensors[role].float()
-            of_all = of_all.reshape(*of_all.shape[: len(shape) - 2], 1, 1)
-            scales = scales * of_all if role == "multiplier" else scales / of_all
+        scales = scales * scale_of_all(tensors)
         result = torch.empty(shape, dtype=dtype)
         rows = zip(tensors["weight"].flatten(0, -2).split(ROWS), scales.flatten(0, -2).split(ROWS),
                    result.view(-1, shape[-1]).split(ROWS), strict=True)  # fmt: skip
@@ -56,4 +66,14 @@ def fp4_layout(headers: Headers, settings: Settings) -> Layout:
             part.copy_((numbers * scale_part.unsqueeze(-1)).flatten(-2))
         return result
 
-    return Layout(shape, decode)
+    def numbers(tensors: Tensors) -> Iterator[Numbers]:
+        scale = tensors["scale"]
+        scale = scale.view(torch.float8_e8m0fnu) if scale.dtype in EXPONENTS else scale
+        of_all = scale_of_all(tensors).expand(*shape[:-1], 1)
+        matrices = (x.flatten(0, -3) if len(shape) > 2 else x[None]
+                    for x in (tensors["weight"], scale, of_all))  # fmt: skip
+        for packed, scales_NG, factors_N1 in zip(*matrices, strict=True):
+            codes_NK = unpack_nibbles(packed)
+            yield Numbers(codes_NK, scales_NG, None, factors_N1[:, 0], FP4_TABLE)
+
+    return Layout(shape, decode, numbers)

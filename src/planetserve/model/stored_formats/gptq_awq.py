@@ -6,6 +6,7 @@ keeps zero points less one; AWQ (`gemm`) packs eight neighbouring outputs in an 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from planetserve.model.stored_formats.base import (
     Settings,
     Tensors,
     expect,
+    unpack_codes,
     unpack_int32,
 )
+from planetserve.native.quantized import Numbers
 
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 """Where each of eight outputs is in its int32."""
@@ -71,7 +74,20 @@ def _gptq_layout(headers: Headers, settings: Settings) -> Layout:
         zeros_GN = unpack_int32(tensors["zero"], bits) + less_one
         return _dequantised(numbers, zeros_GN, tensors["scale"], group_of_K, dtype)
 
-    return Layout((height, width), decode)
+    def numbers(tensors: Tensors) -> Iterator[Numbers]:
+        in_order = torch.arange(width) // (width // groups)
+        if group_of is not None and not bool((tensors["group_of"] == in_order).all()):
+            raise ModelError(
+                "its groups do not follow one another, though desc_act is false; serve it with "
+                "--quant_type none"
+            )
+        codes_NK = unpack_codes(tensors["weight"].t(), bits)
+        zeros_GN = unpack_int32(tensors["zero"], bits) + less_one
+        yield _as_numbers(codes_NK, zeros_GN, tensors["scale"])
+
+    # Groups that do not follow one another (`desc_act`) show in the tensor only.
+    can_keep = bits == 4 and (group_of is None or settings.get("desc_act") is False)
+    return Layout((height, width), decode, numbers if can_keep else None)
 
 
 def _awq_layout(headers: Headers, settings: Settings) -> Layout:
@@ -81,15 +97,29 @@ def _awq_layout(headers: Headers, settings: Settings) -> Layout:
     groups = _groups(headers["scale"], width, height, size)
     expect(headers["zero"], "its zero points", (torch.int32,), (groups, words))
 
-    def decode(tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
-        def unpack(packed: torch.Tensor) -> torch.Tensor:
-            return unpack_int32(packed, 4).unflatten(-1, (-1, 8))[..., _AWQ_ORDER].flatten(-2)
+    def unpack(packed: torch.Tensor) -> torch.Tensor:
+        return unpack_int32(packed, 4).unflatten(-1, (-1, 8))[..., _AWQ_ORDER].flatten(-2)
 
+    def decode(tensors: Tensors, dtype: torch.dtype) -> torch.Tensor:
         group_of_K = torch.arange(width) // (width // groups)
         numbers = unpack(tensors["weight"]).t()
         return _dequantised(numbers, unpack(tensors["zero"]), tensors["scale"], group_of_K, dtype)
 
-    return Layout((height, width), decode)
+    def numbers(tensors: Tensors) -> Iterator[Numbers]:
+        codes_NK = unpack(tensors["weight"]).t()
+        yield _as_numbers(codes_NK, unpack(tensors["zero"]), tensors["scale"])
+
+    return Layout((height, width), decode, numbers)
+
+
+def _as_numbers(codes_NK: torch.Tensor, zeros_GN: torch.Tensor, scales_GN: torch.Tensor) -> Numbers:
+    return Numbers(
+        codes_NK.to(torch.uint8).contiguous(),
+        scales_GN.t().contiguous(),
+        zeros_GN.t().to(torch.uint8).contiguous(),
+        torch.ones(len(codes_NK)),
+        torch.arange(16.0),
+    )
 
 
 def _groups(scale: Header, width: int, height: int, size: Any) -> int:

@@ -5,11 +5,14 @@ A weight `[experts, in, out]` is stored as `[experts, out, in / 32, 16]` bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from planetserve.errors import ModelError
 from planetserve.model.stored_formats.base import (
     EXPONENTS,
+    FP4_TABLE,
     ROWS,
     Headers,
     Layout,
@@ -20,7 +23,9 @@ from planetserve.model.stored_formats.base import (
     expect,
     powers_of_two,
     unpack_fp4,
+    unpack_nibbles,
 )
+from planetserve.native.quantized import Numbers
 
 
 def _layout(headers: Headers, settings: Settings) -> Layout:
@@ -43,7 +48,13 @@ def _layout(headers: Headers, settings: Settings) -> Layout:
                 result[expert, :, part] = rows.t()
         return result
 
-    return Layout((experts, width, height), decode)
+    def numbers(tensors: Tensors) -> Iterator[Numbers]:
+        scales = tensors["scales"].view(torch.float8_e8m0fnu)
+        for blocks_NGB, scales_NG in zip(tensors["blocks"], scales, strict=True):
+            codes_NK = unpack_nibbles(blocks_NGB.flatten(1))
+            yield Numbers(codes_NK, scales_NG, None, torch.ones(height), FP4_TABLE)
+
+    return Layout((experts, width, height), decode, numbers, is_transposed=True)
 
 
 MXFP4 = Method(

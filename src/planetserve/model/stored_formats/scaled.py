@@ -6,6 +6,7 @@ DeepSeek's block FP8 (`weight_scale_inv`), static FP8 per tensor, fbgemm's rows,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from planetserve.model.stored_formats.base import (
     powers_of_two,
     scale_blocks,
 )
+from planetserve.native.quantized import Numbers
 
 
 def scaled_layout(headers: Headers, settings: Settings) -> Layout:
@@ -55,7 +57,33 @@ def scaled_layout(headers: Headers, settings: Settings) -> Layout:
             numbers = numbers.float() - scale_blocks(ones, zeros, block, torch.float32)
         return scale_blocks(numbers, scales.reshape(grid), block, dtype)
 
-    return Layout(weight.shape, decode)
+    height, width = weight.shape[-2:]
+
+    def numbers(tensors: Tensors) -> Iterator[Numbers]:
+        scale = tensors["scale"]
+        scale = scale.view(torch.float8_e8m0fnu) if scale.dtype in EXPONENTS else scale
+        scale = scale.reshape(grid).expand(*weight.shape[:-2], *grid[-2:])
+        codes = tensors["weight"].reshape(-1, height, width)
+        for codes_NK, scales_nG in zip(codes, scale.reshape(-1, *grid[-2:]), strict=True):
+            if codes_NK.dtype in FP8 and bool((codes_NK.view(torch.uint8) & 127 == 127).any()):
+                raise ModelError("it holds numbers that are none (NaN)")
+            scales_NG = _rows_of_blocks(scales_nG, block[0], height)
+            if grid[-1] == 1:
+                yield Numbers(codes_NK, None, None, scales_NG[:, 0].float())
+            else:
+                yield Numbers(codes_NK, scales_NG, None, torch.ones(height))
+
+    can_keep = (
+        zero is None and weight.dtype is not torch.float8_e5m2 and grid[-1] * block[1] == width
+    )
+    return Layout(weight.shape, decode, numbers if can_keep else None)
+
+
+def _rows_of_blocks(scales_nG: torch.Tensor, rows: int, height: int) -> torch.Tensor:
+    """The scales of each row's blocks, `[height, G]`, as they are stored."""
+    blocks_N = torch.arange(height) // rows
+    bits = scales_nG.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[scales_nG.itemsize])
+    return bits[blocks_N].view(scales_nG.dtype)
 
 
 def _block(settings: Settings) -> tuple[int, int] | None:

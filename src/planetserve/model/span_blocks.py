@@ -13,7 +13,6 @@ paging.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +39,6 @@ from planetserve.model.loading import (
 from planetserve.model.span_cache import KvShape, LayerKind, SpanCache, layer_kinds
 from planetserve.model.span_loading import load_span
 from planetserve.types import BlockSpan
-
-logger = logging.getLogger(__name__)
 
 __all__ = [
     "Decoder",

@@ -6,6 +6,7 @@ Files, device, place in the swarm and engine; how they work together is in `serv
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -73,17 +74,19 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def quant_type_of(config: ServerConfig, checkpoint: Checkpoint, device: torch.device) -> str:
-    """How the server holds its weights: the setting, with `auto` decided.
+def with_quant_type(
+    config: ServerConfig, checkpoint: Checkpoint, device: torch.device
+) -> ServerConfig:
+    """The settings with `quant_type` decided, if it is `auto`.
 
     Raises:
         ConfigError: stored numbers cannot be kept here.
     """
     if config.quant_type not in ("auto", STORED):
-        return config.quant_type
+        return config
     is_stored = checkpoint.quantization() is not None
     if is_stored and can_keep(device):
-        return STORED
+        return dataclasses.replace(config, quant_type=STORED)
     if config.quant_type == STORED:
         reason = (
             f"there are no kernels for stored weights on {device.type}"
@@ -91,7 +94,7 @@ def quant_type_of(config: ServerConfig, checkpoint: Checkpoint, device: torch.de
             else f"{checkpoint.name} is not stored quantised"
         )
         raise ConfigError(f"--quant_type stored: {reason}; leave the flag out")
-    return "none"
+    return dataclasses.replace(config, quant_type="none")
 
 
 def node_config(config: ServerConfig) -> NodeConfig:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import random
 import time
@@ -41,7 +40,7 @@ from planetserve.server.factory import (
     engine_config_of,
     node_config,
     open_checkpoint,
-    quant_type_of,
+    with_quant_type,
 )
 from planetserve.server.handler import ServedModel, SessionHandler, capabilities
 from planetserve.server.limits import ServerLimits
@@ -133,8 +132,7 @@ class Server:
         """Choose and load the span, and begin to serve; leaves nothing behind if that fails."""
         try:
             self._dtype = dtype
-            quant_type = quant_type_of(self.config, self.checkpoint, device)
-            self.config = dataclasses.replace(self.config, quant_type=quant_type)
+            self.config = with_quant_type(self.config, self.checkpoint, device)
             await self.weights.recall()
             others = await self._choose_span()
             await self._build(device)

@@ -82,6 +82,7 @@ class SimulatedServer(Server):
             model_prefix=MODEL,
             fingerprint=FINGERPRINT,
             manifest=None,
+            quantization=lambda: None,
             num_blocks=num_blocks,
             config=heads,
         )

@@ -194,9 +194,6 @@ class SessionCore:
         ring = self.ring
         if ring is None:
             return
-        # Servers lost long ago, while the session was idle, may be back: nobody is banned for it.
-        now_s = asyncio.get_running_loop().time()
-        ring.condemn_lost(now_s - self._manager.config.ban_timeout)
         if not ring.leaving:
             return
         if self._manager.can_avoid(ring.leaving, num_rows, lease_tokens):
@@ -214,6 +211,11 @@ class SessionCore:
         if ring is not None and lease_tokens > ring.max_row_tokens:
             await self.close_ring()  # by their records, its servers would refuse
             ring = None
+        if ring is not None:
+            # Servers lost long ago, while the session was idle or waited for another one, may be
+            # back: nobody is banned for it.
+            now_s = asyncio.get_running_loop().time()
+            ring.condemn_lost(now_s - self._manager.config.ban_timeout)
         if ring is not None and ring.is_broken:
             try:
                 await self._manager.mend_ring(ring, num_rows, lease_tokens, history)

@@ -11,9 +11,10 @@ CPU only (`planetserve.native`).
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +184,7 @@ class StoredWeights:
         ):
             return None
         matrices = ids.reshape(-1, shape[rows_axis])
-        rows = tuple(tuple(_runs(row.tolist(), sources)) for row in matrices)
+        rows = tuple(tuple(_runs(row, sources)) for row in matrices)
         return _Kept(tuple(sources), rows, is_transposed)
 
     def _row_ids(
@@ -289,19 +290,18 @@ class _OpenSources:
         )
 
 
-def _runs(ids: list[int], sources: list[StoredSource]) -> Iterator[_Rows]:
+def _runs(ids: torch.Tensor, sources: Sequence[StoredSource]) -> Iterator[_Rows]:
     """Neighbouring rows of one matrix, together."""
-    firsts, first = [], 0
-    for source in sources:
-        firsts.append(first)
-        first += source.num_matrices * source.height
-    start = 0
-    while start < len(ids):
-        index = bisect.bisect_right(firsts, ids[start]) - 1
-        matrix, row = divmod(ids[start] - firsts[index], sources[index].height)
-        most = min(sources[index].height - row, len(ids) - start)
-        count = 1
-        while count < most and ids[start + count] == ids[start] + count:
-            count += 1
-        yield _Rows(index, matrix, row, row + count)
-        start += count
+    counts = [source.num_matrices * source.height for source in sources]
+    firsts = list(itertools.accumulate(counts, initial=0))[:-1]
+    starts = [
+        torch.arange(first, first + count, source.height)
+        for first, count, source in zip(firsts, counts, sources, strict=True)
+    ]
+    is_new = (ids[1:] != ids[:-1] + 1) | torch.isin(ids[1:], torch.cat(starts))
+    ends = [*(is_new.nonzero().flatten() + 1).tolist(), len(ids)]
+    for start, end in itertools.pairwise([0, *ends]):
+        first = int(ids[start])
+        index = bisect.bisect_right(firsts, first) - 1
+        matrix, row = divmod(first - firsts[index], sources[index].height)
+        yield _Rows(index, matrix, row, row + end - start)

@@ -40,7 +40,8 @@ def test_a_plan_is_made_of_measurements(
         until(lambda: set(manager.snapshot().rtt_ms.get(CLIENT, ())) == {first, second})
         snapshot = manager.snapshot()
         assert 0 < snapshot.rtt(first, second) < snapshot.default_rtt_ms
-        assert snapshot.hop_overhead_ms > 0.5
+        # On a fast machine it is the least that is announced.
+        assert snapshot.hop_overhead_ms >= 0.5
         for server in snapshot.servers:
             assert server.network_bytes_per_s == 1e6
             assert 0 < server.decode_ms_per_block < 1000

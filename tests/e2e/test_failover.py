@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.generation.streamers import BaseStreamer
+from streamers import StopServerAt
 
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.swarm.libp2p.streams import FrameStream
@@ -15,24 +15,6 @@ from planetserve.testing.swarm import LocalSwarm
 from planetserve.wire.frame import FLAG_REPLAY, FrameHeader, FrameType
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
-
-
-class _StopServerAt(BaseStreamer):
-    """Closes the server of one hop after some tokens."""
-
-    def __init__(self, model: Any, swarm: LocalSwarm, hop: int, after: int):
-        self.model, self.swarm, self.hop, self.after = model, swarm, hop, after
-        self.stopped: str | None = None
-
-    def put(self, value: torch.Tensor) -> None:
-        self.after -= 1
-        if self.after == 0:
-            self.stopped = self.model.chain.hops[self.hop].peer_id
-            (server,) = [s for s in self.swarm.servers if s.node.peer_id == self.stopped]
-            self.swarm.stop_server(server)
-
-    def end(self) -> None:
-        return
 
 
 @pytest.mark.parametrize("hop", [0, 1, 2])
@@ -46,7 +28,7 @@ def test_tokens_survive_a_lost_hop(
             str(llama_folder), initial_peers=swarm.initial_peers
         ) as model,
     ):
-        streamer = _StopServerAt(model, swarm, hop, after=5)
+        streamer = StopServerAt(model, swarm, hop, after=5)
         got = model.generate(prompt, **GREEDY, streamer=streamer)
         assert streamer.stopped is not None
         assert streamer.stopped not in [item.peer_id for item in model.chain.hops]
@@ -99,7 +81,7 @@ def test_survivors_keep_what_they_have(
             str(llama_folder), initial_peers=swarm.initial_peers
         ) as model,
     ):
-        streamer = _StopServerAt(model, swarm, hop=1, after=5)
+        streamer = StopServerAt(model, swarm, hop=1, after=5)
         got = model.generate(prompt, **GREEDY, streamer=streamer)
         first, new, last = [hop.peer_id for hop in model.chain.hops]
         opened = [

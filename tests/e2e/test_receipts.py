@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.generation.streamers import BaseStreamer
+from streamers import StopServerAt
 
 from planetserve import AutoDistributedModelForCausalLM
 from planetserve.client.session import InferenceSession
@@ -104,24 +104,6 @@ def test_turns_rollbacks_and_forks_agree(asking: Any, prompt: torch.Tensor) -> N
     assert session.receipt_errors == fork.receipt_errors == ()
 
 
-class _StopServerAt(BaseStreamer):
-    """Closes the server of one hop after some tokens."""
-
-    def __init__(self, model: Any, swarm: LocalSwarm, hop: int, after: int):
-        self.model, self.swarm, self.hop, self.after = model, swarm, hop, after
-        self.stopped: str | None = None
-
-    def put(self, value: torch.Tensor) -> None:
-        self.after -= 1
-        if self.after == 0:
-            self.stopped = self.model.chain.hops[self.hop].peer_id
-            (server,) = [s for s in self.swarm.servers if s.node.peer_id == self.stopped]
-            self.swarm.stop_server(server)
-
-    def end(self) -> None:
-        return
-
-
 @pytest.mark.parametrize("hop", [0, 1, 2])
 def test_honest_servers_agree_after_a_hop_was_lost(
     llama_folder: Path, local: Any, prompt: torch.Tensor, hop: int
@@ -131,7 +113,7 @@ def test_honest_servers_agree_after_a_hop_was_lost(
         LocalSwarm(str(llama_folder), spans, options={"receipts": True}) as swarm,
         load(llama_folder, swarm) as model,
     ):
-        streamer = _StopServerAt(model, swarm, hop, after=30)
+        streamer = StopServerAt(model, swarm, hop, after=30)
         output, errors = run(model, prompt, streamer=streamer, **{**LONG, "max_new_tokens": 70})
         assert streamer.stopped is not None
         assert errors == ()

@@ -61,7 +61,7 @@ class ChangeView(BaseModel):
     reason: str
     """Code of the error, or `leaving`, or `better_chain`."""
     peer_ids: list[str]
-    """Who was at fault or is left; empty if unknown."""
+    """The server at fault, or the one that the text left; empty if unknown."""
     text: str
 
 

@@ -169,7 +169,7 @@ class MetricsEndpoint:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-        # Whoever is slow, says too much or goes away is hung up on.
+        # A client that is slow, sends too much or goes away gets no answer.
         with contextlib.suppress(OSError, EOFError, TimeoutError, asyncio.LimitOverrunError):
             async with asyncio.timeout(_TIMEOUT_S):
                 head = await reader.readuntil(b"\r\n\r\n")
